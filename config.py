@@ -1,0 +1,147 @@
+"""Every constant of the project: one frozen dataclass, its presets, and the flags made from its fields."""
+
+import argparse
+import dataclasses
+import math
+import sys
+
+
+class UserError(Exception):
+    """Bad input: what was wrong and what to do about it, in one line. `run` prints it without a traceback."""
+
+
+def flag(default, help, low=None, high=None, choices=None):
+    """A field of `Config` that is also a command-line flag; `low` and `high` are inclusive bounds."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is a function of. Raises `UserError` when a value has the wrong type or is out of range."""
+
+    # Data
+    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), folder (one folder per class), "
+                        "or auto: mnist, and digits where mnist cannot be had",
+                        choices=("auto", "mnist", "digits", "folder"))
+    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
+    image_size: int = flag(0, "side of the square images, pixels; 0 = as the data set has them", 0, 1024)
+    channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
+    num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))  # counted in the data set
+
+    # Model (DiT, arXiv 2212.09748)
+    patch_size: int = flag(0, "side of a square patch, pixels; 0 = a quarter of the image, which makes 16 tokens",
+                           0, 1024)
+    hidden_size: int = flag(128, "width D of a token; a multiple of 4 and of num_heads", 4, 16384)
+    depth: int = flag(4, "number of DiT blocks", 1, 256)
+    num_heads: int = flag(4, "attention heads in each block", 1, 256)
+    mlp_ratio: float = flag(4.0, "width of a block's MLP, as a multiple of hidden_size", 0.25, 16)
+
+    # Diffusion
+    T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
+    schedule: str = flag("cosine", "noise schedule: linear betas (DDPM, 2006.11239) or cosine (2102.09672)",
+                         choices=("linear", "cosine"))
+    beta_start: float = flag(1e-4, "first beta of the linear schedule", 1e-8, 0.5)
+    beta_end: float = flag(0.02, "last beta of the linear schedule", 1e-8, 0.999)
+    prediction: str = flag("v", "what the network predicts: the noise eps (2006.11239) or the velocity v (2202.00512)",
+                           choices=("eps", "v"))
+    loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
+
+    # Training
+    steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
+    batch_size: int = flag(64, "images per step", 1, 1_000_000)
+    lr: float = flag(2e-3, "peak learning rate of AdamW", 0, 10)
+    warmup: int = flag(100, "steps of linear warm-up, before the decay to zero", 0, 1_000_000)
+    weight_decay: float = flag(0.0, "AdamW weight decay", 0, 10)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
+    ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
+    label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
+    precision: str = flag("auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere",
+                          choices=("auto", "fp32", "bf16"))
+    seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
+    log_every: int = flag(50, "steps between two rows of log.csv", 1, 100_000_000)
+    sample_every: int = flag(1000, "steps between two sample grids", 1, 100_000_000)
+    checkpoint_every: int = flag(1000, "steps between two checkpoints", 1, 100_000_000)
+
+    # Sampling
+    sampler: str = flag("ddim", "ddpm (ancestral, 2006.11239) or ddim (2010.02502)", choices=("ddpm", "ddim"))
+    sample_steps: int = flag(20, "denoising steps of one sample, at most T", 1, 100_000)
+    guidance: float = flag(2.0, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
+                           -100, 100)
+    eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+        if self.beta_start > self.beta_end:
+            raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        if self.sample_steps > self.T:
+            raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
+        if self.image_size and self.patch_size and self.image_size % self.patch_size:
+            raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}: "
+                            f"choose one of {divisors(self.image_size)}")
+
+
+PRESETS = {
+    "default": {},
+    # The article's own settings; the sampler takes all T steps, without guidance.
+    "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, schedule="linear", prediction="eps", loss="l1",
+                    batch_size=300, lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0),
+    # The sizes of the DiT paper (2212.09748, table 1) at its patch of 2.
+    "S": dict(patch_size=2, hidden_size=384, depth=12, num_heads=6),
+    "B": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12),
+    "L": dict(patch_size=2, hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
+}
+
+SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed")  # the fields that concern drawing alone
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def check_value(field, value):
+    """Raises `UserError` unless `value` has the type of `field` and lies within its bounds or choices."""
+    rule = field.metadata
+    if type(value) is not field.type and not (field.type is float and type(value) is int):
+        raise UserError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.80}")
+    if rule.get("choices") and value not in rule["choices"]:
+        raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
+    if field.type is str:
+        return
+    if not math.isfinite(value) or value < rule["low"] or value > rule["high"]:
+        raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
+
+
+def add_flags(parser, names=None):
+    """Adds to `parser` a flag for each field of `Config` (or only for those in `names`), without a default:
+    the parsed namespace holds only what the user gave."""
+    for field in dataclasses.fields(Config):
+        rule = field.metadata
+        if "help" in rule and (names is None or field.name in names):
+            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+                                choices=rule["choices"], metavar=None if rule["choices"] else field.type.__name__,
+                                help=f"{rule['help']} (default: {field.default})")
+
+
+def given_flags(args):
+    """The fields of `Config` that the user set on the command line, as a dict."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def add_device_flag(parser):
+    parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest there is)")
+
+
+def run(main):
+    """Calls `main()` as a command: a `UserError` becomes one line on standard error and exit code 1,
+    Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,170 @@
+"""A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
+
+import contextlib
+import io
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError
+
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+
+
+class Dataset(NamedTuple):
+    name: str             # "mnist", "digits" or "folder"
+    images: torch.Tensor  # uint8 (N, C, H, W), 0..255
+    labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
+    classes: list[str]    # the name of each class
+
+
+def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
+    """Reads the training or the test part of a data set.
+
+    name: mnist (downloaded into `data_dir` when it is not there), digits, folder, or auto: mnist, and where it cannot
+        be had, digits, after saying so on standard error.
+    image_size, channels: what to convert the images to; 0 = as they are.
+
+    Returns a `Dataset`. Raises `UserError` when the data cannot be had or is damaged.
+    """
+    if name == "auto":
+        try:
+            return load_dataset("mnist", data_dir, train, image_size, channels)
+        except UserError as error:
+            print(f"MNIST cannot be had ({error}). Using scikit-learn's 8x8 digits instead.", file=sys.stderr)
+            name = "digits"
+    if name == "folder":
+        images, labels, classes = read_folder(Path(data_dir), train, image_size, channels)
+        return Dataset(name, images, labels, classes)
+    images, labels = read_mnist(Path(data_dir), train) if name == "mnist" else read_digits(train)
+    images = torch.from_numpy(images)[:, None]  # (N, 1, H, W)
+    if image_size and image_size != images.shape[-1]:
+        images = torch.nn.functional.interpolate(images.float(), size=(image_size, image_size), mode="bilinear",
+                                                 antialias=True, align_corners=False).round().byte()
+    if channels not in (0, 1):
+        images = images.expand(-1, channels, -1, -1).contiguous()
+    return Dataset(name, images, torch.from_numpy(labels).long(), [str(digit) for digit in range(10)])
+
+
+def read_mnist(data_dir, train):
+    """MNIST as arrays, images (N, 28, 28) and labels (N,), from torchvision's layout `data_dir`/MNIST/raw."""
+    raw = data_dir / "MNIST" / "raw"
+    part = "train" if train else "t10k"
+    files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
+    if not all(file.is_file() for file in files):
+        download_mnist(data_dir)
+    images, labels = read_idx(files[0], (60000 if train else 10000, 28, 28)), read_idx(files[1], None)
+    if len(labels) != len(images) or labels.max() > 9:
+        raise UserError(f"{files[1]} does not hold {len(images)} labels from 0 to 9: delete it and download MNIST anew")
+    return images, labels
+
+
+def download_mnist(data_dir):
+    """Downloads MNIST through torchvision, which checks the files' MD5 sums."""
+    from torchvision.datasets import MNIST  # imported here: it takes a second that no other path needs
+
+    print(f"downloading MNIST into {data_dir / 'MNIST'} ...", file=sys.stderr)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # a network that swallows packets must not hang the first run
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
+            MNIST(data_dir, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"no MNIST files in {data_dir / 'MNIST' / 'raw'} and no download: "
+                        f"{str(error).strip().splitlines()[0]:.100}; put train-images-idx3-ubyte, "
+                        f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte there, or point "
+                        f"--data-dir at the folder that holds MNIST/raw") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_idx(file, shape):
+    """An uncompressed IDX file of bytes as an array; `shape` is what its header must say (None: any one dimension)."""
+    data = np.fromfile(file, dtype=np.uint8)
+    dims = 1 if shape is None else len(shape)
+    header = 4 + 4 * dims
+    sizes = tuple(int(n) for n in data[4:header].view(">u4")) if len(data) >= header else ()
+    if bytes(data[:4]) != bytes([0, 0, 8, dims]) or sizes != (shape or sizes) or len(data) != header + np.prod(sizes):
+        raise UserError(f"{file} is damaged (not the IDX file that it should be): delete it and download MNIST anew")
+    return data[header:].reshape(sizes)
+
+
+def read_digits(train):
+    """scikit-learn's handwritten digits as arrays, images (N, 8, 8) and labels (N,): 1,500 to train, 297 to test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # its grey levels are 0..16
+    part = slice(0, 1500) if train else slice(1500, None)
+    return images[part], digits.target[part]
+
+
+def read_folder(root, train, image_size, channels):
+    """One folder per class: `root`/train/<class>/* and `root`/test/<class>/*, as in the article, or `root`/<class>/*.
+
+    Every image becomes a square of `image_size` (0: the first one's shorter side), cropped at its centre, with
+    `channels` channels (0: 1 if the first image is grey, else 3).
+    Returns images (N, C, H, W), labels (N,) and the names of the classes.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
+    if (root / "train").is_dir():
+        root = root / ("train" if train else "test")
+    names = sorted((path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else (),
+                   key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+    files = [(file, label) for label, name in enumerate(names) for file in list_images(root / name)]
+    if not files:
+        raise UserError(f"no images in {root}/<class>/: it must hold one folder per class, with images in each")
+    first = read_image(files[0][0])
+    image_size = image_size or min(first.size)
+    channels = channels or (1 if first.mode == "L" else 3)
+    if channels not in (1, 3):
+        raise UserError(f"channels is {channels}, but a folder's images have 1 (grey) or 3 (RGB)")
+    images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
+    for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
+        image = square(read_image(file, "L" if channels == 1 else "RGB"), image_size)
+        images[i] = torch.from_numpy(np.array(image)).view(image_size, image_size, channels).permute(2, 0, 1)
+    return images, torch.tensor([label for _, label in files]), names
+
+
+def list_images(folder):
+    """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+
+
+def read_image(path, mode=None):
+    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), transparency laid on black.
+
+    Raises `UserError` that names the file when it cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+            if image.mode in ("I;16", "I;16B", "I", "F"):  # PIL clips these at 255 instead of scaling them
+                array = np.asarray(image, dtype=np.float64) / (1 if image.mode == "F" else 257)
+                image = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
+            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
+        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+
+
+def square(image, size):
+    """The centre of a PIL image as a `size` x `size` square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
