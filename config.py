@@ -50,7 +50,10 @@ class Config:
     steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(64, "images per step", 1, 1_000_000)
     lr: float = flag(2e-3, "peak learning rate of AdamW", 0, 10)
-    warmup: int = flag(100, "steps of linear warm-up, before the decay to zero", 0, 1_000_000)
+    lr_decay: str = flag("sqrt", "after the warm-up the learning rate stays constant, or falls to zero at the last "
+                         "step, with the steps left (linear) or their square root (sqrt)",
+                         choices=("constant", "linear", "sqrt"))
+    warmup: int = flag(100, "steps of linear warm-up", 0, 1_000_000)
     weight_decay: float = flag(0.0, "AdamW weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
@@ -63,7 +66,8 @@ class Config:
     checkpoint_every: int = flag(1000, "steps between two checkpoints", 1, 100_000_000)
 
     # Sampling
-    sampler: str = flag("ddim", "ddpm (ancestral, 2006.11239) or ddim (2010.02502)", choices=("ddpm", "ddim"))
+    sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
+                        choices=("ddpm", "ddim", "dpm"))
     sample_steps: int = flag(20, "denoising steps of one sample, at most T", 1, 100_000)
     guidance: float = flag(2.0, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
@@ -134,6 +138,18 @@ def given_flags(args):
 
 def add_device_flag(parser):
     parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest there is)")
+
+
+def pick_device(name=None):
+    """The torch device called `name`, or the fastest there is. Raises `UserError` when it cannot be used."""
+    import torch  # here, so that --help does not wait for it
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.100}") from None
 
 
 def run(main):

@@ -1,0 +1,118 @@
+"""A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
+
+{format, config, step, model, ema, optimizer, window}: the configuration as a dict, how many steps were trained, the
+weights and their moving average by their plain names, the optimizer's state, and the losses not yet logged.
+Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the average alone: {format, config, step, ema}.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from config import Config, UserError, run
+from diffusion import Diffusion
+from dit import DiT
+
+FORMAT = "dit-checkpoint-1"
+
+
+def build_model(config):
+    """The untrained `DiT` of a configuration whose sizes are all known."""
+    return DiT(config.image_size, config.patch_size, config.channels, config.num_classes, config.hidden_size,
+               config.depth, config.num_heads, config.mlp_ratio)
+
+
+def build_diffusion(config, device="cpu"):
+    return Diffusion(config.T, config.schedule, config.prediction, config.beta_start, config.beta_end, device)
+
+
+def write_atomically(path, write):
+    """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
+    holds either what it held or all of the new. Raises `UserError` when it cannot be written."""
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # NamedTemporaryFile makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        # torch reports a failed write as a RuntimeError of its own
+        if isinstance(error, (OSError, RuntimeError)):
+            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]:.150}") from None
+        raise
+
+
+def save_checkpoint(path, config, step, ema, **state):
+    """Writes a checkpoint; `ema` and, in `state`, model, optimizer and window as the module's docstring says."""
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "ema": ema, **state}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint onto the CPU. Returns its dict, with a checked `Config` under "config".
+
+    Nothing in the file can run code (`weights_only=True`), and no model is built before every name and shape fits.
+    Raises `UserError` for whatever is not a whole checkpoint of this project.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: train.py makes one") from None
+    except Exception as error:  # torch.load raises nearly anything when a file is not its own
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise UserError(f"{path} is not a checkpoint, or is cut short ({reason:.100})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
+    try:
+        content["config"] = config = Config(**content["config"])
+        with torch.device("meta"):  # shapes without memory, however large a size the file claims
+            expected = build_model(config).state_dict()
+        for weights in [content["ema"]] + ([content["model"]] if "model" in content else []):
+            shapes = {name: tensor.shape for name, tensor in weights.items()}
+            if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+                raise UserError("its weights do not fit its configuration")
+            # A tensor can claim more elements than are stored (a stride of 0): loading it would fill the memory.
+            if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > os.path.getsize(path):
+                raise UserError("its weights claim more than the file holds")
+        if type(content["step"]) is not int or content["step"] < 0:
+            raise UserError("its step is not a number of steps")
+    except Exception as error:
+        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {error!s:.150}") from None
+    return content
+
+
+def load_model(path, device="cpu"):
+    """The averaged model of a checkpoint, ready to draw: returns (model, config)."""
+    content = load_checkpoint(path)
+    model = build_model(content["config"])
+    model.load_state_dict(content["ema"])
+    return model.to(device).eval().requires_grad_(False), content["config"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Makes a small file to share of a checkpoint: the averaged weights "
+                                                 "alone, in half precision.")
+    parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
+    parser.add_argument("out", help="the file to write")
+    args = parser.parse_args()
+    content = load_checkpoint(args.checkpoint)
+    ema = {name: tensor.half() for name, tensor in content["ema"].items()}
+    config = dataclasses.replace(content["config"], data_dir=Config.data_dir)  # a path of this machine concerns nobody
+    save_checkpoint(args.out, config, content["step"], ema)
+    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
+
+
+if __name__ == "__main__":
+    run(main)

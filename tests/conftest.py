@@ -1,0 +1,75 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = ["--dataset", "digits", "--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--sample-steps", "3",
+        "--batch-size", "8", "--warmup", "2", "--log-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def command():
+    """Runs a script of the repository in a process of its own, as a user does; returns the finished process."""
+
+    def call(script, *args, **options):
+        environment = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        return subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, args)], text=True,
+                              capture_output=True, timeout=120, **environment | options)
+
+    return call
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the `main` of a script in this process, which spares it the imports: `call(train, "--steps", 2)` returns
+    its exit code, standard output and standard error."""
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        try:
+            config.run(module.main)
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(result, *words):
+    """One line that names the trouble, exit code 1, no traceback. `result` comes from `call` or `command`."""
+    code, _, err = result if isinstance(result, tuple) else (result.returncode, result.stdout, result.stderr)
+    assert code == 1, err
+    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]], err
+    for word in words:
+        assert str(word) in err.splitlines()[-1], err
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The run folder of a model that the command trained for a few steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    process = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "6", "--run-dir",
+                              str(folder)], text=True, capture_output=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return folder

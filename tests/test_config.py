@@ -1,0 +1,58 @@
+import argparse
+import dataclasses
+import math
+
+import pytest
+
+from config import PRESETS, Config, UserError, add_flags, given_flags
+
+
+def parse(*words, names=None):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, names)
+    return given_flags(parser.parse_args(words))
+
+
+def test_every_preset_is_valid():
+    for preset in PRESETS.values():
+        Config(**preset)
+
+
+def test_article_preset():
+    article = Config(**PRESETS["article"])
+    assert (article.T, article.schedule, article.beta_start, article.beta_end) == (1000, "linear", 1e-4, 0.02)
+    assert (article.prediction, article.loss, article.sampler, article.sample_steps) == ("eps", "l1", "ddpm", 1000)
+    assert (article.patch_size, article.hidden_size, article.depth, article.num_heads) == (4, 64, 3, 4)
+
+
+def test_flags_are_the_fields_and_hold_only_what_was_given():
+    assert parse() == {}
+    assert parse("--lr", "0.5", "--batch-size", "7", "--dataset", "digits") == {
+        "lr": 0.5, "batch_size": 7, "dataset": "digits"}
+    for field in dataclasses.fields(Config):
+        if field.name != "num_classes":
+            assert parse("--" + field.name.replace("_", "-"), str(field.default)) == {field.name: field.default}
+
+
+def test_flags_of_some_fields_only(capsys):
+    assert parse("--seed", "3", names=("seed",)) == {"seed": 3}
+    with pytest.raises(SystemExit):
+        parse("--lr", "1", names=("seed",))
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("values", [
+    {"steps": 0}, {"steps": -1}, {"steps": 1.0}, {"steps": True}, {"lr": math.nan}, {"lr": math.inf}, {"lr": "1"},
+    {"T": 1}, {"label_dropout": 1.5}, {"hidden_size": 10**9}, {"dataset": "mnist2"}, {"dataset": None}, {"seed": -1},
+    {"batch_size": 0}, {"sampler": 3}, {"image_size": 28, "patch_size": 5}, {"hidden_size": 30, "num_heads": 3},
+    {"num_heads": 3}, {"sample_steps": 1001}, {"T": 10, "sample_steps": 11}, {"beta_start": 0.1, "beta_end": 0.05},
+])
+def test_bad_values(values):
+    with pytest.raises(UserError) as caught:
+        Config(**values)
+    message = str(caught.value)
+    assert any(name in message for name in values) and "\n" not in message
+
+
+def test_whole_numbers_are_floats_too():
+    assert Config(guidance=2).guidance == 2

@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from config import PRESETS
+from dit import DiT, patchify, sincos_positions, unpatchify
+from dit_block import Attention, DiTBlock
+from time_emb import TimeEmbedding
+
+
+def randomize(model):
+    """Gives every weight a value, the zeros of adaLN-Zero included."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.07)
+    return model
+
+
+def diffusers_twin(model, image_size, patch_size, channels, num_classes, hidden_size, depth, num_heads):
+    """diffusers' DiT with the weights of `model`."""
+    twin = DiTTransformer2DModel(
+        num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=channels,
+        out_channels=channels, num_layers=depth, sample_size=image_size, patch_size=patch_size, norm_eps=1e-6,
+        num_embeds_ada_norm=num_classes)
+    patches = model.patch_embedding.linear
+    p = patch_size
+    state = {
+        "pos_embed.proj.weight": patches.weight.view(hidden_size, p, p, channels).permute(0, 3, 1, 2),
+        "pos_embed.proj.bias": patches.bias,
+        "proj_out_1.weight": model.final_layer.modulation[1].weight,
+        "proj_out_1.bias": model.final_layer.modulation[1].bias,
+        "proj_out_2.weight": model.final_layer.linear.weight,
+        "proj_out_2.bias": model.final_layer.linear.bias,
+    }
+    sin, cos = model.time_embedding.mlp[0].weight.chunk(2, dim=1)  # diffusers puts the cosines first
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv.weight.chunk(3)
+        q_bias, k_bias, v_bias = block.attention.qkv.bias.chunk(3)
+        names = {
+            "norm1.emb.timestep_embedder.linear_1.weight": torch.cat([cos, sin], dim=1),
+            "norm1.emb.timestep_embedder.linear_1.bias": model.time_embedding.mlp[0].bias,
+            "norm1.emb.timestep_embedder.linear_2.weight": model.time_embedding.mlp[2].weight,
+            "norm1.emb.timestep_embedder.linear_2.bias": model.time_embedding.mlp[2].bias,
+            "norm1.emb.class_embedder.embedding_table.weight": model.label_embedding.weight,
+            "norm1.linear.weight": block.modulation[1].weight, "norm1.linear.bias": block.modulation[1].bias,
+            "attn1.to_q.weight": q, "attn1.to_q.bias": q_bias, "attn1.to_k.weight": k, "attn1.to_k.bias": k_bias,
+            "attn1.to_v.weight": v, "attn1.to_v.bias": v_bias,
+            "attn1.to_out.0.weight": block.attention.out.weight, "attn1.to_out.0.bias": block.attention.out.bias,
+            "ff.net.0.proj.weight": block.mlp[0].weight, "ff.net.0.proj.bias": block.mlp[0].bias,
+            "ff.net.2.weight": block.mlp[2].weight, "ff.net.2.bias": block.mlp[2].bias,
+        }
+        state |= {f"transformer_blocks.{i}.{name}": tensor for name, tensor in names.items()}
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"pos_embed.pos_embed"}
+    return twin.eval()
+
+
+@pytest.mark.parametrize("sizes", [(28, 7, 1, 10, 64, 2, 4), (16, 4, 3, 5, 48, 3, 2), (8, 2, 4, 3, 32, 1, 1)])
+def test_output_equals_diffusers(sizes):
+    image_size, _, channels, num_classes, *_ = sizes
+    model = randomize(DiT(*sizes)).eval()
+    twin = diffusers_twin(model, *sizes)
+    x = torch.randn(6, channels, image_size, image_size)
+    t = torch.tensor([0, 1, 17, 500, 998, 999])
+    y = torch.arange(6) % (num_classes + 1)
+    with torch.no_grad():
+        ours, theirs = model(x, t, y), twin(x, timestep=t, class_labels=y).sample
+    assert ours.std() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_patchify_and_back():
+    x = torch.randn(2, 3, 12, 12)
+    patches = patchify(x, 4)
+    assert patches.shape == (2, 9, 48)
+    assert torch.equal(unpatchify(patches, 4, 3), x)
+    assert torch.equal(patches[1, 5].view(4, 4, 3), x[1, :, 4:8, 8:12].permute(1, 2, 0))  # row by row
+
+
+def test_untrained_block_is_the_identity_and_output_is_zero():
+    model = DiT(image_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    x, c = torch.randn(3, 16, 32), torch.randn(3, 32)
+    for block in model.blocks:
+        assert torch.equal(block(x, c), x)
+    assert not model(torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999]), torch.tensor([0, 9, 10])).any()
+
+
+def test_all_weights_learn():
+    """After a few steps every weight has a gradient: the zeros do not cut a part of the network off."""
+    model = DiT(image_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = model(torch.randn(16, 1, 8, 8), torch.arange(16) * 60, torch.arange(16) % 11)
+        (output - torch.randn(16, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+    dead = [name for name, p in model.named_parameters() if not p.grad.any() and not name.endswith("qkv.bias")]
+    assert not dead
+
+
+def test_attention_is_scaled_by_the_width_of_a_head():
+    attention = randomize(Attention(32, 4))
+    x = torch.randn(2, 7, 32)
+    q, k, v = attention.qkv(x).chunk(3, dim=2)
+    heads = []
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(8)).softmax(dim=2)
+        heads.append(weights @ v[..., part])
+    torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, dim=2)))
+
+
+def test_block_is_steered_per_image():
+    block = randomize(DiTBlock(32, 2))
+    x, c = torch.randn(2, 5, 32), torch.randn(2, 32)
+    swapped = block(x, c.flip(0))
+    assert not torch.allclose(block(x, c), swapped)
+    torch.testing.assert_close(block(x.flip(0), c.flip(0)), block(x, c).flip(0))
+
+
+def test_time_embedding_is_sin_then_cos_with_the_articles_spacing():
+    embedding = TimeEmbedding(16, num_sinusoids=8)
+    seen = []
+    embedding.mlp[0].register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    embedding(torch.tensor([3, 700]))
+    for row, t in zip(seen[0], (3, 700), strict=True):
+        angles = [t * math.exp(-math.log(10000) * i / 3) for i in range(4)]
+        expected = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
+
+
+def test_positions_differ_and_name_their_row_and_column():
+    positions = sincos_positions(4, 16)[0].view(4, 4, 16)
+    assert torch.equal(positions[:, 0, :8], positions[:, 0, :8][:1].expand(4, -1))  # first half: the column
+    assert torch.equal(positions[0, :, 8:], positions[0, :, 8:][:1].expand(4, -1))  # second half: the row
+    assert torch.pdist(positions.view(16, 16)).min() > 0.1
+
+
+@pytest.mark.parametrize(("name", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_sizes_of_the_paper(name, millions):
+    """Table 1 of 2212.09748; there the input is a latent of 32 x 32 x 4 and there are 1000 classes."""
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        model = DiT(32, preset["patch_size"], 4, 1000, preset["hidden_size"], preset["depth"], preset["num_heads"])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("sizes", [{"patch_size": 5}, {"hidden_size": 66}, {"num_heads": 3}])
+def test_sizes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match=str(next(iter(sizes.values())))):
+        DiT(**sizes)

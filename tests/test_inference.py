@@ -1,0 +1,146 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused
+from PIL import Image
+
+import inference
+from checkpoint import load_model
+from inference import grid, noise_source, parse_labels, sample, to_uint8
+
+
+def size(path):
+    with Image.open(path) as image:
+        return image.size, image.mode, getattr(image, "n_frames", 1)
+
+
+def test_grid_picture(command, trained, tmp_path):
+    process = command("inference.py", "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png")
+    assert process.returncode == 0, process.stderr
+    assert f"{tmp_path / 'a.png'}: 80 images, dpm with 3 steps, guidance 2, seed 0" in process.stdout
+    assert size(tmp_path / "a.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
+
+
+def test_finds_the_model_just_trained(command, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    assert command("inference.py", "--count", 1, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "samples.png").exists()
+    shutil.move(tmp_path / "run" / "model.pth", tmp_path / "mnist.pth")
+    assert command("inference.py", "--count", 1, "--strip", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "strip.png").exists()
+    (tmp_path / "mnist.pth").unlink()
+    assert_refused(command("inference.py", cwd=tmp_path), "no checkpoint", "train.py")
+
+
+def test_same_seed_same_picture(call, trained, tmp_path):
+    def draw(*flags):
+        code, _, err = call(inference, "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png", *flags)
+        assert code == 0, err
+        return (tmp_path / "a.png").read_bytes()
+
+    assert draw() == draw()
+    assert draw("--seed", 1) != draw()
+    assert len({draw("--sampler", name) for name in ("ddpm", "ddim", "dpm")}) == 3
+    assert draw("--sampler", "ddim", "--eta", 0.5) != draw("--sampler", "ddim")
+    assert draw("--guidance", 0) != draw("--guidance", 1)
+    assert draw("--sample-steps", 5) != draw()
+
+
+def test_labels_and_count(call, trained, tmp_path):
+    flags = ["--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png"]
+    assert call(inference, *flags, "--labels", "31415", "--count", 2)[0] == 0
+    assert size(tmp_path / "a.png")[0] == (2 + 5 * 58, 2 + 2 * 58)
+    assert call(inference, *flags, "--labels", 3, 1, "--strip")[0] == 0
+    assert size(tmp_path / "a.png")[0] == (2 + 4 * 58, 2 + 2 * 58)  # the noise and three steps
+
+
+def test_gif(call, trained, tmp_path):
+    assert call(inference, "--checkpoint", trained / "model.pth", "--gif", "--out", tmp_path / "a.gif",
+                "--sampler", "ddpm", "--sample-steps", 100)[0] == 0
+    assert size(tmp_path / "a.gif")[0] == (2 + 10 * 58, 2 + 8 * 58)
+    assert 50 < size(tmp_path / "a.gif")[2] <= 61
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--labels", "10", "11"], ["'10' is no label", "0 to 9"]), (["--labels", "3x"], ["'x' is no label"]),
+    (["--labels", "-1"], ["no label"]),
+    (["--count", 0], ["--count 0"]), (["--count", 10**9], ["--count"]), (["--sample-steps", 0], ["sample_steps is 0"]),
+    (["--sample-steps", 1001], ["T = 1000"]), (["--guidance", "nan"], ["guidance"]), (["--eta", 2], ["eta is 2"]),
+    (["--out", "picture.txt"], ["picture.txt", ".png"]), (["--out", "no/such/folder/a.png"], ["cannot be written"]),
+    (["--checkpoint", "none.pth"], ["there is no checkpoint none.pth"]), (["--device", "abc"], ["--device abc"])])
+def test_bad_flags(call, trained, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(inference, "--checkpoint", trained / "model.pth", *flags), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_picture_in_the_way_of_a_folder(call, trained, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "a.png" / "mine").touch()
+    assert_refused(call(inference, "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png"), "a.png")
+    assert (tmp_path / "a.png" / "mine").exists()
+
+
+def test_help_is_quick_and_names_its_flags(command):
+    for script in ("train.py", "inference.py", "generator.py"):
+        process = command(script, "--help")
+        assert process.returncode == 0
+        for flag in ("--sampler", "--sample-steps", "--guidance", "--seed", "--device"):
+            assert flag in process.stdout
+
+
+def test_parse_labels():
+    assert parse_labels(["31415"], 10) == [3, 1, 4, 1, 5]
+    assert parse_labels(["3", "1"], 10) == parse_labels(["3,1"], 10) == [3, 1]
+    assert parse_labels(["31"], 1000) == [31]
+    assert parse_labels(["207", "360"], 1000) == [207, 360]
+
+
+def test_an_image_is_a_function_of_seed_and_index(trained):
+    """Whatever the batch: image 5 alone is image 5 of ten."""
+    model, config = load_model(trained / "model.pth")
+    labels = torch.arange(10)
+    for sampler in ("ddpm", "dpm"):
+        config = type(config)(**{**vars(config), "sampler": sampler})
+        *_, together = sample(model, config, labels)
+        *_, alone = sample(model, config, labels[5:6], [5])
+        *_, backwards = sample(model, config, labels.flip(0), list(range(9, -1, -1)))
+        torch.testing.assert_close(together[5:6], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together, backwards.flip(0), atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_standard_normal_and_fresh():
+    noise = noise_source(0, range(50), (1, 28, 28), "cpu")
+    first, second = noise(), noise()
+    assert first.dtype == torch.float32
+    for batch in (first, second):
+        assert batch.mean().item() == pytest.approx(0, abs=0.02)
+        assert batch.std().item() == pytest.approx(1, abs=0.02)
+    vectors = torch.cat([first, second]).flatten(1)
+    correlation = torch.corrcoef(vectors) - torch.eye(100)
+    assert correlation.abs().max() < 0.2
+    assert not torch.equal(noise_source(1, [0], (1, 28, 28), "cpu")(), first[:1])
+
+
+def test_states(trained):
+    """The noise first, then every step; the last one within the range of images."""
+    model, config = load_model(trained / "model.pth")
+    states = list(sample(model, config, torch.arange(4)))
+    assert len(states) == config.sample_steps + 1
+    assert torch.equal(states[0], noise_source(0, range(4), (1, 8, 8), "cpu")())
+    assert states[-1].abs().max() <= 1
+
+
+def test_to_uint8():
+    assert to_uint8(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_grid():
+    images = torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 28, 28)
+    picture = np.asarray(grid(images, columns=2))
+    assert picture.shape == (2 + 2 * 58, 2 + 2 * 58)
+    assert picture[2, 2] == 10 and picture[2, 60] == 20 and picture[60, 2] == 30 and picture[60, 60] == 0
+    assert not picture[:2].any() and not picture[58:60].any()
+    assert grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), columns=1).mode == "RGB"

@@ -1,0 +1,295 @@
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, assert_refused
+from PIL import Image
+
+import train
+from checkpoint import build_diffusion, build_model, load_checkpoint
+from config import PRESETS, Config
+from dataset import load_dataset
+from inference import sample, to_uint8
+from train import draw_batch, learning_rate, train_step
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_run_folder(trained):
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "log.csv", "loss.png", "model.pth", "samples_000006.png"]
+    with (trained / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert list(rows[0]) == ["step", "loss", "loss_t0-249", "loss_t250-499", "loss_t500-749", "loss_t750-999", "lr"]
+    assert 0.1 < float(rows[0]["loss"]) < 2
+    with Image.open(trained / "samples_000006.png") as image:
+        assert image.mode == "L" and image.width > 10 * 8 * 5
+    content = load_checkpoint(trained / "model.pth")
+    assert content["step"] == 6 and content["config"].patch_size == 2 and content["config"].num_classes == 10
+
+
+def test_says_what_it_does(command, tmp_path):
+    process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run")
+    assert process.returncode == 0
+    for word in ("cpu", "digits", "1,500 images", "parameters", "steps 0 to 2", str(tmp_path / "run")):
+        assert word in process.stdout
+    assert "images/s" in process.stderr
+
+
+def test_resumed_run_is_the_same_run(call, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(train, *TINY, "--steps", 9, "--run-dir", whole)[0] == 0
+    flags = [*TINY, "--steps", 9, "--run-dir", parts]
+    # A checkpoint in the midst of a log window, and a row logged after it, as a killed run leaves them
+    train_until(call, flags, 3)
+    with (parts / "log.csv").open("a") as file:
+        file.write("4,9,9,9,9,9,9\n")
+    assert call(train, *flags, "--resume")[0] == 0
+    assert (whole / "log.csv").read_text() == (parts / "log.csv").read_text()
+    a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(parts / "model.pth")
+    for part in ("model", "ema", "optimizer", "window", "step", "config"):
+        assert same(a[part], b[part]), part
+    assert (whole / "samples_000009.png").read_bytes() == (parts / "samples_000009.png").read_bytes()
+
+
+def train_until(call, flags, step):
+    """Trains with Ctrl-C pressed during step `step`; returns what it printed."""
+    original = train.train_step
+
+    def pressed(*args):
+        if args[-1] == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", pressed)
+        code, out, _ = call(train, *flags)
+    assert code == 130
+    return out
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(call, tmp_path):
+    out = train_until(call, [*TINY, "--steps", 9, "--run-dir", tmp_path / "run"], 4)
+    assert "stopped after step 4" in out and "--resume" in out
+    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_to_a_real_process(number, code, tmp_path):
+    process = subprocess.Popen([sys.executable, REPOSITORY / "train.py", *TINY, "--steps", "1000000", "--run-dir",
+                                tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.csv"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and len(log.read_text().splitlines()) > 1):  # until it trains
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and "--resume" in out
+    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] > 0
+
+
+def test_a_trained_model_is_never_overwritten(call, trained):
+    before = (trained / "model.pth").read_bytes()
+    assert_refused(call(train, *TINY, "--run-dir", trained), "model.pth exists", "--resume")
+    assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 6), "--steps")
+    assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 8, "--lr", 0.1, "--seed", 1),
+                   "lr 0.002 -> 0.1", "seed 0 -> 1")
+    assert (trained / "model.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    original = train.train_step
+
+    def explode(*args):
+        return original(*args) * (float("nan") if args[-1] == 4 else 1)
+
+    monkeypatch.setattr(train, "train_step", explode)
+    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
+    assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
+    assert load_checkpoint(run / "model.pth")["step"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
+    """The loss of a step is finite, but the weights after it are not."""
+    run = tmp_path / "run"
+    original = train.train_step
+
+    def explode(model, ema, *args):
+        losses = original(model, ema, *args)
+        if args[-1] == 5:
+            torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
+            torch.nn.init.constant_(ema.final_layer.linear.bias, float("nan"))
+        return losses
+
+    monkeypatch.setattr(train, "train_step", explode)
+    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
+    assert_refused(result, "weights are not finite at step 6", "model.pth, step 3")
+    assert load_checkpoint(run / "model.pth")["step"] == 3
+
+
+def test_mnist_that_cannot_be_had(call, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert_refused(call(train, "--dataset", "mnist", "--data-dir", tmp_path, "--run-dir", tmp_path / "run"),
+                   tmp_path / "MNIST" / "raw", "put train-images-idx3-ubyte")
+    flags = [flag if flag != "digits" else "auto" for flag in TINY]
+    code, out, err = call(train, *flags, "--steps", 2, "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
+    assert code == 0 and "8x8 digits instead" in err and "digits: 1,500 images" in out
+
+
+def test_own_folder_of_images(call, tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.effect_noise((30, 20), 60).convert("RGB").save(tmp_path / "own" / name / f"{i}.png")
+    flags = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--image-size", 16, "--run-dir", tmp_path / "run",
+             "--steps", 2, *TINY[2:]]
+    code, out, _ = call(train, *flags)
+    assert code == 0 and "classes cats, dogs" in out
+    with Image.open(tmp_path / "run" / "samples_000002.png") as image:
+        assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--patch-size", 3], ["patch_size 3 does not divide image_size 8", "1, 2, 4, 8"]),
+    (["--image-size", 10], ["--patch-size"]),
+    (["--steps", 0], ["steps is 0"]), (["--lr", "nan"], ["lr"]), (["--batch-size", -1], ["batch_size is -1"]),
+    (["--hidden-size", 30], ["hidden_size 30"]), (["--sample-steps", 5000], ["sample_steps"]),
+    (["--device", "nonsense"], ["--device nonsense"]), (["--resume"], ["there is no checkpoint"]),
+    (["--dataset", "folder", "--data-dir", "/nowhere"], ["/nowhere is not a folder"])])
+def test_bad_flags(call, tmp_path, flags, words):
+    assert_refused(call(train, *TINY, "--run-dir", tmp_path / "run", *flags), *words)
+    assert not (tmp_path / "run" / "model.pth").exists()
+
+
+def test_run_dir_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert_refused(call(train, *TINY, "--run-dir", tmp_path / "file"), tmp_path / "file", "cannot be written")
+    assert_refused(call(train, *TINY, "--run-dir", tmp_path / "file" / "run"), "cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_unknown_data_set(command):
+    process = command("train.py", "--dataset", "mnits")
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "invalid choice: 'mnits'" in process.stderr.splitlines()[-1]
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    images, labels = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8), torch.arange(50) % 10
+    config = Config(batch_size=16, num_classes=10)
+    first = draw_batch(images, labels, config, 5)
+    torch.rand(100)
+    assert same(first, draw_batch(images, labels, config, 5))
+    others = [draw_batch(images, labels, config, 6), draw_batch(images, labels, Config(seed=1, batch_size=16), 5)]
+    assert not any(same(first[3], other[3]) or same(first[2], other[2]) for other in others)
+
+
+def test_batch():
+    """Ranges, uniform times, labels that belong to their images, and labels dropped one by one."""
+    labels = torch.arange(1000) % 10
+    images = (labels * 25).byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    config = Config(batch_size=20_000, num_classes=10, label_dropout=0.1)
+    x_0, y, t, noise = draw_batch(images, labels, config, 0)
+    assert x_0.shape == noise.shape == (20_000, 1, 2, 2) and x_0.min() == -1 and x_0.max() <= 1
+    assert t.min() == 0 and t.max() == 999 and t.float().mean().item() == pytest.approx(499.5, abs=8)
+    dropped = y == 10
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(((x_0[:, 0, 0, 0] + 1) * 127.5 / 25).round().long()[~dropped], y[~dropped])
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_learning_rate():
+    for decay, middle in (("constant", 1.0), ("linear", 0.5), ("sqrt", 0.5**0.5)):
+        config = Config(steps=1000, warmup=9, lr=2.0, lr_decay=decay)
+        assert learning_rate(config, 0) == pytest.approx(0.2, rel=0.01)
+        assert learning_rate(config, 500) == pytest.approx(2 * middle)
+    assert learning_rate(Config(steps=1000, lr_decay="sqrt"), 999) < 1e-4
+
+
+def test_step_trains_and_averages():
+    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
+                    batch_size=8, warmup=0, ema_decay=0.9)
+    model, ema = build_model(config), build_model(config)
+    ema.load_state_dict(model.state_dict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = draw_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), config, 0)
+    losses = train_step(model, ema, optimizer, build_diffusion(config), config, batch, step=999)
+    assert losses.shape == (8,) and not losses.requires_grad
+    target = build_diffusion(config).target(batch[0], batch[2], batch[3])
+    torch.testing.assert_close(losses, target.square().mean(dim=(1, 2, 3)))  # an untrained model answers zero
+    changed = model.state_dict()["final_layer.linear.weight"]
+    assert changed.any()
+    for name, old in before.items():
+        torch.testing.assert_close(ema.state_dict()[name], 0.9 * old + 0.1 * model.state_dict()[name])
+
+
+def test_overfits_a_handful_of_digits():
+    """A tiny model learns ten digits by heart, and draws the right one for each label."""
+    data = load_dataset("digits", "")
+    first = torch.stack([(data.labels == digit).nonzero()[0, 0] for digit in range(10)])
+    images, labels = data.images[first], data.labels[first]
+    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=64, depth=2, num_heads=4,
+                    batch_size=64, steps=400, lr=4e-3, warmup=20, ema_decay=0.98, guidance=1.0, sample_steps=20)
+    model, ema = build_model(config), build_model(config)
+    ema.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    for step in range(config.steps):
+        train_step(model, ema, optimizer, build_diffusion(config), config, draw_batch(images, labels, config, step),
+                   step)
+    *_, drawn = sample(ema, config, labels.repeat(3))
+    distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
+    assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
+    assert distances.min(1).values.median() < 8 * 40  # of 64 pixels: 40 of 255 grey levels each, root mean square
+
+
+def test_every_preset_takes_a_step():
+    """The step of each preset, at its own objective, on a model cut down to a size for a test."""
+    for preset in PRESETS.values():
+        config = Config(**{**preset, "image_size": 8, "channels": 1, "num_classes": 10, "patch_size": 2,
+                           "hidden_size": 32, "depth": 1, "num_heads": 2, "batch_size": 4})
+        model = build_model(config)
+        ema = build_model(config)
+        batch = draw_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), config, 0)
+        optimizer = torch.optim.AdamW(model.parameters())
+        losses = train_step(model, ema, optimizer, build_diffusion(config), config, batch, 0)
+        assert losses.isfinite().all()
+
+
+def test_unwritable_while_training(call, tmp_path, monkeypatch):
+    """A disk that fills up while training: one line, and the last good checkpoint is whole."""
+    run = tmp_path / "run"
+    original, calls = torch.save, []
+
+    def full_disk(content, file):
+        calls.append(1)
+        if len(calls) > 1:
+            file.write(b"half")
+            raise OSError(28, os.strerror(28))
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert_refused(call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run), "No space left")
+    assert load_checkpoint(run / "model.pth")["step"] == 3
+    assert sorted(path.name for path in run.iterdir()) == ["log.csv", "model.pth"]

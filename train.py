@@ -1,0 +1,240 @@
+"""Trains a DiT. Everything that step i draws is a function of (seed, i): a resumed run is the same run."""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import itertools
+import math
+import shlex
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import build_diffusion, build_model, load_checkpoint, save_checkpoint, write_atomically
+from config import PRESETS, Config, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from dataset import load_dataset
+from inference import grid, sample, save_picture, to_uint8
+
+NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
+# What a resumed run may change: where things are and how often they are written, and how far it goes.
+CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
+              "guidance", "eta")
+
+
+def draw_batch(images, labels, config, step):
+    """What step `step` learns from: images x_0 (B, C, H, W) in [-1, 1], labels y (B,) some of which are the null label,
+    times t (B,) and noise, all made on the device of `images`."""
+    device, B = images.device, config.batch_size
+    seed = np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(seed))
+    index = torch.randint(len(images), (B,), generator=generator, device=device)
+    t = torch.randint(config.T, (B,), generator=generator, device=device)
+    noise = torch.randn((B, *images.shape[1:]), generator=generator, device=device)
+    dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
+    x_0 = images[index].float() / 127.5 - 1
+    y = torch.where(dropped, config.num_classes, labels[index])
+    return x_0, y, t, noise
+
+
+def learning_rate(config, step):
+    """Linear warm-up; then constant, or a decay to zero at the last step."""
+    left = 1 - step / config.steps
+    decay = {"constant": 1.0, "linear": left, "sqrt": left**0.5}[config.lr_decay]
+    return config.lr * min(1, (step + 1) / (config.warmup + 1)) * decay
+
+
+def train_step(model, ema, optimizer, diffusion, config, batch, step):
+    """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged."""
+    x_0, y, t, noise = batch
+    x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and x_t.is_cuda)
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+        output = model(x_t, t, y)
+    error = output.float() - diffusion.target(x_0, t, noise)
+    losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.zero_grad()
+    losses.mean().backward()
+    if config.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    decay = min(config.ema_decay, (step + 1) / (step + 10))  # the first, useless weights are soon forgotten
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    return losses.detach()
+
+
+def open_log(path, config, last_step):
+    """Opens log.csv to append to it, without what a run that was killed logged after its last checkpoint: that comes
+    again. Returns the file and its csv writer."""
+    edges = [-(-level * config.T // NOISE_LEVELS) for level in range(NOISE_LEVELS + 1)]
+    rows = list(csv.reader(path.open(newline=""))) if last_step and path.exists() else []
+    file = path.open("w", newline="", buffering=1)
+    writer = csv.writer(file)
+    writer.writerow(["step", "loss", *(f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)), "lr"])
+    writer.writerows(row for row in rows[1:] if int(row[0]) <= last_step)
+    return file, writer
+
+
+def draw_loss(log, path):
+    """Draws the losses of log.csv, in all and by noise level, as a picture."""
+    from matplotlib.figure import Figure  # here, so that a run starts sooner
+
+    with log.open(newline="") as file:
+        names, *rows = csv.reader(file)
+    if not rows:
+        return
+    columns = [[float(value) if value else float("nan") for value in column] for column in zip(*rows, strict=True)]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    axes.plot(columns[0], columns[1], label="all t", color="black", linewidth=2)
+    for name, column in zip(names[2:-1], columns[2:-1], strict=True):
+        axes.plot(columns[0], column, label=f"t = {name.removeprefix('loss_t')}", linewidth=1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def resolve(config, data):
+    """The configuration with every size that the data set decides filled in."""
+    C, H = data.images.shape[1:3]
+    if not config.patch_size and H % 4:
+        raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size, or --image-size")
+    return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
+                               patch_size=config.patch_size or H // 4)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
+    parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
+    parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
+                        "loss.png and the sample grids (default: run)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
+                        "last checkpoint is")
+    add_flags(parser)
+    add_device_flag(parser)
+    return parser.parse_args()
+
+
+def configure(args):
+    """The configuration that the flags ask for and, with --resume, the checkpoint to go on from (else None)."""
+    wanted = {**PRESETS[args.preset or "default"], **given_flags(args)}
+    path = args.run_dir / "model.pth"
+    if not args.resume:
+        if path.exists():
+            raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+        return Config(**wanted), None
+    saved = load_checkpoint(path)
+    if "optimizer" not in saved:
+        raise UserError(f"{path} holds weights to share, without the optimizer's state that training on needs")
+    config = saved["config"]
+    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in wanted.items()
+                   if name not in CHANGEABLE and value != getattr(config, name)]
+    if differences:
+        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
+    config = dataclasses.replace(config, **{name: wanted[name] for name in CHANGEABLE if name in wanted})
+    if saved["step"] >= config.steps:
+        raise UserError(f"{path} is trained for all of its {saved['step']:,} steps: ask for more with --steps")
+    return config, saved
+
+
+def make_run_dir(path):
+    """Makes the run folder, and finds out before the first minute of work whether it can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from None
+
+
+def main():
+    args = parse_args()
+    config, saved = configure(args)
+    device = pick_device(args.device)
+    make_run_dir(args.run_dir)
+    data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+    config = resolve(config, data)
+    images, labels = data.images.to(device), data.labels.to(device)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    diffusion = build_diffusion(config, device)
+    window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses since the log's last row
+    start = 0
+    if saved:
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        window.copy_(saved["window"])
+
+    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    print(f"data      {config.dataset}: {len(images):,} images of {config.image_size} x {config.image_size}, classes "
+          f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
+          f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
+    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, seed {config.seed}")
+    print(f"results   {args.run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
+
+    path = args.run_dir / "model.pth"
+    last_good = f"{path}, step {start:,}" if saved else "none"
+    log_file, log = open_log(args.run_dir / "log.csv", config, start)
+    sample_labels = torch.arange(10, device=device).remainder(config.num_classes).repeat(6)
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def demand_finite(what, finite):
+        if not finite:
+            raise UserError(f"the {what} not finite at step {done:,}, learning rate {learning_rate(config, step):.2g}; "
+                            f"last good checkpoint: {last_good}")
+
+    bar = tqdm(total=config.steps, initial=start, unit=" images", unit_scale=config.batch_size, desc="training",
+               mininterval=0.2 if sys.stderr.isatty() else 20)
+    with log_file, bar:
+        for step in range(start, config.steps):
+            batch = draw_batch(images, labels, config, step)
+            losses = train_step(model, ema, optimizer, diffusion, config, batch, step)
+            level = batch[2] * NOISE_LEVELS // config.T
+            window.index_add_(0, level, torch.stack([losses, torch.ones_like(losses)], dim=1))
+            bar.update()
+            done, last = step + 1, step + 1 == config.steps or signals
+
+            if done % config.log_every == 0 or done == config.steps:
+                (total, number), by_level = window.sum(0).tolist(), (window[:, 0] / window[:, 1]).tolist()
+                demand_finite("loss is", math.isfinite(total))
+                log.writerow([done, f"{total / number:.6g}", *(f"{loss:.6g}" for loss in by_level),
+                              f"{learning_rate(config, step):.6g}"])
+                window.zero_()
+                bar.set_postfix(loss=f"{total / number:.4f}", refresh=False)
+            if done % config.checkpoint_every == 0 or last:
+                demand_finite("weights are", all(weights.isfinite().all() for weights in ema.parameters()))
+                save_checkpoint(path, config, done, ema.state_dict(), model=model.state_dict(),
+                                optimizer=optimizer.state_dict(), window=window)
+                last_good = f"{path}, step {done:,}"
+            if done % config.sample_every == 0 or last:
+                *_, drawn = sample(ema, config, sample_labels)
+                save_picture(args.run_dir / f"samples_{done:06d}.png", grid(to_uint8(drawn), columns=10))
+            if signals:
+                break
+    draw_loss(args.run_dir / "log.csv", args.run_dir / "loss.png")
+    if signals:
+        again = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        print(f"stopped after step {done:,}; go on with: {again}")
+        sys.exit(128 + signals[0])
+    print(f"trained in {bar.format_dict['elapsed']:.0f} s: {path}; draw with: python inference.py --checkpoint {path}")
+
+
+if __name__ == "__main__":
+    run(main)
