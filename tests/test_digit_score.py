@@ -1,0 +1,361 @@
+"""The ruler, tested: each way for fakes to be bad must move the figure that is there for it, and no other."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
+
+import digit_score
+from config import UserError
+from dataset import Dataset
+from digit_classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
+from digit_score import (
+    METRICS,
+    compare,
+    draw_reference,
+    embed,
+    nearest,
+    nearest_picture,
+    report,
+    score,
+    worst_picture,
+)
+
+CLASSES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices as small as these gain nothing from threads, and on a busy machine lose seconds to them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """scikit-learn's 8x8 digits made to look like MNIST, in three parts of 599: to train, to test, to be good fakes."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = F.pad(F.interpolate(images, size=(20, 20), mode="bicubic").clamp(0, 1), (4, 4, 4, 4))
+    images, labels = (images * 255).round().byte(), torch.from_numpy(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]  # the digits are shared out evenly
+    return [Dataset("mnist", images[order[part::3]], labels[order[part::3]], CLASSES) for part in range(3)]
+
+
+@pytest.fixture(scope="module")
+def judge(classifier, parts):
+    return lambda images, labels: score(images, labels, parts[0], parts[1], classifier)
+
+
+@pytest.fixture(scope="module")
+def good(judge, parts):
+    return judge(parts[2].images, parts[2].labels)
+
+
+def gaussian(n, dims, seed, scale=1.0):
+    return torch.randn(n, dims, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def blur(images, sigma):
+    kernel = torch.exp(-torch.arange(-3, 4) ** 2 / (2 * sigma**2))
+    kernel = kernel[:, None] * kernel
+    return F.conv2d(images.float(), (kernel / kernel.sum())[None, None], padding=3).round().byte()
+
+
+# The formulas
+
+def distance(a, b):
+    return math.sqrt(sum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True)))
+
+
+def kth_neighbour(points, i, k):
+    """NN_k of 1904.06991 and NND_k of 2002.09797: how far the k-th nearest of the other points is."""
+    return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+
+def by_the_papers(fake, real):
+    """The four figures straight from their definitions, one pair of points at a time."""
+    narrow = [kth_neighbour(real, i, 3) for i in range(len(real))]
+    wide = [kth_neighbour(real, i, 5) for i in range(len(real))]
+    around_fakes = [kth_neighbour(fake, j, 3) for j in range(len(fake))]
+    d = [[distance(x, y) for y in fake] for x in real]
+    N, M = len(real), len(fake)
+    return {"precision": sum(any(d[i][j] <= narrow[i] for i in range(N)) for j in range(M)) / M,
+            "recall": sum(any(d[i][j] <= around_fakes[j] for j in range(M)) for i in range(N)) / N,
+            "density": sum(d[i][j] <= wide[i] for i in range(N) for j in range(M)) / (5 * M),
+            "coverage": sum(any(d[i][j] <= wide[i] for j in range(M)) for i in range(N)) / N}
+
+
+@pytest.mark.parametrize("count_fake, count_real, dims, scale", [(40, 40, 2, 1.0), (25, 60, 3, 0.5), (70, 30, 2, 3.0)])
+def test_neighbour_figures_are_those_of_the_papers(count_fake, count_real, dims, scale, monkeypatch):
+    fake, real = gaussian(count_fake, dims, 1, scale), gaussian(count_real, dims, 2)
+    blocks = digit_score.distance_blocks
+    monkeypatch.setattr(digit_score, "distance_blocks", lambda a, b: blocks(a, b, size=7))  # several, the last smaller
+    result, expected = compare(fake, real), by_the_papers(fake.numpy(), real.numpy())
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected["coverage"] < 1  # else the case would show little
+
+
+def test_points_on_a_line_can_be_counted_by_hand():
+    real = torch.arange(0.0, 100, 10)
+    fake = torch.tensor([5.0, 5, 5, 5, 1000, 1000])
+    result = compare(*(F.pad(points[:, None], (0, 1)) for points in (fake, real)))  # in the plane: (N, 2)
+    assert result["precision"] == pytest.approx(4 / 6)  # 5 is in the ball of 0
+    assert result["density"] == pytest.approx(4 * 4 / (5 * 6))  # ... and in four of k = 5: those of 0, 10, 20 and 30
+    assert result["coverage"] == pytest.approx(4 / 10)
+    assert result["recall"] == pytest.approx(9 / 10)  # the third neighbour of 1000 is 5, so its ball ends at 5
+
+
+def test_a_set_against_itself_is_perfect():
+    points = gaussian(100, 4, 0)
+    result = compare(points, points)
+    assert result["precision"] == result["recall"] == result["coverage"] == 1
+    assert result["frechet"] == pytest.approx(0, abs=1e-6)
+    assert result["density"] == pytest.approx(6 / 5)  # the k = 5 neighbours of each ball and its own centre
+
+
+def test_a_shift_moves_the_frechet_distance_by_its_square():
+    points = gaussian(500, 4, 0)
+    assert compare(points + torch.tensor([3.0, 0, 4, 0]), points)["frechet"] == pytest.approx(25, rel=1e-4)
+
+
+def test_sets_far_apart_have_nothing_in_common():
+    result = compare(gaussian(50, 4, 0) + 1000, gaussian(60, 4, 1))
+    assert [result[name] for name in METRICS[1:]] == [0, 0, 0, 0]
+
+
+def test_repeated_points_have_no_radius():
+    real, fake = gaussian(50, 4, 0), gaussian(50, 4, 0)[:1].repeat(20, 1)
+    assert compare(fake, real)["recall"] == pytest.approx(1 / 50)  # the one that it copies
+    assert compare(fake, real)["precision"] == 1
+
+
+def test_too_few_points_give_nan():
+    assert all(math.isnan(compare(gaussian(5, 4, 0), gaussian(50, 4, 1))[name]) for name in METRICS)
+    assert not any(math.isnan(compare(gaussian(6, 4, 0), gaussian(50, 4, 1))[name]) for name in METRICS)
+
+
+def test_nearest_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 256, (300, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images = torch.cat([train[[7, 250]], torch.randint(0, 256, (5, 1, 28, 28), generator=generator, dtype=torch.uint8)])
+    distances, indices = nearest(images, train, size=3)
+    pixels = [x.numpy().reshape(len(x), -1) / 255 for x in (images, train)]
+    every = np.sqrt(((pixels[0][:, None] - pixels[1][None]) ** 2).sum(axis=2))
+    assert indices.tolist() == every.argmin(axis=1).tolist()
+    assert indices[:2].tolist() == [7, 250] and distances[:2].tolist() == [0, 0]
+    np.testing.assert_allclose(distances, every.min(axis=1), rtol=1e-5)
+
+
+def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
+    real_labels = torch.tensor([0] * 500 + [digit for digit in range(1, 10) for _ in range(100)])
+
+    def drawn(labels, count, seed=0):
+        index = draw_reference(labels, real_labels, count, torch.Generator().manual_seed(seed))
+        assert len(set(index.tolist())) == count
+        return index, real_labels[index].bincount(minlength=10)
+
+    balanced = torch.arange(200) % 10
+    assert drawn(balanced, 200)[1].tolist() == [20] * 10
+    assert drawn(None, 200)[1][0] > 40  # as in the real set
+    assert drawn(balanced[balanced != 3], 180)[1][3] > 0  # a missing class is no excuse for itself
+    assert torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200)[0])
+    assert not torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200, seed=1)[0])
+
+
+# The ruler
+
+def test_good_fakes_are_as_good_as_real(good):
+    fake, real = good["fake"], good["real"]
+    assert good["count"] == 599
+    assert 0.5 < good["ratio"] < 1.5
+    for name in ("precision", "recall", "density", "coverage", "accuracy"):
+        assert fake[name] == pytest.approx(real[name], abs=0.06), name
+    assert fake["nearest"] == pytest.approx(real["nearest"], rel=0.05)
+    assert fake["copies"] < 0.05 and real["copies"] < 0.03
+    for part in good["classes"]:
+        assert part["fake"]["accuracy"] > 0.8 and part["fake"]["coverage"] > 0.85
+
+
+def test_shuffled_labels_show_in_the_accuracy_alone(good, judge, parts):
+    images, labels = parts[2].images, parts[2].labels.clone()
+    labels[::2] = (labels[::2] + 1 + torch.arange(len(labels[::2])) % 9) % 10  # half of them, each to another digit
+    result = judge(images, labels)
+    assert result["fake"]["accuracy"] == pytest.approx(0.48, abs=0.05)
+    for name in (*METRICS[1:], "nearest", "copies"):
+        assert result["fake"][name] == good["fake"][name]
+    assert result["fake"]["frechet"] == pytest.approx(good["fake"]["frechet"])
+
+
+def test_blur_shows_in_precision_recall_and_frechet(good, judge, parts):
+    slight, strong = (judge(blur(parts[2].images, sigma), parts[2].labels) for sigma in (0.6, 1.0))
+    assert slight["ratio"] > 2 * good["ratio"] and slight["fake"]["recall"] < good["fake"]["recall"] - 0.1
+    assert strong["ratio"] > 15
+    assert strong["fake"]["precision"] < 0.75 and strong["fake"]["recall"] < 0.3 and strong["fake"]["coverage"] < 0.6
+    assert strong["fake"]["copies"] < 0.05 and slight["fake"]["copies"] < 0.05
+
+
+def test_a_missing_class_shows_in_coverage_and_recall(good, judge, parts):
+    kept = parts[2].labels != 8
+    result = judge(parts[2].images[kept], parts[2].labels[kept])
+    assert result["classes"][8]["count"] == 0
+    assert result["ratio"] > 2
+    assert result["fake"]["coverage"] < good["fake"]["coverage"] - 0.05
+    assert result["fake"]["recall"] < good["fake"]["recall"] - 0.05
+    assert result["fake"]["precision"] == pytest.approx(good["fake"]["precision"], abs=0.03)
+    assert result["fake"]["accuracy"] > 0.93 and result["fake"]["copies"] < 0.05
+    assert "    8       0              -" in report(result)
+
+
+def test_one_bad_class_shows_in_its_row_alone(good, judge, parts):
+    images, labels = parts[2].images, parts[2].labels
+    result = judge(torch.where((labels == 8)[:, None, None, None], blur(images, 1.0), images), labels)
+    for digit, (part, before) in enumerate(zip(result["classes"], good["classes"], strict=True)):
+        if digit == 8:
+            assert part["ratio"] > 2 * before["ratio"]
+            assert part["fake"]["recall"] < before["fake"]["recall"] - 0.3
+        else:
+            assert part == before
+    for name in ("accuracy", "precision", "coverage"):  # in the totals it hardly shows, which is why there are rows
+        assert result["fake"][name] == pytest.approx(good["fake"][name], abs=0.05)
+
+
+def test_one_image_again_and_again_shows_in_recall_and_coverage(judge, parts):
+    result = judge(parts[2].images[:1].repeat(1000, 1, 1, 1), parts[2].labels[:1].repeat(1000))
+    assert result["fake"]["precision"] == 1 and result["fake"]["accuracy"] == 1  # what these cannot see
+    assert result["fake"]["recall"] < 0.02 and result["fake"]["coverage"] < 0.05
+    assert result["ratio"] > 50
+    assert result["fake"]["copies"] == 0
+
+
+def test_training_images_passed_off_as_fakes_show_as_copies_alone(judge, parts):
+    result = judge(parts[0].images, parts[0].labels)
+    assert result["fake"]["copies"] == 1 and result["fake"]["nearest"] == 0
+    assert result["ratio"] == pytest.approx(1)
+    noise = torch.randint(0, 10, parts[0].images.shape, generator=torch.Generator().manual_seed(0))
+    mixed = (parts[0].images + noise).clamp(0, 255).byte()  # a little noise does not hide them
+    mixed[::2] = parts[2].images[::2]
+    assert judge(mixed, None)["fake"]["copies"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_without_labels_all_but_the_accuracy_is_known(good, judge, parts):
+    result = judge(parts[2].images, None)
+    assert math.isnan(result["fake"]["accuracy"]) and not math.isnan(result["real"]["accuracy"])
+    for name in (*METRICS[1:], "nearest", "copies"):
+        assert result["fake"][name] == good["fake"][name]
+    assert sum(part["count"] for part in result["classes"]) == 599
+    assert "read as the digit asked for           -" in report(result)
+
+
+def test_the_score_is_deterministic(good, judge, parts):
+    assert judge(parts[2].images, parts[2].labels) == good
+
+
+def test_too_few_images_or_impossible_labels_are_refused(judge, parts):
+    with pytest.raises(UserError, match="5 images are too few"):
+        judge(parts[2].images[:5], parts[2].labels[:5])
+    for labels in (parts[2].labels[:7], parts[2].labels[:8] - 10, parts[2].labels[:8] + 10):
+        with pytest.raises(UserError, match="as many labels"):
+            judge(parts[2].images[:8], labels)
+
+
+def test_the_report_counts_and_warns(good):
+    text = report(good)
+    assert text.startswith("599 images") and "warning: 599 images are few" in text
+    assert len(text.splitlines()) < 30 and all(len(line) <= 120 for line in text.splitlines())
+    assert "warning" not in report(good | {"count": 2000})
+
+
+def test_pictures(classifier, parts):
+    images = torch.cat([parts[2].images[:50], parts[0].images[3:4]])
+    picture = nearest_picture(images, parts[0], each=3)
+    assert picture.mode == "L" and max(picture.size) < 1200
+    first = np.asarray(picture)[2:58, 2:114]  # the copy, a 0, comes first, beside what it is a copy of
+    assert np.array_equal(first[:, :56], first[:, 56:])
+    assert np.array_equal(first[::2, :56:2], images[50, 0])
+
+    labels = torch.cat([parts[2].labels[:50], parts[0].labels[3:4]])
+    labels[17] = (labels[17] + 1) % 10
+    picture = worst_picture(images, labels, embed(classifier, images)[1], count=12)
+    assert picture.mode == "L" and max(picture.size) < 1200
+    worst = np.asarray(picture)[2:2 + 84:3, 2:2 + 84:3]
+    assert any(np.array_equal(worst, images[k, 0]) for k in range(51))
+
+
+# The classifier
+
+def test_the_classifier_that_is_shipped_reads_digits(classifier, parts):
+    assert WEIGHTS.stat().st_size < 1_000_000
+    assert torch.load(WEIGHTS, weights_only=True)["test_accuracy"] > 0.993
+    images = torch.cat([part.images for part in parts])
+    features, probs = embed(classifier, images)
+    assert features.shape == (1797, 64) and features.dtype == torch.float32
+    assert (probs.argmax(dim=1) == torch.cat([part.labels for part in parts])).float().mean() > 0.94
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(1797))
+    logits = classifier(images[:9].float() / 127.5 - 1)
+    torch.testing.assert_close(logits.softmax(dim=1), probs[:9], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(embed(classifier, images[:60], batch_size=7)[0], features[:60], rtol=1e-3, atol=1e-4)
+
+
+def test_other_images_are_refused(classifier):
+    for shape in ((3, 1, 8, 8), (3, 3, 28, 28), (3, 28, 28)):
+        with pytest.raises(UserError, match="28 x 28"):
+            embed(classifier, torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(UserError, match="uint8"):
+        embed(classifier, torch.zeros(3, 1, 28, 28))
+
+
+def test_another_data_set_is_refused():
+    with pytest.raises(UserError, match="reads 'mnist', not 'digits'"):
+        load_classifier("digits")
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_a_file_that_is_no_classifier_is_one_clear_error(tmp_path, capsys):
+    path = tmp_path / "classifier.pth"
+    with pytest.raises(UserError, match="there is no classifier"):
+        load_classifier(path=path)
+    whole = WEIGHTS.read_bytes()
+    damaged = [b"", whole[:1000], whole[:-1000], np.random.default_rng(0).bytes(10_000), pickle.dumps(Malicious(), 2)]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"classifier\.pth"):
+            load_classifier(path=path)
+    content = torch.load(WEIGHTS, weights_only=True)
+    state = content["state_dict"]
+    name = next(iter(state))
+    for other in ([1, 2], {"format": "other"}, {**content, "dataset": ["x"]}, {**content, "state_dict": None},
+                  {**content, "state_dict": {key: state[key] for key in list(state)[1:]}},
+                  {**content, "state_dict": {**state, name: state[name][:3]}}, Malicious()):
+        torch.save(other, path)
+        with pytest.raises(UserError, match=r"classifier\.pth"):
+            load_classifier(path=path)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_training_learns_and_is_repeatable(parts):
+    images, labels = parts[0].images, parts[0].labels
+    trained = train_classifier(images, labels, epochs=6, batch_size=64)
+    assert (embed(trained, parts[1].images)[1].argmax(dim=1) == parts[1].labels).float().mean() > 0.8
+    first, second = (train_classifier(images[:128], labels[:128], epochs=1, batch_size=64) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(weight, weight.half().float()) for weight in trained.parameters())
+    assert isinstance(trained, DigitClassifier) and not trained.training

@@ -1,0 +1,438 @@
+"""The score against closed forms, SciPy's matrix root and pytorch-fid's own network; the command on small folders."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from pytorch_fid import inception
+from sklearn.datasets import load_digits
+from torchvision.models.inception import Inception3
+from torchvision.transforms.functional import to_tensor
+
+import fid_computer
+from config import UserError
+
+SCRIPT = Path(fid_computer.__file__)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine, threads that wait for each other make such small work ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def state():
+    """Random weights of FID's Inception, in half precision to be small."""
+    torch.manual_seed(0)
+    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(Inception3, "load_state_dict"):
+        state = inception.fid_inception_v3().half().state_dict()
+    for name, value in state.items():
+        if name.endswith("bn.weight"):
+            value.fill_(6 ** 0.5)  # keeps the signal's variance: PyTorch's initial weights and a ReLU divide it by 6
+    return state
+
+
+@pytest.fixture(scope="session")
+def weights(state, tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(state, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def extract(weights):
+    return fid_computer.inception_extractor(64, weights, CPU)
+
+
+def save_digits(folder, part, invert=False):
+    folder.mkdir()
+    for i, digit in enumerate(load_digits().images[part]):
+        grey = (digit * 15).astype(np.uint8)
+        Image.fromarray(255 - grey if invert else grey).save(folder / f"{i:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    return save_digits(tmp_path_factory.mktemp("images") / "real", slice(0, 7))
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return save_digits(tmp_path / "fake", slice(100, 105), invert=True)
+
+
+@pytest.fixture
+def stats(tmp_path):
+    """A file of --save-stats, of 64 features of 1,000 images."""
+    file = tmp_path / "stats.npz"
+    fid_computer.save_stats(file, *gaussian(np.random.default_rng(0), 64, 100), 1000)
+    return file
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls the command within this process, and returns what it wrote to standard output and standard error."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["fid_computer.py", *map(str, args)])
+        fid_computer.main()
+        return capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def fails(call, tmp_path):
+    """Calls the command, which must raise a `UserError` of one line, and change no file; returns that line."""
+    def fails(*args):
+        before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError) as error:
+            call(*args)
+        assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        assert len(str(error.value).splitlines()) == 1
+        return str(error.value)
+    return fails
+
+
+def command(*args, **env):
+    # A dead proxy makes sure that nothing is downloaded, where there is a network too.
+    env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([sys.executable, SCRIPT, *args], env=env, capture_output=True, text=True, timeout=120)
+
+
+def assert_failed(result, *words):
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 1 and result.stdout == "" and len(errors) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0] and "Traceback" not in result.stderr
+    assert all(word in errors[0] for word in words), errors[0]
+
+
+def gaussian(random, dims, rank):
+    """A random mean (D,) and a covariance (D, D) of at most `rank`."""
+    factor = random.normal(size=(dims, rank))
+    return random.normal(size=dims), factor @ factor.T / rank
+
+
+def textbook(mean_1, cov_1, mean_2, cov_2):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that a singular matrix may have no root
+        root = scipy.linalg.sqrtm(cov_1 @ cov_2)
+    return ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * np.real(root))
+
+
+# The distance
+
+
+@pytest.mark.parametrize("rank", [1, 10, 32, 100])
+def test_distance_to_itself_is_zero(rank):
+    mean, cov = gaussian(np.random.default_rng(rank), 32, rank)
+    assert 0 <= fid_computer.frechet_distance(mean, cov, mean, cov) < 1e-12
+
+
+def test_distance_of_diagonal_gaussians():
+    random = np.random.default_rng(0)
+    mean_1, mean_2, std_1, std_2 = random.normal(size=(4, 20))
+    expected = ((mean_1 - mean_2) ** 2).sum() + ((abs(std_1) - abs(std_2)) ** 2).sum()
+    actual = fid_computer.frechet_distance(mean_1, np.diag(std_1 ** 2), mean_2, np.diag(std_2 ** 2))
+    assert actual == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_of_rotated_gaussians_that_commute():
+    random = np.random.default_rng(1)
+    rotation = np.linalg.qr(random.normal(size=(20, 20))).Q
+    mean_1, mean_2, std_1, std_2 = abs(random.normal(size=(4, 20)))
+    expected = ((mean_1 - mean_2) ** 2).sum() + ((std_1 - std_2) ** 2).sum()
+    covs = [rotation * std ** 2 @ rotation.T for std in (std_1, std_2)]
+    assert fid_computer.frechet_distance(mean_1, covs[0], mean_2, covs[1]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_of_two_by_two_gaussians():
+    # tr (M^1/2) = sqrt(tr M + 2 sqrt(det M)) for a 2x2 matrix M
+    cov_1, cov_2, mean = np.array([[2.0, 1], [1, 3]]), np.array([[1.0, -0.5], [-0.5, 4]]), np.zeros(2)
+    product = cov_1 @ cov_2
+    expected = 10 - 2 * np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+    assert fid_computer.frechet_distance(mean, cov_1, mean, cov_2) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rank_1", "rank_2"), [(100, 100), (20, 100), (100, 20), (20, 30), (1, 2)])
+def test_distance_is_that_of_the_textbook_and_symmetric(rank_1, rank_2):
+    random = np.random.default_rng(rank_1 + rank_2)
+    first, second = gaussian(random, 64, rank_1), gaussian(random, 64, rank_2)
+    actual = fid_computer.frechet_distance(*first, *second)
+    assert actual == pytest.approx(textbook(*first, *second), rel=1e-6)
+    assert actual == pytest.approx(fid_computer.frechet_distance(*second, *first), rel=1e-12)
+
+
+def test_distance_of_singular_covariances_is_exact():
+    # With C = A A^T the trace of the root is the sum of the singular values of A1^T A2.
+    random, mean = np.random.default_rng(0), np.zeros(256)
+    factor_1, factor_2 = random.normal(size=(256, 20)), random.normal(size=(256, 1000))
+    root_trace = np.linalg.svd(factor_1.T @ factor_2, compute_uv=False).sum()
+    expected = (factor_1 ** 2).sum() + (factor_2 ** 2).sum() - 2 * root_trace
+    actual = fid_computer.frechet_distance(mean, factor_1 @ factor_1.T, mean, factor_2 @ factor_2.T)
+    assert actual == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_to_a_set_of_equal_images():
+    mean, cov = gaussian(np.random.default_rng(0), 8, 20)
+    point = np.zeros((8, 8))
+    assert fid_computer.frechet_distance(mean, cov, mean, point) == pytest.approx(np.trace(cov), rel=1e-12)
+    assert fid_computer.frechet_distance(mean, point, mean, point) == 0
+
+
+def test_statistics_are_of_float64():
+    features = (1000 + np.random.default_rng(0).normal(size=(500, 3))).astype(np.float32)
+    mean, cov = fid_computer.statistics(features)
+    exact = features.astype(np.float64)
+    centered = exact - exact.mean(axis=0)
+    assert mean.dtype == cov.dtype == np.float64
+    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(cov, centered.T @ centered / 499, rtol=1e-10)
+    with pytest.raises(UserError, match="not finite"):
+        fid_computer.statistics(np.array([[0, np.nan], [1, 2]]))
+
+
+# The features
+
+
+@pytest.mark.parametrize(("dims", "sizes"), [(64, (8, 400)), (2048, (28,))])
+def test_features_are_those_of_pytorch_fid(state, weights, tmp_path, dims, sizes):
+    extract = fid_computer.inception_extractor(dims, weights, CPU)
+    with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
+        network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+    for size in sizes:
+        colours = np.random.default_rng(size).integers(0, 256, size=(2, size, size, 3), dtype=np.uint8)
+        paths = [tmp_path / "0.png", tmp_path / "1.png"]
+        for path, colour in zip(paths, colours, strict=True):
+            Image.fromarray(colour).save(path)
+        with torch.inference_mode():
+            expected = network(torch.stack([to_tensor(Image.open(path)) for path in paths]))[0].mean(dim=(2, 3))
+        actual = fid_computer.compute_features(paths, extract, batch_size=2)
+        assert actual.shape == (2, dims) and actual.dtype == np.float32 and expected.std(dim=0).max() > 0.01
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_mixed_sizes_are_those_of_each_alone(extract, tmp_path):
+    for i, size in enumerate([(8, 8), (28, 28), (40, 20), (299, 299), (350, 310)]):
+        noise = np.random.default_rng(i).integers(0, 256, size=(*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).convert("L" if i == 1 else "RGB").save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    together = fid_computer.compute_features(paths, extract, batch_size=5)
+    np.testing.assert_allclose(together, fid_computer.compute_features(paths, extract, batch_size=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 1000])
+def test_any_network_can_be_plugged_in(fake, batch_size):
+    paths, sizes = sorted(fake.iterdir()), []
+
+    def extract(images):
+        sizes.append(len(images))
+        return torch.stack([image.double().mean(dim=(1, 2)) for image in images])
+
+    expected = [np.array(Image.open(path)).mean().repeat(3) for path in paths]
+    np.testing.assert_allclose(fid_computer.compute_features(paths, extract, batch_size), expected, rtol=1e-6)
+    assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5], 1000: [5]}[batch_size]
+
+
+def test_reading_ahead_is_bounded(fake, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fid_computer, "read_image", lambda path, mode: seen.append(path) or Image.new(mode, (2, 2)))
+    batches = fid_computer.read_batches(sorted(fake.iterdir()) * 20, batch_size=5)
+    next(batches)
+    time.sleep(0.3)  # enough to read all 100
+    batches.close()
+    assert len(seen) <= 15  # the batch asked for and two more
+
+
+# Its weights
+
+
+def test_weights_are_downloaded_once(tmp_path, monkeypatch):
+    def download(url, file, hash_prefix, progress):
+        assert url == inception.FID_WEIGHTS_URL and 0 < socket.getdefaulttimeout() <= 10
+        calls.append(hash_prefix)
+        Path(file).touch()
+
+    calls = []
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "new"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    before = socket.getdefaulttimeout()
+    assert fid_computer.cached_weights() == fid_computer.cached_weights()
+    assert calls == ["6726825d"] and socket.getdefaulttimeout() == before
+
+
+def test_a_wrong_download_is_not_kept(tmp_path, monkeypatch):
+    (tmp_path / "wrong").write_bytes(b"a page of the hotel's network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fid_computer, "WEIGHTS_URL", (tmp_path / "wrong").as_uri())
+    with pytest.raises(UserError, match=r"cannot be downloaded .*hash"):
+        fid_computer.cached_weights()
+    assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("malicious",)
+
+
+def write_weights(kind, state, file):
+    if kind == "random bytes":
+        file.write_bytes(os.urandom(1000))
+    elif kind == "empty":
+        file.touch()
+    elif kind == "cut short":
+        torch.save(state, file)
+        os.truncate(file, file.stat().st_size // 2)
+    elif kind == "malicious":
+        file.write_bytes(pickle.dumps(Malicious(), protocol=2))
+    else:
+        torch.save({"list": [1], "other names": {"a": torch.ones(2)}}[kind], file)
+
+
+@pytest.mark.parametrize("kind", ["random bytes", "empty", "cut short", "malicious", "list", "other names"])
+def test_bad_weights(kind, state, fails, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_weights(kind, state, tmp_path / "bad.pth")
+    message = fails("--fake", fake, "--real", fake, "--dims", 64, "--weights", "bad.pth")
+    assert message.startswith("bad.pth does not hold") and inception.FID_WEIGHTS_URL in message
+
+
+def test_missing_weights_file(fails, fake):
+    assert "nowhere.pth cannot be read" in fails("--fake", fake, "--real", fake, "--weights", "nowhere.pth")
+
+
+def test_no_weights_and_no_network(fake, tmp_path):
+    result = command("--fake", fake, "--real", fake, TORCH_HOME=str(tmp_path / "home"))
+    assert_failed(result, str(tmp_path / "home" / "hub" / "checkpoints" / fid_computer.WEIGHTS_NAME),
+                  inception.FID_WEIGHTS_URL, "--weights")
+
+
+# The command
+
+
+def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
+    Image.new("RGBA", (30, 50), "red").save(fake / "another.png")  # another size and mode
+    (fake / "notes.txt").write_text("not an image")
+    stats = tmp_path / "real.npz"
+    args = ["--fake", str(fake), "--dims", "64", "--weights", str(weights), "--device", "cpu"]
+    result = command(*args, "--real", str(real), "--save-stats", str(stats))
+    assert result.returncode == 0, result.stderr
+    name, score, rest = result.stdout.split(maxsplit=2)
+    assert name == "FID" and float(score) > 0.01
+    assert rest == f"(64 Inception features; 6 images in {fake} against 7 in {real})\n"
+    warned = result.stderr.splitlines()
+    assert [line[:18] for line in warned] == ["warning: 7 images ", "warning: 6 images "] and "64 features" in warned[0]
+
+    with np.load(stats) as data:
+        assert (data["mean"].shape, data["cov"].shape, data["count"], data["dims"]) == ((64,), (64, 64), 7, 64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fake", "real.npz"]  # no half-written file is left
+    out, _ = call(*args, "--real", stats, "--batch-size", 3)
+    assert out.split()[:2] == ["FID", score] and f"6 images in {fake} against 7 in {stats})" in out
+
+
+def test_distance_of_a_folder_to_itself(fake, weights, call):
+    out, _ = call("--fake", fake, "--real", fake, "--dims", 64, "--weights", weights)
+    assert out.startswith("FID 0.0000 ")
+
+
+def test_pytorch_fid_statistics_are_read(tmp_path, stats, call):
+    mean, cov, _ = fid_computer.read_stats(stats, 64)
+    theirs = tmp_path / "theirs.npz"
+    np.savez_compressed(theirs, mu=mean + 1, sigma=cov)
+    out, err = call("--fake", stats, "--real", theirs, "--dims", 64)
+    assert out == f"FID 64.0000  (64 Inception features; 1,000 images in {stats} against ? in {theirs})\n" and not err
+
+
+def test_help_does_not_wait_for_the_network(monkeypatch, call, capsys):
+    monkeypatch.setitem(sys.modules, "pytorch_fid", None)  # importing it raises ImportError
+    with pytest.raises(SystemExit) as stop:
+        call("--help")
+    assert stop.value.code == 0 and "examples:" in capsys.readouterr().out
+
+
+def test_missing_folder(fake, tmp_path):
+    assert_failed(command("--fake", fake, "--real", tmp_path / "rael"), str(tmp_path / "rael"), "missing")
+
+
+def test_broken_image_among_good_ones(fake, stats, weights, fails):
+    whole = (fake / "00003.png").read_bytes()
+    (fake / "00003.png").write_bytes(whole[:len(whole) // 2])
+    message = fails("--fake", stats, "--real", fake, "--dims", 64, "--weights", weights, "--save-stats", stats)
+    assert str(fake / "00003.png") in message
+
+
+def test_broken_image_as_a_command(fake, stats, weights):
+    (fake / "00001.png").write_bytes(b"no image")
+    assert_failed(command("--fake", fake, "--real", stats, "--dims", "64", "--weights", weights), "00001.png")
+
+
+def test_folders_without_enough_images(fake, tmp_path, fails):
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'} holds no image" in fails("--fake", tmp_path / "empty", "--real", fake)
+    save_digits(tmp_path / "one", slice(0, 1))
+    assert f"{tmp_path / 'one'} holds 1 image" in fails("--fake", fake, "--real", tmp_path / "one")
+    assert "00000.png is not a folder" in fails("--fake", fake / "00000.png", "--real", fake)
+
+
+def write_stats(kind, stats, file):
+    arrays = dict(mean=np.zeros(64), cov=np.eye(64), count=10, dims=64)
+    changes = {"other names": dict(mean=None), "other shape": dict(cov=np.eye(63)),
+               "nan": dict(mean=np.full(64, np.nan)),
+               "malicious": dict(mean=np.array([Malicious()] * 64)),
+               "words": dict(count="many"), "scalar": dict(mean=1.0)}
+    if kind == "random bytes":
+        file.write_bytes(os.urandom(1000))
+    elif kind == "empty":
+        file.touch()
+    elif kind == "cut short":
+        file.write_bytes(stats.read_bytes()[:-1000])
+    elif kind == "one array":
+        with open(file, "wb") as stream:
+            np.save(stream, np.eye(64))
+    else:
+        np.savez(file, **{name: value for name, value in {**arrays, **changes[kind]}.items() if value is not None})
+
+
+@pytest.mark.parametrize("kind", ["random bytes", "empty", "cut short", "one array", "other names", "other shape",
+                                  "nan", "malicious", "words", "scalar"])
+def test_malformed_statistics(kind, stats, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_stats(kind, stats, tmp_path / "bad.npz")
+    assert f"{tmp_path / 'bad.npz'} is damaged" in fails("--fake", stats, "--real", tmp_path / "bad.npz", "--dims", 64)
+
+
+def test_statistics_that_do_not_fit(stats, fails):
+    assert f"{stats} holds the statistics of 64 features, but --dims is 2048" in fails("--fake", stats, "--real", stats)
+    assert "nothing.npz cannot be read: No such file" in fails("--fake", stats, "--real", "nothing.npz", "--dims", 64)
+
+
+def test_statistics_that_cannot_be_written(real, stats, fails, tmp_path, monkeypatch):
+    inputs = ["--fake", stats, "--real", real, "--dims", 64, "--weights", "unread.pth"]  # it is noticed before all work
+    (tmp_path / "folder.npz").mkdir()
+    for target in ("nowhere/stats.npz", "folder.npz", "stats.txt", "stats.npz/stats.npz"):
+        assert f"{target} cannot be written" in fails(*inputs, "--save-stats", tmp_path / target)
+    assert "--save-stats" in fails("--fake", real, "--real", stats, "--dims", 64, "--save-stats", tmp_path / "new.npz")
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        fid_computer.save_stats(stats, np.zeros(64), np.eye(64), 10)
+    assert list(tmp_path.glob(".*")) == [] and fid_computer.read_stats(stats, 64)[2] == 1000
+
+
+def test_bad_flags(stats, fails):
+    assert "--batch-size is 0" in fails("--batch-size", 0)
+    assert "--device cuda:99 cannot" in fails("--fake", stats, "--real", stats, "--dims", 64, "--device", "cuda:99")
