@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from config import Config, UserError, run
-from diffusion import Diffusion
+from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
 FORMAT = "dit-checkpoint-1"
@@ -28,7 +28,9 @@ def build_model(config):
 
 
 def build_diffusion(config, device="cpu"):
-    return Diffusion(config.T, config.schedule, config.prediction, config.beta_start, config.beta_end, device)
+    if config.process == "flow":
+        return RectifiedFlow(config.T, device)
+    return Diffusion(config.T, config.beta_start, config.beta_end, device)
 
 
 def write_atomically(path, write):

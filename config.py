@@ -38,12 +38,10 @@ class Config:
 
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
-    schedule: str = flag("cosine", "noise schedule: linear betas (DDPM, 2006.11239) or cosine (2102.09672)",
-                         choices=("linear", "cosine"))
-    beta_start: float = flag(1e-4, "first beta of the linear schedule", 1e-8, 0.5)
-    beta_end: float = flag(0.02, "last beta of the linear schedule", 1e-8, 0.999)
-    prediction: str = flag("v", "what the network predicts: the noise eps (2006.11239) or the velocity v (2202.00512)",
-                           choices=("eps", "v"))
+    process: str = flag("flow", "ddpm: linear betas, the network predicts the noise (2006.11239); flow: a straight "
+                        "path, the network predicts its velocity (2209.03003)", choices=("ddpm", "flow"))
+    beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
+    beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
 
     # Training
@@ -58,8 +56,8 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
-    precision: str = flag("auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere",
-                          choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "fp32, bf16 (a bfloat16 copy of the weights computes the gradients), or auto: bf16 "
+                          "where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
     log_every: int = flag(50, "steps between two rows of log.csv", 1, 100_000_000)
     sample_every: int = flag(1000, "steps between two sample grids", 1, 100_000_000)
@@ -90,7 +88,7 @@ class Config:
 PRESETS = {
     "default": {},
     # The article's own settings; the sampler takes all T steps, without guidance.
-    "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, schedule="linear", prediction="eps", loss="l1",
+    "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1",
                     batch_size=300, lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0),
     # The sizes of the DiT paper (2212.09748, table 1) at its patch of 2.
     "S": dict(patch_size=2, hidden_size=384, depth=12, num_heads=6),

@@ -1,5 +1,6 @@
 """The diffusion process: how images are noised, what the network learns from that, and how noise becomes an image."""
 
+import itertools
 import math
 
 import torch
@@ -10,65 +11,77 @@ def linear_betas(T, beta_start=1e-4, beta_end=0.02):
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
 
 
-def cosine_betas(T, s=0.008, largest=0.999):
-    """Betas whose alphas_cumprod fall as a squared cosine, float64 (T,) (improved DDPM, 2102.09672, equation 17)."""
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    alphas_cumprod = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=largest)
-
-
 class Diffusion:
-    """The forward process over T steps and what the network is asked to predict of it.
+    """The process of DDPM (2006.11239): over T steps an image fades into noise, and the network predicts the noise.
 
-    x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps      (DDPM, 2006.11239, equation 4)
+    x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps      (equation 4)
 
-    schedule: "linear" or "cosine". prediction: "eps" (the noise), or "v" = sqrt(alphas_cumprod) eps -
-    sqrt(1 - alphas_cumprod) x_0 (2202.00512), which stays informative where x_t is nearly all noise.
     The schedule is float64 on the CPU; what training gathers from it by t is float32 on `device`.
     """
 
-    def __init__(self, T=1000, schedule="linear", prediction="eps", beta_start=1e-4, beta_end=0.02, device="cpu"):
-        self.T, self.prediction = T, prediction
-        self.betas = linear_betas(T, beta_start, beta_end) if schedule == "linear" else cosine_betas(T)  # (T,)
+    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
+        self.T = T
+        self.betas = linear_betas(T, beta_start, beta_end)                    # (T,)
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        # The variance of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)
+        # The variance of q(x_{t-1} | x_t, x_0) (equation 7)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.signal = self.alphas_cumprod.sqrt().to(device, torch.float32)
-        self.noise = (1 - self.alphas_cumprod).sqrt().to(device, torch.float32)
+        self.set_path(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), device)
+
+    def set_path(self, signal, noise, device):
+        """signal and noise (T,), float64: the shares of the image and of the noise in x_t."""
+        self.path = [*zip(signal.tolist(), noise.tolist(), strict=True), (1.0, 0.0)]  # t = -1: the clean image
+        self.signal, self.noise = signal.to(device, torch.float32), noise.to(device, torch.float32)
 
     def forward_add_noise(self, x, t, noise=None):
         """Noises images to steps t in one go: x (B, C, H, W) in [-1, 1], t (B,) in 0..T-1 -> x_t and its noise."""
         noise = torch.randn_like(x) if noise is None else noise
-        return self.mix(x, noise, self.signal[t], self.noise[t]), noise
+        return self.signal[t].view(-1, 1, 1, 1) * x + self.noise[t].view(-1, 1, 1, 1) * noise, noise
 
-    def target(self, x, t, noise):
-        """What the network should answer to `forward_add_noise(x, t, noise)`, (B, C, H, W)."""
-        return noise if self.prediction == "eps" else self.mix(noise, x, self.signal[t], -self.noise[t])
+    def random_t(self, u):
+        """The steps (B,) to train on, from random numbers u (B,) in [0, 1): each step as often as any other."""
+        return (u * self.T).long()
 
-    @staticmethod
-    def mix(x, y, a, b):
-        """a x + b y, with one a and b per image."""
-        return a.view(-1, 1, 1, 1) * x + b.view(-1, 1, 1, 1) * y
-
-    def coefficients(self, t):
-        """The share of signal and of noise in x_t as two floats; t = -1 is the clean image."""
-        alpha_cumprod = self.alphas_cumprod[t].item() if t >= 0 else 1.0
-        return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
+    def target(self, x, noise):
+        """What the network should answer when shown x_t, (B, C, H, W)."""
+        return noise
 
     def predict_x_0(self, output, x, t, bound):
         """The image that a network output for x_t at the one step t stands for, clamped to [-bound, bound].
 
         x_t itself is never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
         """
-        a, s = self.coefficients(t)
-        x_0 = (x - s * output) / a if self.prediction == "eps" else a * x - s * output
-        return x_0.clamp(-bound, bound)
+        signal, noise = self.path[t]
+        return ((x - noise * output) / signal).clamp(-bound, bound)
 
     def timesteps(self, steps):
         """A descending subset of `steps` of the T steps, from T-1 on, evenly spaced (2305.08891, "trailing")."""
         return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+
+
+class RectifiedFlow(Diffusion):
+    """A straight path from image to noise (2209.03003, 2210.02547), along which the network predicts the velocity.
+
+    x_t = (1 - tau) x_0 + tau eps, tau = (t + 1) / (T + 1)
+
+    The times to train on are logit-normal (2403.03206, section 3.1): most often in the midst of the path, where the
+    velocity is hardest to tell.
+    """
+
+    def __init__(self, T=1000, device="cpu"):
+        self.T = T
+        tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+        self.set_path(1 - tau, tau, device)
+
+    def random_t(self, u):
+        return (torch.special.ndtri(u).sigmoid() * self.T).long().clamp(max=self.T - 1)
+
+    def target(self, x, noise):
+        return noise - x
+
+    def predict_x_0(self, output, x, t, bound):
+        return (x - self.path[t][1] * output).clamp(-bound, bound)
 
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
@@ -81,24 +94,26 @@ class Diffusion:
 def ddpm(diffusion, denoise, x, steps, noise, bound=1.0):
     """Ancestral sampling (DDPM, 2006.11239, algorithm 2) over all T steps or any subset of them."""
     timesteps = diffusion.timesteps(steps)
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    for t, t_prev in itertools.pairwise([*timesteps, -1]):
         x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
-        (a, s), (a_prev, s_prev) = diffusion.coefficients(t), diffusion.coefficients(t_prev)
-        alpha = (a / a_prev) ** 2  # of the one long step from t_prev to t
-        mean = (a_prev * (1 - alpha) * x_0 + math.sqrt(alpha) * s_prev**2 * x) / s**2  # equation 7
-        variance = (1 - alpha) * s_prev**2 / s**2
-        x = mean + math.sqrt(variance) * noise() if t_prev >= 0 else mean
+        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
+        beta = s**2 - (a / a_prev * s_prev) ** 2  # the noise that the one long step from t_prev to t adds
+        mean = (a_prev * beta * x_0 + a / a_prev * s_prev**2 * x) / s**2  # equation 7
+        x = mean + math.sqrt(beta) * s_prev / s * noise() if t_prev >= 0 else mean
         yield x
 
 
 def ddim(diffusion, denoise, x, steps, noise, bound=1.0, eta=0.0):
-    """DDIM (2010.02502, equation 12): eta = 0 is deterministic, eta = 1 as random as `ddpm`."""
+    """DDIM (2010.02502, equation 12): eta = 0 is deterministic, eta = 1 as random as `ddpm`.
+
+    With eta = 0 on a `RectifiedFlow` this is Euler's method.
+    """
     timesteps = diffusion.timesteps(steps)
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    for t, t_prev in itertools.pairwise([*timesteps, -1]):
         x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
-        (a, s), (a_prev, s_prev) = diffusion.coefficients(t), diffusion.coefficients(t_prev)
+        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
         eps = (x - a * x_0) / s
-        sigma = eta * s_prev / s * math.sqrt(1 - (a / a_prev) ** 2)  # equation 16
+        sigma = eta * s_prev / s * math.sqrt(s**2 - (a / a_prev * s_prev) ** 2)  # equation 16
         x = a_prev * x_0 + math.sqrt(s_prev**2 - sigma**2) * eps
         if sigma:
             x = x + sigma * noise()
@@ -109,12 +124,12 @@ def dpm(diffusion, denoise, x, steps, noise, bound=1.0):
     """DPM-Solver++ 2M (2211.01095, algorithm 2): second order, deterministic, one network call a step."""
     timesteps = diffusion.timesteps(steps)
     x_0_last = h_last = None
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    for t, t_prev in itertools.pairwise([*timesteps, -1]):
         x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
         if t_prev < 0:
             yield x_0
             return
-        (a, s), (a_prev, s_prev) = diffusion.coefficients(t), diffusion.coefficients(t_prev)
+        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
         h = math.log(a_prev / s_prev) - math.log(a / s)  # the step in log signal-to-noise
         D = x_0 if x_0_last is None else x_0 + h / (2 * h_last) * (x_0 - x_0_last)
         x = s_prev / s * x - a_prev * math.expm1(-h) * D

@@ -17,12 +17,12 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, hidden_size, num_sinusoids=256):
         super().__init__()
-        half = num_sinusoids // 2
-        frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=torch.float64))
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.num_sinusoids = num_sinusoids
         self.mlp = nn.Sequential(nn.Linear(num_sinusoids, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        angles = t[:, None].float() * self.frequencies          # (B, half)
-        waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, num_sinusoids)
-        return self.mlp(waves)                                  # (B, hidden_size)
+        half = self.num_sinusoids // 2
+        frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))  # (half,)
+        angles = t[:, None].float() * frequencies                                                     # (B, half)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)                                        # (B, 2 half)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))                                           # (B, D)

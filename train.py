@@ -1,6 +1,7 @@
 """Trains a DiT. Everything that step i draws is a function of (seed, i): a resumed run is the same run."""
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoint import build_diffusion, build_model, load_checkpoint, save_checkpoint, write_atomically
@@ -27,14 +29,14 @@ CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_ever
               "guidance", "eta")
 
 
-def draw_batch(images, labels, config, step):
+def draw_batch(images, labels, diffusion, config, step):
     """What step `step` learns from: images x_0 (B, C, H, W) in [-1, 1], labels y (B,) some of which are the null label,
     times t (B,) and noise, all made on the device of `images`."""
     device, B = images.device, config.batch_size
     seed = np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(seed))
     index = torch.randint(len(images), (B,), generator=generator, device=device)
-    t = torch.randint(config.T, (B,), generator=generator, device=device)
+    t = diffusion.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *images.shape[1:]), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
     x_0 = images[index].float() / 127.5 - 1
@@ -49,26 +51,47 @@ def learning_rate(config, step):
     return config.lr * min(1, (step + 1) / (config.warmup + 1)) * decay
 
 
-def train_step(model, ema, optimizer, diffusion, config, batch, step):
-    """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged."""
+def use_bf16(precision, device):
+    """Whether "auto" precision computes in bfloat16 on `device`: only hardware that multiplies it gains from it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
+    """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged.
+
+    worker: what computes the gradients: `model` itself, or a copy of it in bfloat16. Autocast would round the same
+    weights once for each layer and direction, which on a CPU costs more than it gains.
+    """
     x_0, y, t, noise = batch
+    weights, copies = list(model.parameters()), list(worker.parameters())
+    if worker is not model:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, weights)
     x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and x_t.is_cuda)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
-        output = model(x_t, t, y)
-    error = output.float() - diffusion.target(x_0, t, noise)
-    losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    # The CPU's fused attention is made for long sequences: on 16 tokens its backward pass takes half of the step.
+    with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else contextlib.nullcontext():
+        output = worker(x_t.to(copies[0].dtype), t, y).float()
+        error = output - diffusion.target(x_0, noise)
+        losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+        losses.mean().backward()
+    if worker is not model:
+        for weight, copied in zip(weights, copies, strict=True):
+            weight.grad, copied.grad = copied.grad.float(), None
 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    optimizer.zero_grad()
-    losses.mean().backward()
     if config.grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
     optimizer.step()
+    optimizer.zero_grad()
     decay = min(config.ema_decay, (step + 1) / (step + 10))  # the first, useless weights are soon forgotten
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
     return losses.detach()
 
 
@@ -103,13 +126,14 @@ def draw_loss(log, path):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def resolve(config, data):
-    """The configuration with every size that the data set decides filled in."""
+def resolve(config, data, device):
+    """The configuration with all filled in that the data set and the device decide."""
     C, H = data.images.shape[1:3]
     if not config.patch_size and H % 4:
         raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size, or --image-size")
     return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
-                               patch_size=config.patch_size or H // 4)
+                               patch_size=config.patch_size or H // 4,
+                               precision="bf16" if use_bf16(config.precision, device) else "fp32")
 
 
 def parse_args():
@@ -162,11 +186,12 @@ def main():
     device = pick_device(args.device)
     make_run_dir(args.run_dir)
     data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
-    config = resolve(config, data)
+    config = resolve(config, data, device)
     images, labels = data.images.to(device), data.labels.to(device)
 
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
+    worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     diffusion = build_diffusion(config, device)
@@ -184,7 +209,8 @@ def main():
           f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
           f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
-    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, seed {config.seed}")
+    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
+          f"seed {config.seed}")
     print(f"results   {args.run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
 
     path = args.run_dir / "model.pth"
@@ -204,8 +230,8 @@ def main():
                mininterval=0.2 if sys.stderr.isatty() else 20)
     with log_file, bar:
         for step in range(start, config.steps):
-            batch = draw_batch(images, labels, config, step)
-            losses = train_step(model, ema, optimizer, diffusion, config, batch, step)
+            batch = draw_batch(images, labels, diffusion, config, step)
+            losses = train_step(model, worker, ema, optimizer, diffusion, config, batch, step)
             level = batch[2] * NOISE_LEVELS // config.T
             window.index_add_(0, level, torch.stack([losses, torch.ones_like(losses)], dim=1))
             bar.update()

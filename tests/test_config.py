@@ -20,8 +20,8 @@ def test_every_preset_is_valid():
 
 def test_article_preset():
     article = Config(**PRESETS["article"])
-    assert (article.T, article.schedule, article.beta_start, article.beta_end) == (1000, "linear", 1e-4, 0.02)
-    assert (article.prediction, article.loss, article.sampler, article.sample_steps) == ("eps", "l1", "ddpm", 1000)
+    assert (article.T, article.process, article.beta_start, article.beta_end) == (1000, "ddpm", 1e-4, 0.02)
+    assert (article.loss, article.sampler, article.sample_steps) == ("l1", "ddpm", 1000)
     assert (article.patch_size, article.hidden_size, article.depth, article.num_heads) == (4, 64, 3, 4)
 
 

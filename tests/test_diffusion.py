@@ -2,16 +2,26 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion import SAMPLERS, Diffusion, ddim, ddpm, dpm, guided
+from diffusion import SAMPLERS, Diffusion, RectifiedFlow, ddim, ddpm, dpm, guided
 
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # our names and diffusers'
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+PROCESSES = {"ddpm": Diffusion, "flow": RectifiedFlow}
 
 
-def scheduler(kind, schedule, prediction, **options):
-    return kind(1000, 1e-4, 0.02, SCHEDULES[schedule], prediction_type=PREDICTIONS[prediction], **options)
+def scheduler(kind, **options):
+    return kind(1000, 1e-4, 0.02, "linear", **options)
+
+
+def exact_denoiser(diffusion, mean, std):
+    """What a perfect network answers on data that are N(mean, std^2), pixel by pixel."""
+
+    def denoise(x, t):
+        a, s = diffusion.path[t]
+        x_0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)  # E[x_0 | x_t]
+        return diffusion.target(x_0, (x - a * x_0) / s)
+
+    return denoise
 
 
 def each_step(sampler, diffusion, x, steps, noise, bound=1.0, **options):
@@ -31,9 +41,8 @@ def set_trailing_timesteps(theirs, steps):
     return theirs.timesteps.tolist()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedule_equals_diffusers(schedule):
-    ours, theirs = Diffusion(schedule=schedule), scheduler(DDPMScheduler, schedule, "eps")
+def test_schedule_equals_diffusers():
+    ours, theirs = Diffusion(), scheduler(DDPMScheduler)
     torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
     for t in (0, 1, 500, 999):
@@ -49,21 +58,41 @@ def test_schedule_of_the_article():
     assert diffusion.alphas_cumprod[-1] < 1e-4
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_moments_of_the_forward_process_at_every_t(schedule):
+def test_moments_of_the_forward_process_at_every_t():
     """One step at a time, x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps, has the moments of the direct jump."""
-    diffusion = Diffusion(T=100, schedule=schedule)
+    diffusion = Diffusion(T=100, beta_end=0.1)
     mean, variance = 1.0, 0.0
     x_0, samples = torch.full((1, 1, 100, 100), 0.5), torch.randn(100, 1, 100, 100)
     for t in range(100):
         mean *= math.sqrt(diffusion.alphas[t])
         variance = diffusion.alphas[t].item() * variance + diffusion.betas[t].item()
-        x_t, noise = diffusion.forward_add_noise(x_0, torch.tensor([t]), samples[t:t + 1])
-        assert noise is not None and x_t.shape == x_0.shape
+        x_t, _ = diffusion.forward_add_noise(x_0, torch.tensor([t]), samples[t:t + 1])
         assert x_t.mean().item() == pytest.approx(0.5 * mean, abs=0.05)
         assert x_t.var().item() == pytest.approx(variance, rel=0.08)
-        assert diffusion.signal[t].item() == pytest.approx(mean, rel=1e-4)
-        assert diffusion.noise[t].item() ** 2 == pytest.approx(variance, rel=1e-4)
+        assert diffusion.signal[t].item() == pytest.approx(mean, rel=1e-5)
+        assert diffusion.noise[t].item() ** 2 == pytest.approx(variance, rel=1e-5)
+
+
+def test_path_of_the_flow_is_straight():
+    flow = RectifiedFlow()
+    torch.testing.assert_close(flow.signal + flow.noise, torch.ones(1000))
+    torch.testing.assert_close(flow.noise.diff(), torch.full((999,), 1 / 1001), atol=1e-6, rtol=0)
+    x, noise = torch.rand(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    early, _ = flow.forward_add_noise(x, torch.tensor([100, 100]), noise)
+    late, _ = flow.forward_add_noise(x, torch.tensor([900, 900]), noise)
+    torch.testing.assert_close((late - early) * 1001 / 800, flow.target(x, noise))  # the velocity
+
+
+def test_times_to_train_on():
+    """Uniform for ddpm; the logit of the time normal for flow."""
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    t = Diffusion(T=10).random_t(u)
+    assert t.bincount().tolist() == [10_000] * 10
+    t = RectifiedFlow().random_t(u)
+    assert t.min() >= 0 and t.max() <= 999
+    logit = torch.logit((t + 0.5) / 1000)
+    assert logit.mean().item() == pytest.approx(0, abs=0.01) and logit.std().item() == pytest.approx(1, abs=0.01)
+    assert RectifiedFlow().random_t(torch.tensor([0.0, 1 - 2**-24])).tolist()[0] == 0
 
 
 def test_forward_noise_is_drawn_when_none_is_given():
@@ -73,28 +102,23 @@ def test_forward_noise_is_drawn_when_none_is_given():
     torch.testing.assert_close(x_t, noise, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_target_equals_diffusers_and_leads_back_to_the_image(schedule, prediction):
-    diffusion = Diffusion(schedule=schedule, prediction=prediction)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_target_leads_back_to_the_image(process):
+    diffusion = PROCESSES[process]()
     x_0, noise = torch.rand(5, 1, 4, 4) * 2 - 1, torch.randn(5, 1, 4, 4)
     t = torch.tensor([0, 10, 400, 700, 900])
-    target = diffusion.target(x_0, t, noise)
-    theirs = scheduler(DDPMScheduler, schedule, prediction)
-    expected = noise if prediction == "eps" else theirs.get_velocity(x_0, noise, t)
-    torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-4)
     x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
-    torch.testing.assert_close(x_t, theirs.add_noise(x_0, noise, t), atol=1e-5, rtol=1e-4)
+    target = diffusion.target(x_0, noise)
     for i in range(5):
         recovered = diffusion.predict_x_0(target[i], x_t[i], t[i].item(), bound=2.0)
         torch.testing.assert_close(recovered, x_0[i], atol=2e-4, rtol=1e-3)
+    if process == "ddpm":
+        torch.testing.assert_close(x_t, scheduler(DDPMScheduler).add_noise(x_0, noise, t), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1000, 50])
-def test_ddpm_steps_equal_diffusers(schedule, prediction, steps, monkeypatch):
-    theirs = scheduler(DDPMScheduler, schedule, prediction, clip_sample=True, timestep_spacing="trailing")
+def test_ddpm_steps_equal_diffusers(steps, monkeypatch):
+    theirs = scheduler(DDPMScheduler, clip_sample=True, timestep_spacing="trailing")
     timesteps = set_trailing_timesteps(theirs, steps)
     draws = []
 
@@ -102,21 +126,20 @@ def test_ddpm_steps_equal_diffusers(schedule, prediction, steps, monkeypatch):
         draws.append(torch.randn(1, 1, 4, 4))
         return draws[-1]
 
-    ours = each_step(ddpm, Diffusion(schedule=schedule, prediction=prediction), torch.randn(1, 1, 4, 4), steps, noise)
+    ours = each_step(ddpm, Diffusion(), torch.randn(1, 1, 4, 4), steps, noise)
     assert [t for t, *_ in ours] == timesteps
     for i in (0, 1, steps // 2, steps - 2, steps - 1):
         t, output, before, after = ours[i]
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, i=i, **__: draws[i])
+        draw = draws[i] if i < len(draws) else torch.zeros(1, 1, 4, 4)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, d=draw, **__: d)
         expected = theirs.step(output, t, before).prev_sample
         torch.testing.assert_close(after, expected, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1000, 50])
-def test_ddim_steps_equal_diffusers(schedule, prediction, eta, steps):
-    theirs = scheduler(DDIMScheduler, schedule, prediction, clip_sample=True, timestep_spacing="trailing")
+def test_ddim_steps_equal_diffusers(eta, steps):
+    theirs = scheduler(DDIMScheduler, clip_sample=True, timestep_spacing="trailing")
     timesteps = set_trailing_timesteps(theirs, steps)
     draws = []
 
@@ -124,8 +147,7 @@ def test_ddim_steps_equal_diffusers(schedule, prediction, eta, steps):
         draws.append(torch.randn(1, 1, 4, 4))
         return draws[-1]
 
-    ours = each_step(ddim, Diffusion(schedule=schedule, prediction=prediction), torch.randn(1, 1, 4, 4), steps, noise,
-                     eta=eta)
+    ours = each_step(ddim, Diffusion(), torch.randn(1, 1, 4, 4), steps, noise, eta=eta)
     assert [t for t, *_ in ours] == timesteps
     for i in (0, 1, steps // 2, steps - 2, steps - 1):
         t, output, before, after = ours[i]
@@ -134,72 +156,73 @@ def test_ddim_steps_equal_diffusers(schedule, prediction, eta, steps):
         torch.testing.assert_close(after, expected.prev_sample, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [20, 7])
-def test_dpm_equals_diffusers(schedule, steps):
-    theirs = scheduler(DPMSolverMultistepScheduler, schedule, "v", timestep_spacing="trailing",
-                       final_sigmas_type="zero", algorithm_type="dpmsolver++", solver_order=2)
+def test_dpm_equals_diffusers(steps):
+    theirs = scheduler(DPMSolverMultistepScheduler, timestep_spacing="trailing", final_sigmas_type="zero",
+                       algorithm_type="dpmsolver++", solver_order=2)
     theirs.set_timesteps(steps)
     x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
-    ours = each_step(dpm, Diffusion(schedule=schedule, prediction="v"), x, steps, None, bound=math.inf)
+    ours = each_step(dpm, Diffusion(), x, steps, None, bound=math.inf)
     assert [t for t, *_ in ours] == theirs.timesteps.tolist()
     for t, output, before, after in ours:
         expected = theirs.step(output, t, before).prev_sample
         torch.testing.assert_close(after, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_ddim_with_eta_1_is_ddpm():
-    diffusion = Diffusion(T=100, prediction="v")
+def test_ddim_on_a_flow_is_euler_as_in_diffusers():
+    flow = RectifiedFlow()
+    theirs = FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(sigmas=[flow.path[t][1] for t in flow.timesteps(8)])
+    x = torch.randn(1, 1, 4, 4)
+    for (_, output, before, after), t in zip(each_step(ddim, flow, x, 8, None, bound=math.inf), theirs.timesteps,
+                                             strict=True):
+        torch.testing.assert_close(after, theirs.step(output, t, before).prev_sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("steps", [100, 9])
+def test_ddim_with_eta_1_is_ddpm(process, steps):
+    diffusion = PROCESSES[process](T=100)
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
 
     def run(sampler, **options):
         generator = torch.Generator().manual_seed(1)
-        return each_step(sampler, diffusion, x, 100, lambda: torch.randn(2, 1, 4, 4, generator=generator), **options)
+        return each_step(sampler, diffusion, x, steps, lambda: torch.randn(2, 1, 4, 4, generator=generator), **options)
 
     for a, b in zip(run(ddpm), run(ddim, eta=1.0), strict=True):
         torch.testing.assert_close(a[3], b[3])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "eps"), ("linear", "v"), ("cosine", "v")])
-def test_samplers_recover_a_gaussian(name, schedule, prediction):
+@pytest.mark.parametrize("process", PROCESSES)
+def test_samplers_recover_a_gaussian(name, process):
     """With the exact denoiser of N(mean, std^2), samples have that mean and standard deviation."""
-    mean, std = 0.3, 0.4
-    diffusion = Diffusion(schedule=schedule, prediction=prediction)
-
-    def denoise(x, t):
-        a, s = diffusion.coefficients(t)
-        x_0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)  # E[x_0 | x_t]
-        eps = (x - a * x_0) / s
-        return eps if prediction == "eps" else a * eps - s * x_0
-
+    diffusion = PROCESSES[process]()
     x = torch.randn(1, 1, 200, 200, dtype=torch.float64)
     steps = 1000 if name == "ddpm" else 100
-    *_, x = SAMPLERS[name](diffusion, denoise, x, steps, lambda: torch.randn_like(x), bound=math.inf)
-    assert x.mean().item() == pytest.approx(mean, abs=0.02)
-    assert x.std().item() == pytest.approx(std, rel=0.03)
+    *_, x = SAMPLERS[name](diffusion, exact_denoiser(diffusion, 0.3, 0.4), x, steps, lambda: torch.randn_like(x),
+                           bound=math.inf)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert x.std().item() == pytest.approx(0.4, rel=0.03)
 
 
-def test_second_order_is_more_exact():
-    """On the Gaussian above, dpm's error falls with the square of the number of steps, ddim's with the number."""
-    diffusion = Diffusion(T=100_000, schedule="cosine", prediction="v")
-
-    def denoise(x, t):  # of data that is N(0, 0.4^2)
-        a, s = diffusion.coefficients(t)
-        x_0 = a * 0.16 / (a**2 * 0.16 + s**2) * x
-        return a * (x - a * x_0) / s - s * x_0
+@pytest.mark.parametrize("process", PROCESSES)
+def test_second_order_is_more_exact(process):
+    """On the Gaussian above, ddim's error halves with twice the steps, and dpm's is a fraction of it."""
+    diffusion = PROCESSES[process](T=1000)
 
     def error(sampler, steps):
-        *_, x = sampler(diffusion, denoise, torch.ones(1, 1, 1, 1, dtype=torch.float64), steps, None, math.inf)
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        *_, x = sampler(diffusion, exact_denoiser(diffusion, 0.0, 0.4), x, steps, None, math.inf)
         return abs(x.item() - 0.4)
 
-    assert 1.6 < error(ddim, 50) / error(ddim, 100) < 2.6
-    assert error(dpm, 100) < error(ddim, 100) / 4
+    assert 1.5 < error(ddim, 25) / error(ddim, 50) < 2.5
+    assert error(dpm, 50) < error(ddim, 50) / 3
 
 
 def test_x_t_is_never_clamped():
     """Half of the noise lies outside of [-1, 1]; only the predicted image is cut there."""
-    diffusion = Diffusion(prediction="eps")
+    diffusion = Diffusion()
     for sampler in SAMPLERS.values():
         states = list(sampler(diffusion, lambda x, t: x, torch.full((1, 1, 2, 2), 3.0), 10, lambda: torch.zeros(1)))
         assert states[0].abs().max() > 1

@@ -1,3 +1,4 @@
+import copy
 import csv
 import os
 import signal
@@ -15,6 +16,7 @@ import train
 from checkpoint import build_diffusion, build_model, load_checkpoint
 from config import PRESETS, Config
 from dataset import load_dataset
+from diffusion import Diffusion
 from inference import sample, to_uint8
 from train import draw_batch, learning_rate, train_step
 
@@ -132,8 +134,8 @@ def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = train.train_step
 
-    def explode(model, ema, *args):
-        losses = original(model, ema, *args)
+    def explode(model, worker, ema, *args):
+        losses = original(model, worker, ema, *args)
         if args[-1] == 5:
             torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
             torch.nn.init.constant_(ema.final_layer.linear.bias, float("nan"))
@@ -198,10 +200,11 @@ def test_unknown_data_set(command):
 def test_what_a_step_draws_depends_on_seed_and_step_alone():
     images, labels = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8), torch.arange(50) % 10
     config = Config(batch_size=16, num_classes=10)
-    first = draw_batch(images, labels, config, 5)
+    first = draw_batch(images, labels, Diffusion(), config, 5)
     torch.rand(100)
-    assert same(first, draw_batch(images, labels, config, 5))
-    others = [draw_batch(images, labels, config, 6), draw_batch(images, labels, Config(seed=1, batch_size=16), 5)]
+    assert same(first, draw_batch(images, labels, Diffusion(), config, 5))
+    others = [draw_batch(images, labels, Diffusion(), config, 6),
+              draw_batch(images, labels, Diffusion(), Config(seed=1, batch_size=16), 5)]
     assert not any(same(first[3], other[3]) or same(first[2], other[2]) for other in others)
 
 
@@ -210,7 +213,7 @@ def test_batch():
     labels = torch.arange(1000) % 10
     images = (labels * 25).byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     config = Config(batch_size=20_000, num_classes=10, label_dropout=0.1)
-    x_0, y, t, noise = draw_batch(images, labels, config, 0)
+    x_0, y, t, noise = draw_batch(images, labels, Diffusion(), config, 0)
     assert x_0.shape == noise.shape == (20_000, 1, 2, 2) and x_0.min() == -1 and x_0.max() <= 1
     assert t.min() == 0 and t.max() == 999 and t.float().mean().item() == pytest.approx(499.5, abs=8)
     dropped = y == 10
@@ -234,15 +237,42 @@ def test_step_trains_and_averages():
     ema.load_state_dict(model.state_dict())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = draw_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), config, 0)
-    losses = train_step(model, ema, optimizer, build_diffusion(config), config, batch, step=999)
+    diffusion = build_diffusion(config)
+    batch = draw_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), diffusion, config, 0)
+    losses = train_step(model, model, ema, optimizer, diffusion, config, batch, step=999)
     assert losses.shape == (8,) and not losses.requires_grad
-    target = build_diffusion(config).target(batch[0], batch[2], batch[3])
+    target = diffusion.target(batch[0], batch[3])
     torch.testing.assert_close(losses, target.square().mean(dim=(1, 2, 3)))  # an untrained model answers zero
     changed = model.state_dict()["final_layer.linear.weight"]
     assert changed.any()
     for name, old in before.items():
         torch.testing.assert_close(ema.state_dict()[name], 0.9 * old + 0.1 * model.state_dict()[name])
+
+
+def test_bf16_gradients_are_those_of_fp32():
+    """The copy in bfloat16 gives the loss and the gradients of the weights themselves, to bfloat16's rounding."""
+    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
+                    batch_size=64, grad_clip=0.0, lr=0.0)
+    diffusion = build_diffusion(config)
+    images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
+    batch = draw_batch(images, torch.arange(99) % 10, diffusion, config, 0)
+    gradients = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            gradients.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+
+    model = build_model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    losses = []
+    for worker in (model, copy.deepcopy(model).bfloat16()):
+        ema = copy.deepcopy(model)
+        losses.append(train_step(model, worker, ema, Recorder(model.parameters()), diffusion, config, batch, 0))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert losses[1].dtype == gradients[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.01)
 
 
 def test_overfits_a_handful_of_digits():
@@ -255,9 +285,10 @@ def test_overfits_a_handful_of_digits():
     model, ema = build_model(config), build_model(config)
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    diffusion = build_diffusion(config)
     for step in range(config.steps):
-        train_step(model, ema, optimizer, build_diffusion(config), config, draw_batch(images, labels, config, step),
-                   step)
+        batch = draw_batch(images, labels, diffusion, config, step)
+        train_step(model, model, ema, optimizer, diffusion, config, batch, step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
     assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
@@ -271,9 +302,9 @@ def test_every_preset_takes_a_step():
                            "hidden_size": 32, "depth": 1, "num_heads": 2, "batch_size": 4})
         model = build_model(config)
         ema = build_model(config)
-        batch = draw_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), config, 0)
-        optimizer = torch.optim.AdamW(model.parameters())
-        losses = train_step(model, ema, optimizer, build_diffusion(config), config, batch, 0)
+        diffusion, optimizer = build_diffusion(config), torch.optim.AdamW(model.parameters())
+        batch = draw_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), diffusion, config, 0)
+        losses = train_step(model, model, ema, optimizer, diffusion, config, batch, 0)
         assert losses.isfinite().all()
 
 
