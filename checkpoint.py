@@ -33,6 +33,16 @@ def build_diffusion(config, device="cpu"):
     return Diffusion(config.T, config.beta_start, config.beta_end, device)
 
 
+def make_dir(path):
+    """Makes a folder, and finds out before the first minute of work whether it can be written: else `UserError`."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be written: {error.strerror}") from None
+
+
 def write_atomically(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
     holds either what it held or all of the new. Raises `UserError` when it cannot be written."""

@@ -3,13 +3,22 @@
 Every figure stands beside the same figure of real images, which is what perfect fakes would get.
 """
 
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw
+from tqdm import tqdm
 
-from config import UserError
+from checkpoint import make_dir
+from config import UserError, run
+from dataset import list_images, load_dataset, read_image
+from digit_classifier import load_classifier
 from fid_computer import frechet_distance, statistics
-from inference import grid
+from inference import grid, load_for_sampling, sample, sampling_parser, save_picture, to_uint8
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
@@ -189,3 +198,57 @@ def worst_picture(fakes, labels, probs, count=40):
         left, top = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
         draw.text((left + 4, top + height - scale * caption), f"{labels[k]} read {probs[k].argmax()}", fill=255)
     return picture
+
+
+def read_fakes(folder):
+    """The images uint8 (N, 1, H, W) of a folder, and their labels int64 (N,) if every name ends in one, as those of
+    generator.py do: 000000_7.png (else None). Raises `UserError` when they are not all of one size."""
+    paths = list_images(folder)
+    images = [np.array(read_image(path, "L")) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
+    if len({image.shape for image in images}) != 1:
+        raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: it must hold digits "
+                        "of 28 x 28 pixels")
+    labels = [re.search(r"_([0-9])$", path.stem) for path in paths]
+    labels = torch.tensor([int(label[1]) for label in labels]) if all(labels) else None
+    return torch.from_numpy(np.stack(images))[:, None], labels
+
+
+def judge_mnist(fakes, labels, data_dir, device, pictures=None):
+    """Prints the `report` of fakes against MNIST, and draws its pictures into the folder `pictures`."""
+    train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
+    classifier = load_classifier("mnist", device=device)
+    print(report(score(fakes, labels, train, test, classifier)))
+    if pictures:
+        save_picture(pictures / "nearest.png", nearest_picture(fakes, train))
+        if labels is not None:
+            save_picture(pictures / "worst.png", worst_picture(fakes, labels, embed(classifier, fakes)[1]))
+
+
+def main():
+    parser = sampling_parser("Draws digits from a checkpoint and scores them against MNIST.")
+    parser.add_argument("--count", type=int, default=10_000, help="how many, equally many of each digit (default: "
+                        "10000; scores of different counts do not compare)")
+    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
+    parser.add_argument("--pictures", type=Path, help="a folder that gets nearest.png, the fakes beside the training "
+                        "images nearest to them, and worst.png, those that are least read as what was asked for")
+    args = parser.parse_args()
+    if not 10 <= args.count <= 100_000:
+        raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
+    if args.pictures:
+        make_dir(args.pictures)
+    model, config = load_for_sampling(args)
+    device = next(model.parameters()).device
+    load_classifier(config.dataset)  # refuses a model of other images before they are drawn
+    labels = torch.arange(args.count) % 10
+    fakes = []
+    with tqdm(total=args.count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
+        for indices in torch.arange(args.count).split(500):
+            *_, x = sample(model, config, labels[indices].to(device), indices.tolist())
+            fakes.append(to_uint8(x).cpu())
+            bar.update(len(indices))
+    print(f"{config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}")
+    judge_mnist(torch.cat(fakes), labels, config.data_dir, device, args.pictures)
+
+
+if __name__ == "__main__":
+    run(main)

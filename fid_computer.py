@@ -196,6 +196,12 @@ The score goes to standard output, all else to standard error. The exit code is 
                         help="the folder to score, or its statistics (default: %(default)s)")
     parser.add_argument("--real", type=Path, default=Path("images/real"), metavar="DIR",
                         help="the folder to score it against, or its statistics (default: %(default)s)")
+    parser.add_argument("--features", choices=("inception", "digits"), default="inception",
+                        help="whose: Inception's, or those of a network that reads MNIST's digits, which say more of "
+                             "them and need no download: then --fake is held against MNIST itself, by every figure of "
+                             "digit_score.py (default: %(default)s)")
+    parser.add_argument("--data-dir", default=".", metavar="DIR",
+                        help="with --features digits: the folder that holds MNIST/ (default: .)")
     parser.add_argument("--save-stats", type=Path, metavar="FILE.npz",
                         help="keep the statistics of the real folder in this file, for a later --real FILE.npz")
     parser.add_argument("--dims", type=int, default=2048, choices=(64, 192, 768, 2048),
@@ -218,6 +224,10 @@ def main():
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = pick_device(args.device)
+    if args.features == "digits":
+        from digit_score import judge_mnist, read_fakes  # here, since it imports this file
+
+        return judge_mnist(*read_fakes(args.fake), args.data_dir, device)
 
     # Both inputs are looked at before the network is loaded: a wrong name should not cost minutes.
     inputs = {}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from checkpoint import make_dir, write_atomically
 from config import SAMPLING, UserError, run
 from dataset import load_dataset
 from inference import find_checkpoint, load_for_sampling, sample, sampling_parser, to_uint8
@@ -26,10 +26,7 @@ def missing_indices(folder, count):
 def open_folder(folder, settings):
     """Makes `folder` for images that `settings` (a dict) made, or checks that those in it were made by the same:
     images of two kinds in one folder would have a score that means nothing. Raises `UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    make_dir(folder)
     note = folder / "settings.json"
     if note.exists():
         try:

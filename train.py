@@ -10,7 +10,6 @@ import math
 import shlex
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import build_diffusion, build_model, load_checkpoint, save_checkpoint, write_atomically
+from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, save_checkpoint, write_atomically
 from config import PRESETS, Config, UserError, add_device_flag, add_flags, given_flags, pick_device, run
 from dataset import load_dataset
 from inference import grid, sample, save_picture, to_uint8
@@ -170,21 +169,11 @@ def configure(args):
     return config, saved
 
 
-def make_run_dir(path):
-    """Makes the run folder, and finds out before the first minute of work whether it can be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from None
-
-
 def main():
     args = parse_args()
     config, saved = configure(args)
     device = pick_device(args.device)
-    make_run_dir(args.run_dir)
+    make_dir(args.run_dir)
     data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     config = resolve(config, data, device)
     images, labels = data.images.to(device), data.labels.to(device)

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_refused
+from PIL import Image
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
 import digit_score
-from config import UserError
+import fid_computer
+from checkpoint import build_model, save_checkpoint
+from config import Config, UserError
 from dataset import Dataset
 from digit_classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
 from digit_score import (
@@ -359,3 +363,41 @@ def test_training_learns_and_is_repeatable(parts):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(weight, weight.half().float()) for weight in trained.parameters())
     assert isinstance(trained, DigitClassifier) and not trained.training
+
+
+@pytest.fixture
+def mnist(parts, monkeypatch):
+    """The stand-in digits in place of MNIST."""
+    monkeypatch.setattr(digit_score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+
+
+def test_folder_of_fakes(call, mnist, parts, tmp_path):
+    for i, (image, label) in enumerate(zip(parts[2].images[::6], parts[2].labels[::6], strict=True)):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:06d}_{label}.png")
+    code, out, err = call(fid_computer, "--features", "digits", "--fake", tmp_path)
+    assert code == 0, err
+    assert out.startswith("100 images") and "read as asked" in out and "warning: 100 images are few" in out
+    images, labels = digit_score.read_fakes(tmp_path)
+    assert torch.equal(images, parts[2].images[::6]) and torch.equal(labels, parts[2].labels[::6])
+    (tmp_path / "000000_0.png").rename(tmp_path / "mine.png")
+    assert digit_score.read_fakes(tmp_path)[1] is None
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path), "several sizes")
+    assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path / "none"), "missing")
+
+
+def test_scores_a_checkpoint(call, mnist, tmp_path):
+    config = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
+                    num_heads=2, sample_steps=2)
+    save_checkpoint(tmp_path / "model.pth", config, 0, build_model(config).state_dict())
+    flags = ["--checkpoint", tmp_path / "model.pth", "--count", 100]
+    code, out, err = call(digit_score, *flags, "--pictures", tmp_path / "pictures")
+    assert code == 0, err
+    assert out.startswith("dpm, 2 steps, guidance") and "100 images" in out
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["nearest.png", "worst.png"]
+    assert_refused(call(digit_score, *flags, "--count", 5), "--count 5")
+    assert_refused(call(digit_score, *flags, "--pictures", tmp_path / "model.pth"), "cannot be written")
+
+
+def test_refuses_a_checkpoint_of_other_images(call, trained):
+    assert_refused(call(digit_score, "--checkpoint", trained / "model.pth"), "reads 'mnist', not 'digits'")
