@@ -39,7 +39,7 @@ class Config:
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
     process: str = flag("flow", "ddpm: linear betas, the network predicts the noise (2006.11239); flow: a straight "
-                        "path, the network predicts its velocity (2209.03003)", choices=("ddpm", "flow"))
+                        "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))

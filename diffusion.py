@@ -27,12 +27,13 @@ class Diffusion:
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         # The variance of q(x_{t-1} | x_t, x_0) (equation 7)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.set_path(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), device)
+        self.set_path(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), torch.ones(T), device)
 
-    def set_path(self, signal, noise, device):
-        """signal and noise (T,), float64: the shares of the image and of the noise in x_t."""
+    def set_path(self, signal, noise, error_scale, device):
+        """What the classes differ in, all (T,), float64: the shares of the image and of the noise in x_t, and what the
+        network's error at t is multiplied with to give the loss."""
         self.path = [*zip(signal.tolist(), noise.tolist(), strict=True), (1.0, 0.0)]  # t = -1: the clean image
-        self.signal, self.noise = signal.to(device, torch.float32), noise.to(device, torch.float32)
+        self.signal, self.noise, self.error_scale = (a.to(device, torch.float32) for a in (signal, noise, error_scale))
 
     def forward_add_noise(self, x, t, noise=None):
         """Noises images to steps t in one go: x (B, C, H, W) in [-1, 1], t (B,) in 0..T-1 -> x_t and its noise."""
@@ -61,27 +62,28 @@ class Diffusion:
 
 
 class RectifiedFlow(Diffusion):
-    """A straight path from image to noise (2209.03003, 2210.02547), along which the network predicts the velocity.
+    """A straight path from image to noise (2209.03003, 2210.02547), on which the network predicts the clean image.
 
     x_t = (1 - tau) x_0 + tau eps, tau = (t + 1) / (T + 1)
 
-    The times to train on are logit-normal (2403.03206, section 3.1): most often in the midst of the path, where the
-    velocity is hardest to tell.
+    The loss is that of the velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0, divided by tau. A
+    network whose tokens are not much wider than a patch has pixels predicts images more easily than velocities
+    (2511.13720). The times to train on are logit-normal (2403.03206, section 3.1): most often in the midst of the path.
     """
 
     def __init__(self, T=1000, device="cpu"):
         self.T = T
         tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
-        self.set_path(1 - tau, tau, device)
+        self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.05), device)
 
     def random_t(self, u):
         return (torch.special.ndtri(u).sigmoid() * self.T).long().clamp(max=self.T - 1)
 
     def target(self, x, noise):
-        return noise - x
+        return x
 
     def predict_x_0(self, output, x, t, bound):
-        return (x - self.path[t][1] * output).clamp(-bound, bound)
+        return output.clamp(-bound, bound)
 
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress

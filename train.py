@@ -75,7 +75,7 @@ def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
     # The CPU's fused attention is made for long sequences: on 16 tokens its backward pass takes half of the step.
     with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else contextlib.nullcontext():
         output = worker(x_t.to(copies[0].dtype), t, y).float()
-        error = output - diffusion.target(x_0, noise)
+        error = (output - diffusion.target(x_0, noise)) * diffusion.error_scale[t].view(-1, 1, 1, 1)
         losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
         losses.mean().backward()
     if worker is not model:

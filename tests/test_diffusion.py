@@ -80,7 +80,13 @@ def test_path_of_the_flow_is_straight():
     x, noise = torch.rand(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
     early, _ = flow.forward_add_noise(x, torch.tensor([100, 100]), noise)
     late, _ = flow.forward_add_noise(x, torch.tensor([900, 900]), noise)
-    torch.testing.assert_close((late - early) * 1001 / 800, flow.target(x, noise))  # the velocity
+    velocity = noise - x
+    torch.testing.assert_close((late - early) * 1001 / 800, velocity)
+    # The loss is the error of the velocity that the predicted image stands for
+    prediction, t = torch.rand(2, 1, 3, 3), torch.tensor([900, 900])
+    error = (prediction - flow.target(x, noise)) * flow.error_scale[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(error, velocity - (late - prediction) / flow.noise[900], atol=1e-5, rtol=1e-4)
+    assert flow.error_scale.max() == 20  # it does not grow without bound where there is no noise left
 
 
 def test_times_to_train_on():
@@ -174,9 +180,10 @@ def test_ddim_on_a_flow_is_euler_as_in_diffusers():
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(sigmas=[flow.path[t][1] for t in flow.timesteps(8)])
     x = torch.randn(1, 1, 4, 4)
-    for (_, output, before, after), t in zip(each_step(ddim, flow, x, 8, None, bound=math.inf), theirs.timesteps,
-                                             strict=True):
-        torch.testing.assert_close(after, theirs.step(output, t, before).prev_sample, atol=1e-5, rtol=1e-5)
+    steps = each_step(ddim, flow, x, 8, None, bound=math.inf)
+    for (t, output, before, after), their_t in zip(steps, theirs.timesteps, strict=True):
+        velocity = (before - output) / flow.path[t][1]
+        torch.testing.assert_close(after, theirs.step(velocity, their_t, before).prev_sample, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
