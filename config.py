@@ -47,7 +47,7 @@ class Config:
     # Training
     steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(64, "images per step", 1, 1_000_000)
-    lr: float = flag(2e-3, "peak learning rate of AdamW", 0, 10)
+    lr: float = flag(4e-3, "peak learning rate of AdamW", 0, 10)
     lr_decay: str = flag("sqrt", "after the warm-up the learning rate stays constant, or falls to zero at the last "
                          "step, with the steps left (linear) or their square root (sqrt)",
                          choices=("constant", "linear", "sqrt"))
@@ -66,7 +66,7 @@ class Config:
     # Sampling
     sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
                         choices=("ddpm", "ddim", "dpm"))
-    sample_steps: int = flag(20, "denoising steps of one sample, at most T", 1, 100_000)
+    sample_steps: int = flag(10, "denoising steps of one sample, at most T", 1, 100_000)
     guidance: float = flag(2.0, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
