@@ -112,7 +112,7 @@ def test_a_trained_model_is_never_overwritten(call, trained):
     assert_refused(call(train, *TINY, "--run-dir", trained), "model.pth exists", "--resume")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 6), "--steps")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 8, "--lr", 0.1, "--seed", 1),
-                   "lr 0.002 -> 0.1", "seed 0 -> 1")
+                   "lr 0.004 -> 0.1", "seed 0 -> 1")
     assert (trained / "model.pth").read_bytes() == before
 
 
