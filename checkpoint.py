@@ -5,7 +5,6 @@ weights and their moving average by their plain names, the optimizer's state, an
 Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the average alone: {format, config, step, ema}.
 """
 
-import argparse
 import dataclasses
 import os
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError, run
+from config import Config, Parser, UserError, run
 from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
@@ -114,7 +113,7 @@ def load_model(path, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes a small file to share of a checkpoint: the averaged weights "
+    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights "
                                                  "alone, in half precision.")
     parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
     parser.add_argument("out", help="the file to write")

@@ -10,6 +10,13 @@ class UserError(Exception):
     """Bad input: what was wrong and what to do about it, in one line. `run` prints it without a traceback."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake as every other bad input is reported, instead of with its usage."""
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+
+
 def flag(default, help, low=None, high=None, choices=None):
     """A field of `Config` that is also a command-line flag; `low` and `high` are inclusive bounds."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
@@ -146,7 +153,7 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # each kind of device fails in its own way
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.100}") from None
 
 
@@ -158,4 +165,5 @@ def run(main):
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)

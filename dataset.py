@@ -19,6 +19,10 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 
 
+class CannotDownload(UserError):
+    """MNIST is not there and cannot be downloaded; that it is damaged is another matter."""
+
+
 class Dataset(NamedTuple):
     name: str             # "mnist", "digits" or "folder"
     images: torch.Tensor  # uint8 (N, C, H, W), 0..255
@@ -38,8 +42,8 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
     if name == "auto":
         try:
             return load_dataset("mnist", data_dir, train, image_size, channels)
-        except UserError as error:
-            print(f"MNIST cannot be had ({error}). Using scikit-learn's 8x8 digits instead.", file=sys.stderr)
+        except CannotDownload as error:
+            print(f"{str(error).partition(';')[0]}: using scikit-learn's 8x8 digits instead", file=sys.stderr)
             name = "digits"
     if name == "folder":
         images, labels, classes = read_folder(Path(data_dir), train, image_size, channels)
@@ -77,9 +81,9 @@ def download_mnist(data_dir):
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
             MNIST(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"no MNIST files in {data_dir / 'MNIST' / 'raw'} and no download: "
-                        f"{str(error).strip().splitlines()[0]:.100}; put train-images-idx3-ubyte, "
+    except (OSError, RuntimeError):
+        raise CannotDownload(f"MNIST is not in {data_dir / 'MNIST' / 'raw'} and cannot be downloaded; put "
+                        f"train-images-idx3-ubyte, "
                         f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte there, or point "
                         f"--data-dir at the folder that holds MNIST/raw") from None
     finally:
@@ -140,7 +144,10 @@ def list_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def read_image(path, mode=None):

@@ -5,7 +5,6 @@
 The weights are kept in the repository (float16, half a megabyte), so that scoring needs no download.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from config import UserError, add_device_flag, pick_device, run
+from config import Parser, UserError, add_device_flag, pick_device, run
 from dataset import load_dataset
 
 WEIGHTS = Path(__file__).with_name("digit_classifier.pth")
@@ -110,7 +109,7 @@ def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the classifier of MNIST digits that digit_score.py uses.")
+    parser = Parser(description="Trains the classifier of MNIST digits that digit_score.py uses.")
     parser.add_argument("--data-dir", default=".", help="the folder that holds (or gets) MNIST/ (default: .)")
     parser.add_argument("--out", default=WEIGHTS, help="the file to write (default: digit_classifier.pth)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from config import UserError, add_device_flag, pick_device, run
+from config import Parser, UserError, add_device_flag, pick_device, run
 from dataset import list_images, read_image
 
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
@@ -170,7 +170,7 @@ def save_stats(file, mean, cov, count):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Prints the Fréchet Inception Distance (FID, arXiv 1706.08500) of a folder of fake images against\n"
                     "a folder of real ones: lower is better, 0 is no distance.",

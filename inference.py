@@ -1,6 +1,5 @@
 """Draws samples: a grid of digits, the strip of their denoising, or its animation."""
 
-import argparse
 import dataclasses
 import functools
 from pathlib import Path
@@ -11,10 +10,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import build_diffusion, load_model, write_atomically
-from config import SAMPLING, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from config import SAMPLING, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
 from diffusion import SAMPLERS, guided
 
-CHECKPOINTS = ("run/model.pth", "mnist.pth")  # the model just trained, else the weights that come with the repository
+# The model just trained, else the weights that come with the repository
+CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("mnist.pth"))
 
 
 def noise_source(seed, indices, shape, device):
@@ -77,11 +77,10 @@ def save_picture(path, picture, **options):
 
 def find_checkpoint(path):
     """`path`, or when it is None the first of `CHECKPOINTS` that exists."""
-    found = path or next((name for name in CHECKPOINTS if Path(name).is_file()), None)
-    if found is None:
-        raise UserError(f"no checkpoint: neither {' nor '.join(CHECKPOINTS)} is there; run train.py first, "
-                        "or point --checkpoint at one")
-    return found
+    path = path or next((checkpoint for checkpoint in CHECKPOINTS if checkpoint.is_file()), None)
+    if path is None:
+        raise UserError("no checkpoint: run train.py first, or point --checkpoint at one")
+    return path
 
 
 def parse_labels(words, num_classes):
@@ -104,8 +103,8 @@ def load_for_sampling(args):
 
 def sampling_parser(description):
     """The flags that every command shares which draws from a checkpoint."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", help=f"the model to draw with (default: {', else '.join(CHECKPOINTS)})")
+    parser = Parser(description=description)
+    parser.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else mnist.pth)")
     add_flags(parser, SAMPLING)
     add_device_flag(parser)
     return parser

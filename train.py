@@ -1,6 +1,5 @@
 """Trains a DiT. Everything that step i draws is a function of (seed, i): a resumed run is the same run."""
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, save_checkpoint, write_atomically
-from config import PRESETS, Config, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
 from dataset import load_dataset
 from inference import grid, sample, save_picture, to_uint8
 
@@ -136,7 +135,7 @@ def resolve(config, data, device):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
+    parser = Parser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
     parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
     parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
                         "loss.png and the sample grids (default: run)")

@@ -58,8 +58,9 @@ def test_damaged_mnist_images(mnist, tmp_path, damage):
     raw.mkdir(parents=True)
     (raw / good.name).write_bytes(damage(good.read_bytes()))
     os.link(mnist / "MNIST/raw/t10k-labels-idx1-ubyte", raw / "t10k-labels-idx1-ubyte")
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte is damaged"):
-        load_dataset("mnist", tmp_path, train=False)
+    for name in ("mnist", "auto"):
+        with pytest.raises(UserError, match="t10k-images-idx3-ubyte is damaged"):
+            load_dataset(name, tmp_path, train=False)
 
 
 @pytest.mark.parametrize("labels", [np.arange(10000) % 11, np.arange(9999) % 10, np.zeros(0)])

@@ -23,15 +23,25 @@ def test_grid_picture(command, trained, tmp_path):
     assert size(tmp_path / "a.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
 
 
-def test_finds_the_model_just_trained(command, trained, tmp_path):
+def test_finds_the_model_just_trained(command, call, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     assert command("inference.py", "--count", 1, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "samples.png").exists()
-    shutil.move(tmp_path / "run" / "model.pth", tmp_path / "mnist.pth")
-    assert command("inference.py", "--count", 1, "--strip", cwd=tmp_path).returncode == 0
+    assert size(tmp_path / "samples.png")[0] == (2 + 10 * 58, 2 + 58)
+    monkeypatch.chdir(tmp_path)
+    shutil.move(tmp_path / "run" / "model.pth", tmp_path / "shared.pth")
+    monkeypatch.setattr(inference, "CHECKPOINTS", (inference.CHECKPOINTS[0], tmp_path / "shared.pth"))
+    assert call(inference, "--strip")[0] == 0
     assert (tmp_path / "strip.png").exists()
-    (tmp_path / "mnist.pth").unlink()
-    assert_refused(command("inference.py", cwd=tmp_path), "no checkpoint", "train.py")
+    (tmp_path / "shared.pth").unlink()
+    assert_refused(call(inference), "no checkpoint", "train.py")
+
+
+@pytest.mark.parametrize("content", [b"", b"random bytes", b"half"])
+def test_checkpoint_that_is_none(call, trained, tmp_path, content):
+    whole = (trained / "model.pth").read_bytes()
+    (tmp_path / "bad.pth").write_bytes(whole[:len(whole) // 2] if content == b"half" else content)
+    assert_refused(call(inference, "--checkpoint", tmp_path / "bad.pth", "--out", tmp_path / "a.png"), "bad.pth")
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_same_seed_same_picture(call, trained, tmp_path):
