@@ -28,7 +28,7 @@ def build_model(config):
 
 def build_diffusion(config, device="cpu"):
     if config.process == "flow":
-        return RectifiedFlow(config.T, device)
+        return RectifiedFlow(config.T, config.shift, device)
     return Diffusion(config.T, config.beta_start, config.beta_end, device)
 
 

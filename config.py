@@ -49,6 +49,8 @@ class Config:
                         "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
+    shift: float = flag(1.5, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
+                        0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
 
     # Training
@@ -73,8 +75,8 @@ class Config:
     # Sampling
     sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
                         choices=("ddpm", "ddim", "dpm"))
-    sample_steps: int = flag(10, "denoising steps of one sample, at most T", 1, 100_000)
-    guidance: float = flag(2.0, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
+    sample_steps: int = flag(5, "denoising steps of one sample, at most T", 1, 100_000)
+    guidance: float = flag(1.75, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
 

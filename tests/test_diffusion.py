@@ -74,9 +74,11 @@ def test_moments_of_the_forward_process_at_every_t():
 
 
 def test_path_of_the_flow_is_straight():
-    flow = RectifiedFlow()
+    flow = RectifiedFlow(shift=1)
     torch.testing.assert_close(flow.signal + flow.noise, torch.ones(1000))
     torch.testing.assert_close(flow.noise.diff(), torch.full((999,), 1 / 1001), atol=1e-6, rtol=0)
+    u, shifted = torch.arange(1, 1001) / 1001, RectifiedFlow(shift=3).noise
+    torch.testing.assert_close(shifted, 3 * u / (1 + 2 * u))  # 2403.03206, equation 23
     x, noise = torch.rand(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
     early, _ = flow.forward_add_noise(x, torch.tensor([100, 100]), noise)
     late, _ = flow.forward_add_noise(x, torch.tensor([900, 900]), noise)
@@ -94,11 +96,13 @@ def test_times_to_train_on():
     u = (torch.arange(100_000) + 0.5) / 100_000
     t = Diffusion(T=10).random_t(u)
     assert t.bincount().tolist() == [10_000] * 10
-    t = RectifiedFlow().random_t(u)
-    assert t.min() >= 0 and t.max() <= 999
-    logit = torch.logit((t + 0.5) / 1000)
-    assert logit.mean().item() == pytest.approx(0, abs=0.01) and logit.std().item() == pytest.approx(1, abs=0.01)
-    assert RectifiedFlow().random_t(torch.tensor([0.0, 1 - 2**-24])).tolist()[0] == 0
+    for shift in (0.5, 1, 3):
+        flow = RectifiedFlow(shift=shift)
+        t = flow.random_t(u)
+        logit = torch.logit(flow.noise[t])
+        assert logit.mean().item() == pytest.approx(0, abs=0.01) and logit.std().item() == pytest.approx(1, abs=0.01)
+        first, last = flow.random_t(torch.tensor([0.0, 1 - 2**-24])).tolist()
+        assert first == 0 and 900 < last < 1000
 
 
 def test_forward_noise_is_drawn_when_none_is_given():
