@@ -66,20 +66,20 @@ class RectifiedFlow(Diffusion):
 
     x_t = (1 - tau) x_0 + tau eps, logit(tau) = logit((t + 1) / (T + 1)) + log(shift)
 
-    A shift above 1 has more of the T steps, and so more of a sampler's few, where there is much noise (2403.03206,
-    equation 23). The times to train on are logit-normal in tau whatever the shift (section 3.1 there).
+    A shift above 1 has more of the T steps where there is much noise (2403.03206, equation 23). The steps to train on
+    are logit-normal: most often in the midst of the T (section 3.1 there).
     The loss is that of the velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0, divided by tau. A
     network whose tokens are not much wider than a patch has pixels predicts images more easily than velocities
     (2511.13720).
     """
 
     def __init__(self, T=1000, shift=1.5, device="cpu"):
-        self.T, self.log_shift = T, math.log(shift)
-        tau = (torch.logit(torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)) + self.log_shift).sigmoid()
+        self.T = T
+        tau = (torch.logit(torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)) + math.log(shift)).sigmoid()
         self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.05), device)
 
     def random_t(self, u):
-        return ((torch.special.ndtri(u) - self.log_shift).sigmoid() * self.T).long().clamp(max=self.T - 1)
+        return (torch.special.ndtri(u).sigmoid() * self.T).long().clamp(max=self.T - 1)
 
     def target(self, x, noise):
         return x

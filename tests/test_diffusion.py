@@ -92,7 +92,7 @@ def test_path_of_the_flow_is_straight():
 
 
 def test_times_to_train_on():
-    """Uniform for ddpm; the logit of the time normal for flow."""
+    """Uniform for ddpm; for flow the logit of the time is normal around the logarithm of the shift."""
     u = (torch.arange(100_000) + 0.5) / 100_000
     t = Diffusion(T=10).random_t(u)
     assert t.bincount().tolist() == [10_000] * 10
@@ -100,7 +100,8 @@ def test_times_to_train_on():
         flow = RectifiedFlow(shift=shift)
         t = flow.random_t(u)
         logit = torch.logit(flow.noise[t])
-        assert logit.mean().item() == pytest.approx(0, abs=0.01) and logit.std().item() == pytest.approx(1, abs=0.01)
+        assert logit.mean().item() == pytest.approx(math.log(shift), abs=0.01)
+        assert logit.std().item() == pytest.approx(1, abs=0.01)
         first, last = flow.random_t(torch.tensor([0.0, 1 - 2**-24])).tolist()
         assert first == 0 and 900 < last < 1000
 
