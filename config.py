@@ -49,7 +49,7 @@ class Config:
                         "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
-    shift: float = flag(1.5, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
+    shift: float = flag(2.2, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
                         0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
 

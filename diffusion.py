@@ -73,7 +73,7 @@ class RectifiedFlow(Diffusion):
     (2511.13720).
     """
 
-    def __init__(self, T=1000, shift=1.5, device="cpu"):
+    def __init__(self, T=1000, shift=2.2, device="cpu"):
         self.T = T
         tau = (torch.logit(torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)) + math.log(shift)).sigmoid()
         self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.05), device)
