@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def fill_real(folder, config, count):
     """Writes `count` random images of the training set, without repetition; which ones depends on the seed alone."""
     data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     if count > len(data.images):
-        raise UserError(f"--count {count}: {config.dataset} has only {len(data.images):,} training images")
+        print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all", file=sys.stderr)
+        count = len(data.images)
     open_folder(folder, {"dataset": config.dataset, "image_size": config.image_size, "seed": config.seed})
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))
     for index in tqdm(missing_indices(folder, count), desc=f"real images to {folder}", unit=" images"):
@@ -96,8 +98,8 @@ def main():
     model, config = load_for_sampling(args)
     if config.channels not in (1, 3):
         raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
-    fill_fake(args.fake, model, config, args.count, args.checkpoint)
     fill_real(args.real, dataclasses.replace(config, seed=0), args.count)
+    fill_fake(args.fake, model, config, args.count, args.checkpoint)
 
 
 if __name__ == "__main__":

@@ -64,4 +64,12 @@ def test_bad_flags(call, trained, tmp_path):
     assert_refused(call(generator, *flags[2:], "--checkpoint", "none.pth"), "none.pth")
     (tmp_path / "file").touch()
     assert_refused(call(generator, *flags, "--count", 3, "--fake", tmp_path / "file"), tmp_path / "file")
-    assert_refused(call(generator, *flags, "--count", 2000), "only 1,500 training images")
+
+
+def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch):
+    data = load_dataset("digits", "")
+    few = data._replace(images=data.images[:5], labels=data.labels[:5])
+    monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: few)
+    code, _, err = call(generator, "--checkpoint", trained / "model.pth", "--count", 7, *folders(tmp_path))
+    assert code == 0 and "only 5 training images" in err
+    assert len(read(tmp_path / "real")) == 5 and len(read(tmp_path / "fake")) == 7
