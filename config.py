@@ -76,7 +76,7 @@ class Config:
     sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
                         choices=("ddpm", "ddim", "dpm"))
     sample_steps: int = flag(5, "denoising steps of one sample, at most T", 1, 100_000)
-    guidance: float = flag(1.75, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
+    guidance: float = flag(1.5, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
 

@@ -58,7 +58,8 @@ def fill_real(folder, config, count):
     """Writes `count` random images of the training set, without repetition; which ones depends on the seed alone."""
     data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     if count > len(data.images):
-        print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all", file=sys.stderr)
+        print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all",
+              file=sys.stderr)
         count = len(data.images)
     open_folder(folder, {"dataset": config.dataset, "image_size": config.image_size, "seed": config.seed})
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))

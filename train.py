@@ -62,8 +62,8 @@ def use_bf16(precision, device):
 def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
     """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged.
 
-    worker: what computes the gradients: `model` itself, or a copy of it in bfloat16, which is rounded anew at each step.
-    Nothing is then cast within the network, where autocast casts at every layer.
+    worker: what computes the gradients: `model` itself, or a copy of it in bfloat16, rounded anew at each step. Nothing
+    is then cast within the network, where autocast casts at every layer.
     """
     x_0, y, t, noise = batch
     weights, copies = list(model.parameters()), list(worker.parameters())
