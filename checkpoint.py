@@ -60,7 +60,8 @@ def write_atomically(path, write):
             os.unlink(temporary)
         # torch reports a failed write as a RuntimeError of its own
         if isinstance(error, (OSError, RuntimeError)):
-            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]:.150}") from None
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written: {reason:.150}") from None
         raise
 
 
@@ -113,8 +114,8 @@ def load_model(path, device="cpu"):
 
 
 def main():
-    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights "
-                                                 "alone, in half precision.")
+    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
+                                "precision.")
     parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
     parser.add_argument("out", help="the file to write")
     args = parser.parse_args()

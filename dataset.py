@@ -83,9 +83,9 @@ def download_mnist(data_dir):
             MNIST(data_dir, download=True)
     except (OSError, RuntimeError):
         raise CannotDownload(f"MNIST is not in {data_dir / 'MNIST' / 'raw'} and cannot be downloaded; put "
-                        f"train-images-idx3-ubyte, "
-                        f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte there, or point "
-                        f"--data-dir at the folder that holds MNIST/raw") from None
+                             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+                             "t10k-labels-idx1-ubyte there, or point --data-dir at the folder that holds MNIST/raw"
+                             ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 

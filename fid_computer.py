@@ -2,7 +2,6 @@
 
 import argparse
 import http.client
-import os
 import socket
 import sys
 from collections import deque
@@ -15,6 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from checkpoint import write_atomically
 from config import Parser, UserError, add_device_flag, pick_device, run
 from dataset import list_images, read_image
 
@@ -157,16 +157,7 @@ def read_stats(file, dims):
 
 def save_stats(file, mean, cov, count):
     """Writes what `read_stats` reads, whole or not at all. Raises `UserError` when it cannot."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        try:
-            with open(partial, "wb") as stream:
-                np.savez(stream, mean=mean, cov=cov, count=count, dims=len(mean))
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--save-stats {file} cannot be written: {error.strerror or error}") from None
+    write_atomically(file, lambda stream: np.savez(stream, mean=mean, cov=cov, count=count, dims=len(mean)))
 
 
 def parse_args():

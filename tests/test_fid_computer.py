@@ -431,6 +431,7 @@ def test_statistics_that_cannot_be_written(real, stats, fails, tmp_path, monkeyp
     with pytest.raises(UserError, match="cannot be written: No space left"):
         fid_computer.save_stats(stats, np.zeros(64), np.eye(64), 10)
     assert list(tmp_path.glob(".*")) == [] and fid_computer.read_stats(stats, 64)[2] == 1000
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_bad_flags(stats, fails):
