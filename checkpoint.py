@@ -1,11 +1,13 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
-{format, config, step, model, ema, optimizer, window}: the configuration as a dict, how many steps were trained, the
-weights and their moving average by their plain names, the optimizer's state, and the losses not yet logged.
-Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the average alone: {format, config, step, ema}.
+{format, config, step, seconds, model, ema, optimizer, window}: the configuration as a dict, how many steps were trained
+and in how many seconds, the weights and their moving average by their plain names, the optimizer's state, and the
+losses not yet logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the average alone,
+without model, optimizer and window.
 """
 
 import dataclasses
+import math
 import os
 import tempfile
 import warnings
@@ -65,9 +67,10 @@ def write_atomically(path, write):
         raise
 
 
-def save_checkpoint(path, config, step, ema, **state):
+def save_checkpoint(path, config, step, seconds, ema, **state):
     """Writes a checkpoint; `ema` and, in `state`, model, optimizer and window as the module's docstring says."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "ema": ema, **state}
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema,
+               **state}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -100,6 +103,9 @@ def load_checkpoint(path):
                 raise UserError("its weights claim more than the file holds")
         if type(content["step"]) is not int or content["step"] < 0:
             raise UserError("its step is not a number of steps")
+        content.setdefault("seconds", 0.0)
+        if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
+            raise UserError("its seconds are not a time")
     except Exception as error:
         raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {error!s:.150}") from None
     return content
@@ -122,7 +128,7 @@ def main():
     content = load_checkpoint(args.checkpoint)
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
     config = dataclasses.replace(content["config"], data_dir=Config.data_dir)  # a path of this machine concerns nobody
-    save_checkpoint(args.out, config, content["step"], ema)
+    save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
 
 

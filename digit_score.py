@@ -213,6 +213,20 @@ def read_fakes(folder):
     return torch.from_numpy(np.stack(images))[:, None], labels
 
 
+def draw_fakes(model, config, count):
+    """The images number 0 to `count` - 1 that `config` draws with `model`, equally many of each digit: uint8
+    (count, 1, 28, 28) and their labels int64 (count,), both on the CPU."""
+    device = next(model.parameters()).device
+    labels = torch.arange(count) % 10
+    fakes = []
+    with tqdm(total=count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
+        for indices in torch.arange(count).split(500):
+            *_, x = sample(model, config, labels[indices].to(device), indices.tolist())
+            fakes.append(to_uint8(x).cpu())
+            bar.update(len(indices))
+    return torch.cat(fakes), labels
+
+
 def judge_mnist(fakes, labels, data_dir, device, pictures=None):
     """Prints the `report` of fakes against MNIST, and draws its pictures into the folder `pictures`."""
     train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
@@ -237,17 +251,10 @@ def main():
     if args.pictures:
         make_dir(args.pictures)
     model, config = load_for_sampling(args)
-    device = next(model.parameters()).device
     load_classifier(config.dataset)  # refuses a model of other images before they are drawn
-    labels = torch.arange(args.count) % 10
-    fakes = []
-    with tqdm(total=args.count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
-        for indices in torch.arange(args.count).split(500):
-            *_, x = sample(model, config, labels[indices].to(device), indices.tolist())
-            fakes.append(to_uint8(x).cpu())
-            bar.update(len(indices))
+    fakes, labels = draw_fakes(model, config, args.count)
     print(f"{config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}")
-    judge_mnist(torch.cat(fakes), labels, config.data_dir, device, args.pictures)
+    judge_mnist(fakes, labels, config.data_dir, next(model.parameters()).device, args.pictures)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+import parallel
 from checkpoint import write_atomically
-from config import Parser, UserError, add_device_flag, pick_device, run
+from config import Parser, UserError, add_device_flag, run
 from dataset import list_images, read_image
 
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
@@ -53,19 +54,19 @@ def statistics(features):
 
 
 def compute_features(paths, extract, batch_size, title=None):
-    """The features float32 (N, D) of N image files.
+    """The features float32 (N, D) of N image files, of which every process reads its share.
 
     extract: the network, a function from a list of B images, each uint8 (3, H, W) of any size, to a tensor (B, D).
     """
-    features = []
-    with tqdm(total=len(paths), desc=title, unit=" images", leave=False, disable=None) as bar:
-        for images in read_batches(paths, batch_size):
+    features, own = [], paths[parallel.share(len(paths))]
+    with tqdm(total=len(own), desc=title, unit=" images", leave=False, disable=parallel.RANK > 0 or None) as bar:
+        for images in read_batches(own, batch_size):
             try:
                 features.append(extract(images).float().cpu().numpy())
             except torch.OutOfMemoryError:
                 raise UserError(f"out of memory at {len(images)} images a batch: lower --batch-size") from None
             bar.update(len(images))
-    return np.concatenate(features)
+    return parallel.gather(np.concatenate(features) if features else np.empty((0, 0)))
 
 
 def read_batches(paths, batch_size, ahead=2):
@@ -91,7 +92,8 @@ def inception_extractor(dims, weights, device):
     weights: its file; None: the one in torch hub's cache, downloaded if need be.
     Raises `UserError` when the weights cannot be had or are not those of this network.
     """
-    weights = weights or cached_weights()
+    with parallel.first_process_first():
+        weights = weights or cached_weights()
     from pytorch_fid import inception  # here, since torchvision comes with it and takes seconds
 
     try:
@@ -205,6 +207,7 @@ The score goes to standard output, all else to standard error. The exit code is 
     return parser.parse_args()
 
 
+@parallel.one_for_all()
 def main():
     args = parse_args()
     target = args.save_stats
@@ -214,11 +217,11 @@ def main():
         raise UserError(f"--save-stats {target} cannot be written: it must end in .npz and lie in a folder that exists")
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
-    device = pick_device(args.device)
+    device = parallel.join(args.device)
     if args.features == "digits":
         from digit_score import judge_mnist, read_fakes  # here, since it imports this file
 
-        return judge_mnist(*read_fakes(args.fake), args.data_dir, device)
+        return None if parallel.RANK else judge_mnist(*read_fakes(args.fake), args.data_dir, device)
 
     # Both inputs are looked at before the network is loaded: a wrong name should not cost minutes.
     inputs = {}
@@ -232,10 +235,10 @@ def main():
             extract = extract or inception_extractor(args.dims, args.weights, device)
             features = compute_features(found, extract, args.batch_size, title=str(path))
             inputs[path] = (*statistics(features), len(features))
-            if target and path == args.real:
+            if target and path == args.real and not parallel.RANK:
                 save_stats(target, *inputs[path])
         count = inputs[path][2]
-        if count is not None and count <= args.dims:
+        if count is not None and count <= args.dims and not parallel.RANK:
             print(f"warning: {count:,} images in {path} are too few for {args.dims} features: their covariance is "
                   f"singular and the score biased; have more than {args.dims:,}, or lower --dims", file=sys.stderr)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import parallel
 from checkpoint import make_dir, write_atomically
 from config import SAMPLING, UserError, run
 from dataset import load_dataset
@@ -24,23 +25,30 @@ def missing_indices(folder, count):
     return [index for index in range(count) if f"{index:06d}" not in there]
 
 
-def open_folder(folder, settings):
+def open_folder(folder, count, settings):
     """Makes `folder` for images that `settings` (a dict) made, or checks that those in it were made by the same:
-    images of two kinds in one folder would have a score that means nothing. Raises `UserError`."""
-    make_dir(folder)
-    note = folder / "settings.json"
-    if note.exists():
-        try:
-            before = json.loads(note.read_text())
-        except ValueError:
-            before = {}
-        changed = [name for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise UserError(f"the images in {folder} were made with another {', '.join(changed)}: remove the folder, "
-                            "or choose another one")
-    elif next(folder.glob("*.png"), None):
-        raise UserError(f"{folder} holds images of unknown origin: remove the folder, or choose another one")
-    write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    images of two kinds in one folder would have a score that means nothing. Raises `UserError`.
+
+    Returns this process's share of the indices below `count` that have no image in it yet.
+    """
+    with parallel.first_process_first():
+        make_dir(folder)
+        note = folder / "settings.json"
+        if note.exists():
+            try:
+                before = json.loads(note.read_text())
+            except ValueError:
+                before = {}
+            changed = [name for name, value in settings.items() if before.get(name) != value]
+            if changed:
+                raise UserError(f"the images in {folder} were made with another {', '.join(changed)}: remove the "
+                                "folder, or choose another one")
+        elif next(folder.glob("*.png"), None):
+            raise UserError(f"{folder} holds images of unknown origin: remove the folder, or choose another one")
+        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    todo = missing_indices(folder, count)
+    parallel.wait()  # with its first image until all have looked
+    return todo[parallel.share(len(todo))]
 
 
 def write_image(path, image):
@@ -56,25 +64,26 @@ def write_image(path, image):
 
 def fill_real(folder, config, count):
     """Writes `count` random images of the training set, without repetition; which ones depends on the seed alone."""
-    data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+    with parallel.first_process_first():
+        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     if count > len(data.images):
-        print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all",
-              file=sys.stderr)
+        if not parallel.RANK:
+            print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all",
+                  file=sys.stderr)
         count = len(data.images)
-    open_folder(folder, {"dataset": config.dataset, "image_size": config.image_size, "seed": config.seed})
+    todo = open_folder(folder, count, {"dataset": config.dataset, "image_size": config.image_size, "seed": config.seed})
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))
-    for index in tqdm(missing_indices(folder, count), desc=f"real images to {folder}", unit=" images"):
+    for index in tqdm(todo, desc=f"real images to {folder}", unit=" images", disable=parallel.RANK > 0):
         k = order[index]
         write_image(folder / f"{index:06d}_{data.labels[k]}.png", data.images[k])
 
 
 def fill_fake(folder, model, config, count, checkpoint):
     """Draws `count` images, equally many of each label, each a function of the model, the settings and its index."""
-    open_folder(folder, {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
-                         **{name: getattr(config, name) for name in SAMPLING}})
+    todo = open_folder(folder, count, {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+                                       **{name: getattr(config, name) for name in SAMPLING}})
     device = next(model.parameters()).device
-    todo = missing_indices(folder, count)
-    with tqdm(total=len(todo), desc=f"fake images to {folder}", unit=" images") as bar:
+    with tqdm(total=len(todo), desc=f"fake images to {folder}", unit=" images", disable=parallel.RANK > 0) as bar:
         for start in range(0, len(todo), config.batch_size):
             indices = todo[start:start + config.batch_size]
             labels = torch.tensor(indices) % config.num_classes
@@ -84,6 +93,7 @@ def fill_fake(folder, model, config, count, checkpoint):
             bar.update(len(indices))
 
 
+@parallel.one_for_all()
 def main():
     parser = sampling_parser("Fills a folder with real and a folder with generated images, to score them with "
                              "fid_computer.py. A second call with a larger --count goes on where the first one ended.")
@@ -95,6 +105,7 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
         raise UserError(f"--count {args.count}: must lie between 1 and 1,000,000")
+    args.device = parallel.join(args.device)
     args.checkpoint = find_checkpoint(args.checkpoint)
     model, config = load_for_sampling(args)
     if config.channels not in (1, 3):

@@ -5,19 +5,21 @@ import copy
 import csv
 import dataclasses
 import itertools
-import math
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import parallel
 from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, save_checkpoint, write_atomically
-from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, run
 from dataset import load_dataset
 from inference import grid, sample, save_picture, to_uint8
 
@@ -27,9 +29,9 @@ CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_ever
               "guidance", "eta")
 
 
-def draw_batch(images, labels, diffusion, config, step):
+def draw_batch(images, labels, diffusion, config, step, part=slice(None)):
     """What step `step` learns from: images x_0 (B, C, H, W) in [-1, 1], labels y (B,) some of which are the null label,
-    times t (B,) and noise, all made on the device of `images`."""
+    times t (B,) and noise, all made on the device of `images`. part: which of these B, where processes share them."""
     device, B = images.device, config.batch_size
     seed = np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(seed))
@@ -37,9 +39,9 @@ def draw_batch(images, labels, diffusion, config, step):
     t = diffusion.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *images.shape[1:]), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
-    x_0 = images[index].float() / 127.5 - 1
-    y = torch.where(dropped, config.num_classes, labels[index])
-    return x_0, y, t, noise
+    x_0 = images[index[part]].float() / 127.5 - 1
+    y = torch.where(dropped[part], config.num_classes, labels[index[part]])
+    return x_0, y, t[part], noise[part]
 
 
 def learning_rate(config, step):
@@ -49,25 +51,39 @@ def learning_rate(config, step):
     return config.lr * min(1, (step + 1) / (config.warmup + 1)) * decay
 
 
-def use_bf16(precision, device):
-    """Whether "auto" precision computes in bfloat16 on `device`: only hardware that multiplies it gains from it."""
+def resolve_precision(precision, device):
+    """What "auto" is on `device`: bf16 where the hardware multiplies it, else there is nothing to gain from it."""
     if precision != "auto":
-        return precision == "bf16"
+        return precision
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+
+
+def build_training(config, device):
+    """What a run consists of, in the order in which `train_step` takes it: the model, the worker that computes its
+    gradients, its moving average, the optimizer and the diffusion process."""
+    model = build_model(config).to(device)
+    worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
+    ema = copy.deepcopy(model).requires_grad_(False)
+    if parallel.WORLD > 1:
+        worker = DistributedDataParallel(worker)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    return model, worker, ema, optimizer, build_diffusion(config, device)
 
 
 def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
     """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged.
 
     worker: what computes the gradients: `model` itself, or a copy of it in bfloat16, rounded anew at each step. Nothing
-    is then cast within the network, where autocast casts at every layer.
+    is then cast within the network, where autocast casts at every layer. Either may be wrapped, to be shared by several
+    processes: each has a part of the batch.
     """
     x_0, y, t, noise = batch
     weights, copies = list(model.parameters()), list(worker.parameters())
-    if worker is not model:
+    copied = copies[0] is not weights[0]
+    if copied:
         with torch.no_grad():
             torch._foreach_copy_(copies, weights)
     x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
@@ -76,10 +92,11 @@ def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
         output = worker(x_t.to(copies[0].dtype), t, y).float()
         error = (output - diffusion.target(x_0, noise)) * diffusion.error_scale[t].view(-1, 1, 1, 1)
         losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
-        losses.mean().backward()
-    if worker is not model:
-        for weight, copied in zip(weights, copies, strict=True):
-            weight.grad, copied.grad = copied.grad.float(), None
+        # The mean over the whole batch, once the processes' gradients are averaged
+        (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
+    if copied:
+        for weight, copy_ in zip(weights, copies, strict=True):
+            weight.grad, copy_.grad = copy_.grad.float(), None
 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -131,7 +148,7 @@ def resolve(config, data, device):
         raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size, or --image-size")
     return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
                                patch_size=config.patch_size or H // 4,
-                               precision="bf16" if use_bf16(config.precision, device) else "fp32")
+                               precision=resolve_precision(config.precision, device))
 
 
 def parse_args():
@@ -168,31 +185,34 @@ def configure(args):
     return config, saved
 
 
+@parallel.one_for_all()
 def main():
     args = parse_args()
+    device = parallel.join(args.device)
     config, saved = configure(args)
-    device = pick_device(args.device)
+    if config.batch_size < parallel.WORLD:
+        raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
     make_dir(args.run_dir)
-    data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+    with parallel.first_process_first():
+        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     config = resolve(config, data, device)
     images, labels = data.images.to(device), data.labels.to(device)
 
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
-    worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-    diffusion = build_diffusion(config, device)
+    model, worker, ema, optimizer, diffusion = build_training(config, device)
     window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses since the log's last row
-    start = 0
+    first = parallel.RANK == 0  # the one process that writes
+    start, seconds = 0, 0.0
     if saved:
-        start = saved["step"]
+        start, seconds = saved["step"], saved["seconds"]
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        window.copy_(saved["window"])
+        if first:
+            window.copy_(saved["window"])
 
-    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
     print(f"data      {config.dataset}: {len(images):,} images of {config.image_size} x {config.image_size}, classes "
           f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
@@ -203,7 +223,7 @@ def main():
 
     path = args.run_dir / "model.pth"
     last_good = f"{path}, step {start:,}" if saved else "none"
-    log_file, log = open_log(args.run_dir / "log.csv", config, start)
+    log_file, log = open_log(args.run_dir / "log.csv", config, start) if first else (contextlib.nullcontext(), None)
     sample_labels = torch.arange(10, device=device).remainder(config.num_classes).repeat(6)
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -215,39 +235,48 @@ def main():
                             f"last good checkpoint: {last_good}")
 
     bar = tqdm(total=config.steps, initial=start, unit=" images", unit_scale=config.batch_size, desc="training",
-               mininterval=0.2 if sys.stderr.isatty() else 20)
+               mininterval=0.2 if sys.stderr.isatty() else 20, disable=not first)
+    began = time.monotonic() - seconds
     with log_file, bar:
         for step in range(start, config.steps):
-            batch = draw_batch(images, labels, diffusion, config, step)
+            batch = draw_batch(images, labels, diffusion, config, step, parallel.share(config.batch_size))
             losses = train_step(model, worker, ema, optimizer, diffusion, config, batch, step)
             level = batch[2] * NOISE_LEVELS // config.T
             window.index_add_(0, level, torch.stack([losses, torch.ones_like(losses)], dim=1))
             bar.update()
-            done, last = step + 1, step + 1 == config.steps or signals
+            stopped = parallel.largest(signals[0] if signals else 0)
+            done, last = step + 1, step + 1 == config.steps or stopped
 
-            if done % config.log_every == 0 or done == config.steps:
-                (total, number), by_level = window.sum(0).tolist(), (window[:, 0] / window[:, 1]).tolist()
-                demand_finite("loss is", math.isfinite(total))
-                log.writerow([done, f"{total / number:.6g}", *(f"{loss:.6g}" for loss in by_level),
-                              f"{learning_rate(config, step):.6g}"])
-                window.zero_()
-                bar.set_postfix(loss=f"{total / number:.4f}", refresh=False)
-            if done % config.checkpoint_every == 0 or last:
+            log_now = done % config.log_every == 0 or done == config.steps
+            save_now = done % config.checkpoint_every == 0 or last
+            if log_now or save_now:
+                parallel.add_up(window)
+                demand_finite("loss is", window.isfinite().all())
+                if log_now and first:
+                    (total, number), by_level = window.sum(0).tolist(), (window[:, 0] / window[:, 1]).tolist()
+                    log.writerow([done, f"{total / number:.6g}", *(f"{loss:.6g}" for loss in by_level),
+                                  f"{learning_rate(config, step):.6g}"])
+                    bar.set_postfix(loss=f"{total / number:.4f}", refresh=False)
+                if log_now or not first:
+                    window.zero_()
+            if save_now:
                 demand_finite("weights are", all(weights.isfinite().all() for weights in ema.parameters()))
-                save_checkpoint(path, config, done, ema.state_dict(), model=model.state_dict(),
-                                optimizer=optimizer.state_dict(), window=window)
+            if save_now and first:
+                save_checkpoint(path, config, done, time.monotonic() - began, ema.state_dict(),
+                                model=model.state_dict(), optimizer=optimizer.state_dict(), window=window)
                 last_good = f"{path}, step {done:,}"
-            if done % config.sample_every == 0 or last:
+            if (done % config.sample_every == 0 or last) and first:
                 *_, drawn = sample(ema, config, sample_labels)
                 save_picture(args.run_dir / f"samples_{done:06d}.png", grid(to_uint8(drawn), columns=10))
-            if signals:
+            if stopped:
                 break
-    draw_loss(args.run_dir / "log.csv", args.run_dir / "loss.png")
-    if signals:
+    if first:
+        draw_loss(args.run_dir / "log.csv", args.run_dir / "loss.png")
+    if stopped:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
         print(f"stopped after step {done:,}; go on with: {again}")
-        sys.exit(128 + signals[0])
-    print(f"trained in {bar.format_dict['elapsed']:.0f} s: {path}; draw with: python inference.py --checkpoint {path}")
+        sys.exit(128 + stopped)
+    print(f"trained in {time.monotonic() - began:.0f} s: {path}; draw with: python inference.py --checkpoint {path}")
 
 
 if __name__ == "__main__":

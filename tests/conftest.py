@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -73,3 +74,25 @@ def trained(tmp_path_factory):
                               str(folder)], text=True, capture_output=True, timeout=120)
     assert process.returncode == 0, process.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def state():
+    """Random weights of FID's Inception, in half precision to be small."""
+    from pytorch_fid import inception
+    from torchvision.models import Inception3
+
+    torch.manual_seed(0)
+    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(Inception3, "load_state_dict"):
+        state = inception.fid_inception_v3().half().state_dict()
+    for name, value in state.items():
+        if name.endswith("bn.weight"):
+            value.fill_(6 ** 0.5)  # keeps the signal's variance: PyTorch's initial weights and a ReLU divide it by 6
+    return state
+
+
+@pytest.fixture(scope="session")
+def weights(state, tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(state, file)
+    return file

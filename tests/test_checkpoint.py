@@ -18,7 +18,7 @@ CONFIG = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patc
 def saved(tmp_path):
     model = build_model(CONFIG)
     torch.nn.init.normal_(model.final_layer.linear.weight)
-    save_checkpoint(tmp_path / "model.pth", CONFIG, 7, model.state_dict())
+    save_checkpoint(tmp_path / "model.pth", CONFIG, 7, 1.5, model.state_dict())
     return tmp_path / "model.pth", model
 
 

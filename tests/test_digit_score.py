@@ -389,7 +389,7 @@ def test_folder_of_fakes(call, mnist, parts, tmp_path):
 def test_scores_a_checkpoint(call, mnist, tmp_path):
     config = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
                     num_heads=2, sample_steps=2)
-    save_checkpoint(tmp_path / "model.pth", config, 0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
     flags = ["--checkpoint", tmp_path / "model.pth", "--count", 100]
     code, out, err = call(digit_score, *flags, "--pictures", tmp_path / "pictures")
     assert code == 0, err

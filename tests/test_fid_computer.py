@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from pytorch_fid import inception
 from sklearn.datasets import load_digits
-from torchvision.models.inception import Inception3
 from torchvision.transforms.functional import to_tensor
 
 import fid_computer
@@ -34,25 +33,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def state():
-    """Random weights of FID's Inception, in half precision to be small."""
-    torch.manual_seed(0)
-    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(Inception3, "load_state_dict"):
-        state = inception.fid_inception_v3().half().state_dict()
-    for name, value in state.items():
-        if name.endswith("bn.weight"):
-            value.fill_(6 ** 0.5)  # keeps the signal's variance: PyTorch's initial weights and a ReLU divide it by 6
-    return state
-
-
-@pytest.fixture(scope="session")
-def weights(state, tmp_path_factory):
-    file = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save(state, file)
-    return file
 
 
 @pytest.fixture(scope="session")

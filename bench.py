@@ -1,0 +1,225 @@
+"""How fast is this machine? Rates of training and drawing, and the share of its matrix rate that they reach.
+
+    python bench.py                                            the default network and the article's
+    python bench.py --against diffusers                        and the same networks built from diffusers
+    python bench.py --presets B L XL --batch-size 256          the sizes of the DiT paper on 32 x 32 x 4 latents
+
+Every variant runs in a process of its own, and they take turns, so that what else the machine does hits them all alike.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+
+LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
+DIGITS = dict(image_size=28, channels=1, num_classes=10)
+
+
+def configuration(preset, flags):
+    sizes = DIGITS if preset in ("default", "article") else LATENTS
+    config = Config(**sizes | PRESETS[preset] | flags)
+    return config if config.patch_size else dataclasses.replace(config, patch_size=config.image_size // 4)
+
+
+def seconds_per_call(call, device, at_least):
+    """The mean time of `call(i)` over `at_least` seconds, after a fifth of that to warm up."""
+    import torch
+
+    def calls(first, seconds):
+        start, done = time.perf_counter(), 0
+        while done < 3 or time.perf_counter() - start < seconds:
+            call(first + done)
+            done += 1
+            if device.type == "cuda" and done % 10 == 0:  # else the calls would only be queued
+                torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return done, time.perf_counter() - start
+
+    done, _ = calls(0, at_least / 5)
+    done, seconds = calls(done, at_least)
+    return seconds / done
+
+
+def flops(call):
+    """The floating-point operations of `call()`: torch counts those of the matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def matrix_rate(config, device, dtype, batch_size, at_least):
+    """FLOP/s of plain matrix products of this network's most frequent shape: tokens by D by 4 D, forward and
+    backward."""
+    import torch
+
+    rows, D, M = (batch_size * (config.image_size // config.patch_size) ** 2, config.hidden_size,
+                  int(config.hidden_size * config.mlp_ratio))
+    x, w, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, D), (D, M), (rows, M)))
+    seconds = seconds_per_call(lambda _: (x @ w, g @ w.T, x.T @ g), device, at_least)
+    return 6 * rows * D * M / seconds
+
+
+def measure(what, config, device, at_least):
+    """What one process measures: a dict of images/s, FLOP/s, the matrix rate and the peak memory in bytes."""
+    import torch
+
+    from inference import sample
+    from train import build_training, draw_batch, resolve_precision, train_step
+
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+    torch.manual_seed(config.seed)
+    steps = 1
+    images = torch.randint(256, (4096, config.channels, config.image_size, config.image_size), dtype=torch.uint8)
+    images, labels = images.to(device), torch.randint(config.num_classes, (4096,)).to(device)
+    if what == "train":
+        parts = build_training(config, device)
+
+        def call(i):
+            train_step(*parts, config, draw_batch(images, labels, parts[-1], config, i), i)
+        count, dtype = config.batch_size, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    elif what == "draw":
+        model = build_training(config, device)[2].eval()  # its averaged weights, which draw
+        y = labels[:config.batch_size]
+        states = itertools.chain.from_iterable(sample(model, config, y) for _ in itertools.count())
+
+        def call(_):  # one step of a sample, or the noise that it starts from: a thousand steps outlast any turn
+            next(states)
+        count, dtype, steps = len(y), torch.float32, config.sample_steps
+    else:
+        call = diffusers_step(config, device, images, labels)
+        count, dtype = config.batch_size, torch.float32
+    call(0)  # of drawing, this is the noise
+    operations = flops(lambda: call(1)) * steps
+    seconds = seconds_per_call(call, device, at_least) * (steps + 1 if what == "draw" else 1)
+    rate = matrix_rate(config, device, dtype, count, at_least / 5)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss
+    return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate, "memory": peak,
+            "precision": str(dtype).removeprefix("torch."), "count": count}
+
+
+def diffusers_step(config, device, images, labels):
+    """The training step that users of diffusers write, for the same geometry: its DiT, its noise scheduler, AdamW."""
+    import torch
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels, out_channels=config.channels, num_layers=config.depth,
+        sample_size=config.image_size, patch_size=config.patch_size, num_embeds_ada_norm=config.num_classes).to(device)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scheduler = DDPMScheduler(config.T)
+
+    def step(_):
+        index = torch.randint(len(images), (config.batch_size,), device=device)
+        x, y = images[index].float() / 127.5 - 1, labels[index]
+        noise = torch.randn_like(x)
+        t = torch.randint(config.T, (len(x),), device=device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample
+        torch.nn.functional.mse_loss(output.float(), noise).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def cold_start(device):
+    """Seconds from nothing to the first picture, drawn with the weights that come with the repository."""
+    script = Path(__file__).with_name("inference.py")
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.perf_counter()
+        subprocess.run([sys.executable, script, "--checkpoint", script.with_name("mnist.pth"), "--device", str(device),
+                        "--out", Path(folder) / "samples.png"], check=True, capture_output=True)
+        return time.perf_counter() - before
+
+
+def parse_args():
+    parser = Parser(description="Measures the rates of training and drawing on this machine.")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["default", "article"],
+                        help="the networks to measure (default: default article)")
+    parser.add_argument("--against", choices=["diffusers"], help="also the same networks built from this library")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every variant has its turn (default: 3)")
+    parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
+    parser.add_argument("--json", type=Path, help="a file that gets the figures as well")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
+    add_flags(parser, ("batch_size", "precision", "sample_steps", "guidance"))
+    add_device_flag(parser)
+    args = parser.parse_args()
+    if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
+        raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
+    return args
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    if args.measure:
+        config = configuration(args.presets[0], given_flags(args))
+        print(json.dumps(measure(args.measure, config, device, args.seconds)))
+        return
+
+    kinds = ("train", "draw", "diffusers") if args.against else ("train", "draw")
+    results = {(preset, kind): [] for preset in args.presets for kind in kinds}
+    starts = []
+    flags = [word for name, value in given_flags(args).items() for word in ("--" + name.replace("_", "-"), str(value))]
+    for _ in range(args.rounds):
+        starts.append(cold_start(device))
+        for preset, kind in results:
+            again = [sys.executable, __file__, "--measure", kind, "--presets", preset, "--device", str(device),
+                     "--seconds", str(args.seconds), *flags]
+            process = subprocess.run(again, capture_output=True, text=True)
+            if process.returncode:
+                raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
+            results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
+
+    def middle(name, parts):
+        return statistics.median(part[name] for part in parts)
+
+    table = []
+    for (preset, kind), parts in results.items():
+        rates = [part["images"] for part in parts]
+        table.append({
+            "what": f"{preset}: {'diffusers, train' if kind == 'diffusers' else kind}", "batch": parts[0]["count"],
+            "precision": parts[0]["precision"], "images/s": round(middle("images", parts), 1),
+            "spread": round((max(rates) - min(rates)) / middle("images", parts), 3),
+            "GFLOP/s": round(middle("flops", parts) / 1e9, 1),
+            "of matrix rate": round(statistics.median(part["flops"] / part["matrix_rate"] for part in parts), 3),
+            "memory, MB": round(middle("memory", parts) / 1e6)})
+    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        print("| " + " | ".join(format(value, ".1%") if name in ("spread", "of matrix rate") else format(value, ",")
+                                if not isinstance(value, str) else value for name, value in row.items()) + " |")
+    ratios = {preset: round(statistics.median(ours["images"] / theirs["images"] for ours, theirs in zip(
+        results[preset, "train"], results[preset, "diffusers"], strict=True)), 2)
+        for preset in args.presets if args.against}
+    for preset, ratio in ratios.items():
+        print(f"{preset}: trains at {ratio:.2f} times the rate of {args.against}")
+    print(f"first picture after {statistics.median(starts):.1f} s (python inference.py, from a cold start)")
+    if args.json:
+        from checkpoint import write_atomically
+
+        content = {"device": str(device), "machine": platform.machine(), "threads": os.cpu_count(), "rows": table,
+                   "ratios": ratios, "cold_start": statistics.median(starts)}
+        write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+if __name__ == "__main__":
+    run(main)

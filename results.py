@@ -1,0 +1,170 @@
+"""Sets samplers, or runs, side by side as `digit_score.py` measures them: a table, and pictures of it.
+
+    python results.py samplers --checkpoint mnist.pth       which sampler, in how many steps, with how much guidance
+    python results.py runs run_1min run_3min run_article    quality against the time of training; of runs that differ in
+                                                            nothing but the seed, the mean and the standard deviation
+"""
+
+import dataclasses
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint, load_model, make_dir, write_atomically
+from config import Parser, UserError, add_device_flag, pick_device, run
+from dataset import load_dataset
+from diffusion import SAMPLERS
+from digit_classifier import load_classifier
+from digit_score import FEW, compare, draw_fakes, draw_reference, embed
+from inference import find_checkpoint, grid
+
+
+def make_judge(data_dir, count, device):
+    """Returns judge(model, config), which draws `count` digits and gives their figures, those of `digit_score.compare`
+    and "accuracy", and the digits themselves; and the same figures of as many real training images."""
+    train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
+    classifier = load_classifier("mnist", device=device)
+    reference = draw_reference(torch.arange(count) % 10, train.labels, count, torch.Generator().manual_seed(0))
+    (test_features, test_probs), (train_features, _) = (embed(classifier, images)
+                                                        for images in (test.images, train.images[reference]))
+    accuracy = (test_probs.argmax(dim=1) == test.labels).float().mean().item()
+
+    def judge(model, config):
+        load_classifier(config.dataset)  # refuses a model of other images
+        fakes, labels = draw_fakes(model, config, count)
+        features, probs = embed(classifier, fakes)
+        return compare(features, test_features) | {"accuracy": (probs.argmax(1) == labels).float().mean().item()}, fakes
+
+    return judge, compare(train_features, test_features) | {"accuracy": accuracy}
+
+
+def network_calls(config):
+    """How often one image passes through the network."""
+    return config.sample_steps * (1 if config.guidance in (0, 1) else 2)
+
+
+def save_figure(figure, path):
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    print(f"-> {path}")
+
+
+def plot(title, x_label, curves, real):
+    """A figure of accuracy and Fréchet distance: `curves` is {label: (style, [(x, accuracy, frechet)])}."""
+    from matplotlib.figure import Figure  # here, so that --help does not wait for it
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    for axes, name, y_label in ((left, "frechet", "Fréchet distance"), (right, "accuracy", "misread share")):
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+        value = real[name] if name == "frechet" else 1 - real[name]
+        axes.axhline(value, color="grey", linestyle=":", label="real images")
+        for label, (style, points) in curves.items():
+            xs, accuracies, distances = zip(*sorted(points), strict=True)
+            axes.plot(xs, distances if name == "frechet" else [1 - a for a in accuracies], label=label, **style)
+        axes.grid(alpha=0.3, which="both")
+    left.legend(fontsize=8)
+    return figure
+
+
+def samplers(args, judge, real):
+    """The table of sampler x steps x guidance for one model."""
+    path = find_checkpoint(args.checkpoint)
+    model, config = load_model(path, pick_device(args.device))
+    rows = [dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps)
+            for sampler, steps in itertools.product(args.samplers, args.steps)]
+    print("read as asked, Fréchet distance\n")
+    print("| sampler | steps |" + "".join(f" guidance {guidance:g} |" for guidance in args.guidance))
+    print("|---|---|" + "---|" * len(args.guidance))
+    curves = {}
+    for row in rows:
+        cells = []
+        for i, guidance in enumerate(args.guidance):
+            setting = dataclasses.replace(row, guidance=guidance)
+            figures, _ = judge(model, setting)
+            cells.append(f" {figures['accuracy']:.1%}, {figures['frechet']:.3f} |")
+            style = {"color": f"C{i}", "marker": ".", "linestyle": {"ddpm": ":", "ddim": "--", "dpm": "-"}[row.sampler]}
+            _, points = curves.setdefault(f"{row.sampler}, guidance {guidance:g}", (style, []))
+            points.append((network_calls(setting), figures["accuracy"], figures["frechet"]))
+        print(f"| {row.sampler} | {row.sample_steps} |" + "".join(cells), flush=True)
+    save_figure(plot(str(path), "network calls per image", curves, real), args.out / "samplers.png")
+
+
+def runs(args, judge, real):
+    """Quality against training time, and the digits of the runs side by side."""
+    from matplotlib.figure import Figure
+
+    alike = {}  # runs that differ in nothing but the seed
+    for folder in args.runs:
+        path = folder / "model.pth" if folder.is_dir() else folder
+        seconds = load_checkpoint(path)["seconds"]
+        model, config = load_model(path, pick_device(args.device))
+        figures, fakes = judge(model, dataclasses.replace(config, seed=0))
+        key = dataclasses.replace(config, seed=0, data_dir=".")
+        alike.setdefault(key, []).append(figures | {"seconds": seconds, "fakes": fakes[:40]})
+
+    columns = {"seconds": ".0f", "accuracy": ".1%", "frechet": ".3f", "ratio": ".1f", "precision": ".2f",
+               "recall": ".2f", "coverage": ".2f"}
+    print("| run | calls per image | training, s | read as asked | Fréchet | to real | precision | recall | coverage |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    curves, rows = {}, sorted(alike.items(), key=lambda item: (item[0].process, item[0].steps))
+    for config, results in rows:
+        cells = []
+        for name, form in columns.items():
+            values = [result["frechet"] / real["frechet"] if name == "ratio" else result[name] for result in results]
+            cells.append(format(statistics.mean(values), form))
+            if len(values) > 1:
+                cells[-1] += f" ± {format(statistics.stdev(values), form)}"
+        network = f"{config.process}, {(config.image_size // config.patch_size) ** 2} tokens of {config.hidden_size}"
+        print(f"| {network}, {config.steps:,} steps | {network_calls(config)} | {' | '.join(cells)} |")
+        curves.setdefault(network, ({"marker": "o"}, []))[1].extend(
+            (result["seconds"], result["accuracy"], result["frechet"]) for result in results)
+    cells = [format(real[name], form) for name, form in columns.items() if name in real]
+    print(f"| real images | | | {' | '.join(cells)} |")
+    save_figure(plot(f"{args.count:,} images", "training time, s", curves, real), args.out / "runs.png")
+
+    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    for axes, (config, results) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        axes.imshow(grid(results[0]["fakes"], columns=20), cmap="gray")
+        axes.set_title(f"{config.process}, {config.steps:,} steps in {results[0]['seconds']:.0f} s: Fréchet distance "
+                       f"{results[0]['frechet']:.2f}", fontsize=9)
+        axes.axis("off")
+    save_figure(figure, args.out / "runs_digits.png")
+
+
+def main():
+    parser = Parser(description="Sets samplers, or runs, side by side: a table, and pictures of it.")
+    what = parser.add_subparsers(dest="what", required=True)
+    for name, help in (("samplers", "sampler x steps x guidance of one model: samplers.png"),
+                       ("runs", "quality against training time of several runs: runs.png, runs_digits.png")):
+        part = what.add_parser(name, help=help, description=help)
+        if name == "runs":
+            part.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints")
+        else:
+            part.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else mnist.pth)")
+            part.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="(default: all)")
+            part.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8, 10, 20],
+                              help="(default: 3 4 5 6 8 10 20)")
+            part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
+                              help="(default: 1 1.3 1.5 2)")
+        part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
+        part.add_argument("--data-dir", default=".", help="the folder that holds MNIST/ (default: .)")
+        part.add_argument("--out", type=Path, default=Path("images"), help="folder for the pictures (default: images)")
+        add_device_flag(part)
+    args = parser.parse_args()
+    if not 10 <= args.count <= 10_000:
+        raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
+    make_dir(args.out)
+    judge, real = make_judge(args.data_dir, args.count, pick_device(args.device))
+    real["ratio"] = 1.0
+    print(f"{args.count:,} images for each figure; as many real ones: {real['accuracy']:.1%}, {real['frechet']:.3f}")
+    (samplers if args.what == "samplers" else runs)(args, judge, real)
+    if args.count < FEW:
+        print(f"warning: {args.count:,} images are few: below {FEW:,} these figures say more about the sample than "
+              "about the model")
+
+
+if __name__ == "__main__":
+    run(main)

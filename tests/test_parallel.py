@@ -1,0 +1,115 @@
+"""Several processes, as torchrun starts them, do what one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY
+from PIL import Image
+
+from checkpoint import load_checkpoint
+
+FLAGS = [*TINY, "--batch-size", "9", "--lr-decay", "constant", "--precision", "fp32"]
+
+
+def torchrun(processes, script, *args):
+    """The started command; every process has one thread."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                             str(processes), str(REPOSITORY / script), *map(str, args)], text=True, cwd=REPOSITORY,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def assert_alike(run_a, run_b):
+    """Weights, their average, the optimizer's state and the log are equal to rounding."""
+    a, b = (load_checkpoint(run / "model.pth") for run in (run_a, run_b))
+    assert a["step"] == b["step"] and a["config"] == b["config"]
+    for part in ("model", "ema"):  # Adam magnifies the rounding of a gradient that is zero
+        torch.testing.assert_close(a[part], b[part], rtol=1e-4, atol=1e-3)
+    log_a, log_b = (np.genfromtxt(run / "log.csv", delimiter=",", skip_header=1) for run in (run_a, run_b))
+    np.testing.assert_allclose(log_a, log_b, rtol=1e-4)
+
+
+def test_a_run_does_not_depend_on_the_number_of_processes(command, tmp_path):
+    """Nor does it when another number resumes it; the 9 images of a step cannot be shared equally."""
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert command("train.py", *FLAGS, "--steps", 8, "--run-dir", one).returncode == 0
+    out = finish(torchrun(2, "train.py", *FLAGS, "--steps", 4, "--run-dir", two))
+    assert out.count("2 processes") == 1 and out.count("trained in") == 1  # one of them speaks
+    assert command("train.py", *FLAGS, "--steps", 8, "--run-dir", two, "--resume").returncode == 0
+    finish(torchrun(3, "train.py", *FLAGS, "--steps", 8, "--run-dir", three))
+    assert_alike(one, two)
+    assert_alike(one, three)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, "train.py", *FLAGS, "--steps", 10_000_000, "--checkpoint-every", 20, "--run-dir", run)
+    deadline = time.monotonic() + 100
+    while not (run / "model.pth").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and "another of the 2 processes is gone" in err
+    assert load_checkpoint(run / "model.pth")["step"] > 0
+    assert not list(run.glob("*.tmp"))
+
+
+def test_sigterm_saves_once_for_all(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, "train.py", *FLAGS, "--steps", 10_000_000, "--run-dir", run)
+    deadline = time.monotonic() + 100
+    while not ((run / "log.csv").exists() and len((run / "log.csv").read_text().splitlines()) > 1):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and out.count("stopped after step") == 1 and "--resume" in out
+    assert load_checkpoint(run / "model.pth")["step"] > 0
+
+
+def test_images_do_not_depend_on_the_number_of_processes(command, trained, tmp_path):
+    def args(name):
+        return ["--checkpoint", trained / "model.pth", "--count", 21, "--batch-size", 5,
+                "--real", tmp_path / name / "real", "--fake", tmp_path / name / "fake"]
+
+    assert command("generator.py", *args("one")).returncode == 0
+    shared = tmp_path / "two" / "fake"
+    finish(torchrun(2, "generator.py", *args("two")))
+    for missing in (shared / "000003_3.png", shared / "000019_9.png"):
+        missing.unlink()
+    finish(torchrun(3, "generator.py", *args("two")))  # goes on where two have ended
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*"))
+    assert len(files) == 2 * 22 + 2
+    assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*"))
+    for file in files:
+        if file.suffix == ".png":
+            assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_fid_does_not_depend_on_the_number_of_processes(command, weights, tmp_path):
+    for name in ("real", "fake"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.effect_noise((30, 30), 50).save(tmp_path / name / f"{i}.png")
+    args = ["--real", tmp_path / "real", "--fake", tmp_path / "fake", "--dims", 64, "--device", "cpu",
+            "--weights", weights]
+    alone = command("fid_computer.py", *args)
+    assert alone.returncode == 0, alone.stderr
+    together = finish(torchrun(2, "fid_computer.py", *args, "--save-stats", tmp_path / "stats.npz"))
+    assert together.split()[0] == "FID" and together.split()[2:] == alone.stdout.split()[2:]
+    assert float(together.split()[1]) == pytest.approx(float(alone.stdout.split()[1]), rel=1e-3)
+    assert np.load(tmp_path / "stats.npz")["count"] == 5
