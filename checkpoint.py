@@ -1,9 +1,9 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
-{format, config, step, seconds, model, ema, optimizer, window}: the configuration as a dict, how many steps were trained
-and in how many seconds, the weights and their moving average by their plain names, the optimizer's state, and the
-losses not yet logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the average alone,
-without model, optimizer and window.
+{format, config, step, seconds, model, ema, optimizers, window}: the configuration as a dict, how many steps were
+trained and in how many seconds, the weights and their moving average by their plain names, the states of the
+optimizers, and the losses not yet logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the
+average alone, without model, optimizers and window.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, config, step, seconds, ema, **state):
-    """Writes a checkpoint; `ema` and, in `state`, model, optimizer and window as the module's docstring says."""
+    """Writes a checkpoint; `ema` and, in `state`, model, optimizers and window as the module's docstring says."""
     content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema,
                **state}
     write_atomically(path, lambda file: torch.save(content, file))

@@ -56,12 +56,14 @@ class Config:
     # Training
     steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(64, "images per step", 1, 1_000_000)
-    lr: float = flag(4e-3, "peak learning rate of AdamW", 0, 10)
+    optimizer: str = flag("muon", "muon: for the matrices within the blocks (2502.16982), and AdamW for all else; or "
+                          "adamw alone", choices=("muon", "adamw"))
+    lr: float = flag(4e-3, "peak learning rate", 0, 10)
     lr_decay: str = flag("sqrt", "after the warm-up the learning rate stays constant, or falls to zero at the last "
                          "step, with the steps left (linear) or their square root (sqrt)",
                          choices=("constant", "linear", "sqrt"))
     warmup: int = flag(100, "steps of linear warm-up", 0, 1_000_000)
-    weight_decay: float = flag(0.0, "AdamW weight decay", 0, 10)
+    weight_decay: float = flag(0.0, "decoupled weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
@@ -94,16 +96,17 @@ class Config:
                             f"choose one of {divisors(self.image_size)}")
 
 
+PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},
     # The article's own settings; the sampler takes all T steps, without guidance.
-    "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1",
-                    batch_size=300, lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0),
-    # The sizes of the DiT paper (2212.09748, table 1) at its patch of 2.
-    "S": dict(patch_size=2, hidden_size=384, depth=12, num_heads=6),
-    "B": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12),
-    "L": dict(patch_size=2, hidden_size=1024, depth=24, num_heads=16),
-    "XL": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
+    "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
+                    optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0),
+    # The sizes of the DiT paper (2212.09748, table 1) at its patch of 2, and its optimizer.
+    "S": dict(hidden_size=384, depth=12, num_heads=6) | PAPER,
+    "B": dict(hidden_size=768, depth=12, num_heads=12) | PAPER,
+    "L": dict(hidden_size=1024, depth=24, num_heads=16) | PAPER,
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16) | PAPER,
 }
 
 SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed")  # the fields that concern drawing alone

@@ -22,6 +22,7 @@ from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, 
 from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, run
 from dataset import load_dataset
 from inference import grid, sample, save_picture, to_uint8
+from muon import Muon
 
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
@@ -63,17 +64,24 @@ def resolve_precision(precision, device):
 
 def build_training(config, device):
     """What a run consists of, in the order in which `train_step` takes it: the model, the worker that computes its
-    gradients, its moving average, the optimizer and the diffusion process."""
+    gradients, its moving average, the optimizers and the diffusion process."""
     model = build_model(config).to(device)
     worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
     ema = copy.deepcopy(model).requires_grad_(False)
     if parallel.WORLD > 1:
         worker = DistributedDataParallel(worker)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-    return model, worker, ema, optimizer, build_diffusion(config, device)
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        inner = name.startswith("blocks.") and weight.ndim == 2 and ".modulation." not in name
+        (matrices if inner and config.optimizer == "muon" else others).append(weight)
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, weight_decay=config.weight_decay,
+                               dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32))
+    return model, worker, ema, optimizers, build_diffusion(config, device)
 
 
-def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
+def train_step(model, worker, ema, optimizers, diffusion, config, batch, step):
     """One optimizer step on a batch of `draw_batch`. Returns the loss of each image (B,), not averaged.
 
     worker: what computes the gradients: `model` itself, or a copy of it in bfloat16, rounded anew at each step. Nothing
@@ -98,12 +106,13 @@ def train_step(model, worker, ema, optimizer, diffusion, config, batch, step):
         for weight, copy_ in zip(weights, copies, strict=True):
             weight.grad, copy_.grad = copy_.grad.float(), None
 
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
     if config.grad_clip:
         torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
     decay = min(config.ema_decay, (step + 1) / (step + 10))  # the first, useless weights are soon forgotten
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
@@ -172,8 +181,8 @@ def configure(args):
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
         return Config(**wanted), None
     saved = load_checkpoint(path)
-    if "optimizer" not in saved:
-        raise UserError(f"{path} holds weights to share, without the optimizer's state that training on needs")
+    if "optimizers" not in saved:
+        raise UserError(f"{path} holds weights to share, without the state of the optimizers that training on needs")
     config = saved["config"]
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in wanted.items()
                    if name not in CHANGEABLE and value != getattr(config, name)]
@@ -199,7 +208,7 @@ def main():
     images, labels = data.images.to(device), data.labels.to(device)
 
     torch.manual_seed(config.seed)
-    model, worker, ema, optimizer, diffusion = build_training(config, device)
+    model, worker, ema, optimizers, diffusion = build_training(config, device)
     window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses since the log's last row
     first = parallel.RANK == 0  # the one process that writes
     start, seconds = 0, 0.0
@@ -207,7 +216,8 @@ def main():
         start, seconds = saved["step"], saved["seconds"]
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         if first:
             window.copy_(saved["window"])
 
@@ -240,7 +250,7 @@ def main():
     with log_file, bar:
         for step in range(start, config.steps):
             batch = draw_batch(images, labels, diffusion, config, step, parallel.share(config.batch_size))
-            losses = train_step(model, worker, ema, optimizer, diffusion, config, batch, step)
+            losses = train_step(model, worker, ema, optimizers, diffusion, config, batch, step)
             level = batch[2] * NOISE_LEVELS // config.T
             window.index_add_(0, level, torch.stack([losses, torch.ones_like(losses)], dim=1))
             bar.update()
@@ -263,7 +273,8 @@ def main():
                 demand_finite("weights are", all(weights.isfinite().all() for weights in ema.parameters()))
             if save_now and first:
                 save_checkpoint(path, config, done, time.monotonic() - began, ema.state_dict(),
-                                model=model.state_dict(), optimizer=optimizer.state_dict(), window=window)
+                                model=model.state_dict(), window=window,
+                                optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 last_good = f"{path}, step {done:,}"
             if (done % config.sample_every == 0 or last) and first:
                 *_, drawn = sample(ema, config, sample_labels)

@@ -65,7 +65,7 @@ def test_resumed_run_is_the_same_run(call, tmp_path):
     assert call(train, *flags, "--resume")[0] == 0
     assert (whole / "log.csv").read_text() == (parts / "log.csv").read_text()
     a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(parts / "model.pth")
-    for part in ("model", "ema", "optimizer", "window", "step", "config"):
+    for part in ("model", "ema", "optimizers", "window", "step", "config"):
         assert same(a[part], b[part]), part
     assert (whole / "samples_000009.png").read_bytes() == (parts / "samples_000009.png").read_bytes()
 
@@ -239,7 +239,7 @@ def test_step_trains_and_averages():
     optimizer = torch.optim.AdamW(model.parameters())
     diffusion = build_diffusion(config)
     batch = draw_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), diffusion, config, 0)
-    losses = train_step(model, model, ema, optimizer, diffusion, config, batch, step=999)
+    losses = train_step(model, model, ema, [optimizer], diffusion, config, batch, step=999)
     assert losses.shape == (8,) and not losses.requires_grad
     target = diffusion.target(batch[0], batch[3])
     scale = diffusion.error_scale[batch[2]]
@@ -269,7 +269,7 @@ def test_bf16_gradients_are_those_of_fp32():
     losses = []
     for worker in (model, copy.deepcopy(model).bfloat16()):
         ema = copy.deepcopy(model)
-        losses.append(train_step(model, worker, ema, Recorder(model.parameters()), diffusion, config, batch, 0))
+        losses.append(train_step(model, worker, ema, [Recorder(model.parameters())], diffusion, config, batch, 0))
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert losses[1].dtype == gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
@@ -289,7 +289,7 @@ def test_overfits_a_handful_of_digits():
     diffusion = build_diffusion(config)
     for step in range(config.steps):
         batch = draw_batch(images, labels, diffusion, config, step)
-        train_step(model, model, ema, optimizer, diffusion, config, batch, step)
+        train_step(model, model, ema, [optimizer], diffusion, config, batch, step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
     assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
@@ -305,7 +305,7 @@ def test_every_preset_takes_a_step():
         ema = build_model(config)
         diffusion, optimizer = build_diffusion(config), torch.optim.AdamW(model.parameters())
         batch = draw_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), diffusion, config, 0)
-        losses = train_step(model, model, ema, optimizer, diffusion, config, batch, 0)
+        losses = train_step(model, model, ema, [optimizer], diffusion, config, batch, 0)
         assert losses.isfinite().all()
 
 

@@ -1,0 +1,50 @@
+"""The Muon optimizer, for the matrices within a network (https://kellerjordan.github.io/posts/muon, 2502.16982)."""
+
+from collections import defaultdict
+
+import torch
+
+
+def orthogonalize(matrices, steps=4):
+    """The nearest matrices with all singular values near 1: (K, M, N) -> (K, M, N), by the quintic Newton-Schulz
+    iteration of Muon, which brings them to between 0.7 and 1.2 and not nearer. Computed in the type of `matrices`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if tall else matrices  # the smaller of X X^T and X^T X
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + torch.baddbmm(A, A, A, beta=b, alpha=c) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
+
+    params: matrices (M, N). An update is scaled to the size that AdamW's have (2502.16982, equation 4), so that both
+    take the same lr. Those of one shape go through the iteration as one batch.
+    dtype: what the iteration computes in: bfloat16 is as good where the hardware multiplies it, and slow where it does
+    not. That is why torch's own Muon is not used: it has no choice.
+    """
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for weight in group["params"]:
+                alike[weight.shape].append(weight)
+            for (M, N), weights in alike.items():
+                gradients = [weight.grad for weight in weights]
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momenta = [self.state[weight]["momentum"] for weight in weights]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                looked_ahead = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov's
+                updates = orthogonalize(looked_ahead.to(self.dtype)).to(weights[0].dtype)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(M, N) ** 0.5 * group["lr"])

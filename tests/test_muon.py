@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    matrices = torch.randn(3, *shape)
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    result = orthogonalize(matrices * 1e3, steps=5)  # their size does not matter
+    values = torch.linalg.svdvals(result)
+    assert values.max() < 1.3 and values[(S / S.max()) > 0.1].min() > 0.6
+    turned = U.mT @ result @ V.mT  # in the matrices' own singular vectors: diagonal
+    assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+    assert orthogonalize(torch.zeros(1, 3, 5)).eq(0).all()
+
+
+def test_steps_are_those_of_torch():
+    """Against torch's own Muon, which computes in bfloat16, on a few steps of a quadratic problem."""
+    shapes = [(16, 8), (8, 8), (16, 8), (8, 24)]
+    start, goal = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    results = []
+    for make in (lambda p: Muon(p, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16),
+                 lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.1, ns_steps=4, adjust_lr_fn="match_rms_adamw")):
+        weights = [weight.clone().requires_grad_() for weight in start]
+        optimizer = make(weights)
+        for _ in range(5):
+            optimizer.zero_grad()
+            sum(((weight - target) ** 2).sum() for weight, target in zip(weights, goal, strict=True)).backward()
+            optimizer.step()
+        results.append(torch.cat([(weight - before).flatten() for weight, before in zip(weights, start, strict=True)]))
+    ours, theirs = results
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_bfloat16_is_as_good():
+    matrices = torch.randn(2, 32, 48)
+    torch.testing.assert_close(orthogonalize(matrices.bfloat16()).float(), orthogonalize(matrices), atol=0.05, rtol=0)
