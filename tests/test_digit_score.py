@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_refused
 from PIL import Image
-from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
 import digit_score
 import fid_computer
 from checkpoint import build_model, save_checkpoint
 from config import Config, UserError
-from dataset import Dataset
 from digit_classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
 from digit_score import (
     METRICS,
@@ -29,8 +27,6 @@ from digit_score import (
     score,
     worst_picture,
 )
-
-CLASSES = [str(digit) for digit in range(10)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,18 +42,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def classifier():
     return load_classifier()
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """scikit-learn's 8x8 digits made to look like MNIST, in three parts of 599: to train, to test, to be good fakes."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16
-    images = F.pad(F.interpolate(images, size=(20, 20), mode="bicubic").clamp(0, 1), (4, 4, 4, 4))
-    images, labels = (images * 255).round().byte(), torch.from_numpy(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    order = order[labels[order].argsort(stable=True)]  # the digits are shared out evenly
-    return [Dataset("mnist", images[order[part::3]], labels[order[part::3]], CLASSES) for part in range(3)]
 
 
 @pytest.fixture(scope="module")

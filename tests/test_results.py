@@ -1,0 +1,81 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import assert_refused
+from PIL import Image
+
+import results
+from checkpoint import build_model, load_model, save_checkpoint
+from config import Config
+from digit_classifier import load_classifier
+from digit_score import compare, draw_fakes, embed
+
+CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
+                num_heads=2, sample_steps=2)
+
+
+@pytest.fixture
+def checkpoint(monkeypatch, parts, tmp_path):
+    """Makes checkpoints of untrained models, in a place where the stand-in digits are MNIST."""
+    monkeypatch.setattr(results, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+
+    def checkpoint(name, seconds, **settings):
+        config = dataclasses.replace(CONFIG, **settings)
+        torch.manual_seed(config.seed)
+        model = build_model(config)
+        torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3)
+        (tmp_path / name).mkdir()
+        save_checkpoint(tmp_path / name / "model.pth", config, config.steps, seconds, model.state_dict())
+        return tmp_path / name
+
+    return checkpoint
+
+
+def test_samplers(call, checkpoint, parts, tmp_path):
+    path = checkpoint("run", 1.0) / "model.pth"
+    code, out, err = call(results, "samplers", "--checkpoint", path, "--samplers", "ddim", "dpm", "--steps", 2, 3,
+                          "--guidance", 1, 2, "--count", 100, "--out", tmp_path / "pictures")
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if line.startswith(("| ddim", "| dpm"))]
+    assert [row.split("|")[1:3] for row in rows] == [[" ddim ", " 2 "], [" ddim ", " 3 "], [" dpm ", " 2 "],
+                                                    [" dpm ", " 3 "]]
+    assert "guidance 1 | guidance 2" in out and "warning: 100 images are few" in out
+    # The last row's last cell, done by hand
+    model, config = load_model(path)
+    fakes, labels = draw_fakes(model, dataclasses.replace(config, sample_steps=3, guidance=2.0), 100)
+    classifier = load_classifier()
+    features, probs = embed(classifier, fakes)
+    accuracy = (probs.argmax(1) == labels).float().mean().item()
+    distance = compare(features, embed(classifier, parts[1].images)[0])["frechet"]
+    assert rows[-1].split("|")[-2].strip() == f"{accuracy:.1%}, {distance:.3f}"
+    with Image.open(tmp_path / "pictures" / "samplers.png") as image:
+        assert image.width > 1000
+
+
+def test_runs(call, checkpoint, tmp_path):
+    folders = [checkpoint("a", 10.0, steps=5), checkpoint("b", 20.0, steps=5, seed=1), checkpoint("c", 99.0, steps=50)]
+    code, out, err = call(results, "runs", *folders, "--count", 100, "--out", tmp_path)
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if line.startswith("| flow")]
+    assert "5 steps | 4 | 15 ± 7 |" in rows[0] and rows[0].count("±") == 7  # two seeds, one row
+    assert "50 steps | 4 | 99 |" in rows[1] and "±" not in rows[1]
+    assert re.search(r"\| real images \| \| \| .*%", out)
+    for name in ("runs.png", "runs_digits.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 500
+
+
+def test_mistakes(call, checkpoint, tmp_path):
+    path = checkpoint("run", 1.0)
+    assert_refused(call(results, "runs", tmp_path / "none", "--out", tmp_path), "none")
+    assert_refused(call(results, "runs", path, "--count", 5, "--out", tmp_path), "--count 5")
+    assert_refused(call(results, "samplers", "--checkpoint", path / "model.pth", "--steps", 0, "--count", 10,
+                        "--out", tmp_path), "sample_steps is 0")
+    assert_refused(call(results), "what")
+
+
+def test_other_images_are_refused(call, checkpoint, tmp_path):
+    path = checkpoint("run", 1.0, dataset="digits")
+    assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "reads 'mnist', not 'digits'")
