@@ -6,6 +6,7 @@ optimizers, and the losses not yet logged. Weights to share (`python checkpoint.
 average alone, without model, optimizers and window.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -46,20 +47,19 @@ def make_dir(path):
 
 def write_atomically(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
-    holds either what it held or all of the new. Raises `UserError` when it cannot be written."""
+    holds either what it held or all of the new. What a killed process left is written over by the next. Raises
+    `UserError` when it cannot be written."""
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # NamedTemporaryFile makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         # torch reports a failed write as a RuntimeError of its own
         if isinstance(error, (OSError, RuntimeError)):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

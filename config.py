@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 
 
@@ -125,7 +124,7 @@ def check_value(field, value):
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
     if field.type is str:
         return
-    if not math.isfinite(value) or value < rule["low"] or value > rule["high"]:
+    if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
 
 

@@ -123,7 +123,7 @@ def read_folder(root, train, image_size, channels):
     if (root / "train").is_dir():
         root = root / ("train" if train else "test")
     names = sorted((path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else (),
-                   key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     files = [(file, label) for label, name in enumerate(names) for file in list_images(root / name)]
     if not files:
         raise UserError(f"no images in {root}/<class>/: it must hold one folder per class, with images in each")
