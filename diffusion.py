@@ -68,15 +68,15 @@ class RectifiedFlow(Diffusion):
 
     A shift above 1 has more of the T steps where there is much noise (2403.03206, equation 23). The steps to train on
     are logit-normal: most often in the midst of the T (section 3.1 there).
-    The loss is that of the velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0, divided by tau. A
-    network whose tokens are not much wider than a patch has pixels predicts images more easily than velocities
-    (2511.13720).
+    The loss is that of the velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0, divided by tau, or by
+    0.2 where tau is smaller: nearly clean images teach little. A network whose tokens are not much wider than a patch
+    has pixels predicts images more easily than velocities (2511.13720).
     """
 
     def __init__(self, T=1000, shift=2.2, device="cpu"):
         self.T = T
         tau = (torch.logit(torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)) + math.log(shift)).sigmoid()
-        self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.05), device)
+        self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.2), device)
 
     def random_t(self, u):
         return (torch.special.ndtri(u).sigmoid() * self.T).long().clamp(max=self.T - 1)

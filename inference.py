@@ -16,6 +16,9 @@ from diffusion import SAMPLERS, guided
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("mnist.pth"))
 
+# Batches are filled up to a multiple of this: the libraries multiply a few rows in another order, and round otherwise.
+FULL_BATCH = 16
+
 
 def noise_source(seed, indices, shape, device):
     """A function that returns fresh standard normal noise (B, *shape) at each call, one random stream per image:
@@ -35,16 +38,21 @@ def sample(model, config, labels, indices=None, bound=1.0):
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
     A generator: yields the noise (B, C, H, W), then x after each step; the last one is the images, in [-1, 1].
+    An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU.
     """
+    B, indices = len(labels), list(indices or range(len(labels)))
+    fill = -B % FULL_BATCH
+    labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
     shape = (config.channels, config.image_size, config.image_size)
-    noise = noise_source(config.seed, indices or range(len(labels)), shape, labels.device)
+    noise = noise_source(config.seed, indices, shape, labels.device)
     sampler = SAMPLERS[config.sampler]
     if config.sampler == "ddim":
         sampler = functools.partial(sampler, eta=config.eta)
-    x = noise()
-    yield x
+    start = noise()
+    yield start[:B]
     denoise = guided(model, labels, config.guidance)
-    yield from sampler(build_diffusion(config), denoise, x, config.sample_steps, noise, bound)
+    for x in sampler(build_diffusion(config), denoise, start, config.sample_steps, noise, bound):
+        yield x[:B]
 
 
 def to_uint8(x):

@@ -39,9 +39,7 @@ def test_goes_on_and_does_not_depend_on_the_batches(call, trained, tmp_path):
     assert call(generator, *flags, *folders(parts), "--count", 11, "--batch-size", 3)[0] == 0
     assert kept.stat().st_mtime_ns == old
     assert read(once / "real") == read(parts / "real")
-    for name, content in read(once / "fake").items():
-        a, b = (np.array(Image.open(folder / "fake" / name), dtype=int) for folder in (once, parts))
-        assert np.abs(a - b).max() <= 1, (name, len(content))
+    assert read(once / "fake") == read(parts / "fake")
     assert not list(parts.glob("*/*.tmp"))
 
 
