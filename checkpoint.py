@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, Parser, UserError, run
+from config import SAMPLING, Config, Parser, UserError, add_flags, given_flags, run
 from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
@@ -121,13 +121,15 @@ def load_model(path, device="cpu"):
 
 def main():
     parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
-                                "precision.")
+                                "precision. How they draw when nothing else is asked for can be set anew.")
     parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
     parser.add_argument("out", help="the file to write")
+    add_flags(parser, [name for name in SAMPLING if name != "seed"])
     args = parser.parse_args()
     content = load_checkpoint(args.checkpoint)
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
-    config = dataclasses.replace(content["config"], data_dir=Config.data_dir)  # a path of this machine concerns nobody
+    # A path of this machine concerns nobody
+    config = dataclasses.replace(content["config"], data_dir=Config.data_dir, **given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
 

@@ -53,7 +53,7 @@ class Config:
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
 
     # Training
-    steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
+    steps: int = flag(5000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(64, "images per step", 1, 1_000_000)
     optimizer: str = flag("muon", "muon: for the matrices within the blocks (2502.16982), and AdamW for all else; or "
                           "adamw alone", choices=("muon", "adamw"))
@@ -76,8 +76,8 @@ class Config:
     # Sampling
     sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
                         choices=("ddpm", "ddim", "dpm"))
-    sample_steps: int = flag(5, "denoising steps of one sample, at most T", 1, 100_000)
-    guidance: float = flag(1.5, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
+    sample_steps: int = flag(6, "denoising steps of one sample, at most T", 1, 100_000)
+    guidance: float = flag(1.4, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 import zipfile
@@ -132,10 +133,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_weights_to_share(saved, call):
     path, model = saved
     small = path.with_name("small.pth")
-    code, out, _ = call(checkpoint, path, small)
+    code, out, _ = call(checkpoint, path, small, "--guidance", 1.25)
     assert code == 0 and "trained for 7 steps" in out
     again, config = load_model(small)
-    assert config == CONFIG
+    assert config == dataclasses.replace(CONFIG, guidance=1.25)
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
