@@ -26,7 +26,7 @@ FORMAT = "dit-checkpoint-1"
 def build_model(config):
     """The untrained `DiT` of a configuration whose sizes are all known."""
     return DiT(config.image_size, config.patch_size, config.channels, config.num_classes, config.hidden_size,
-               config.depth, config.num_heads, config.mlp_ratio)
+               config.depth, config.num_heads, config.mlp_ratio, config.recompute)
 
 
 def build_diffusion(config, device="cpu"):

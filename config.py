@@ -68,6 +68,7 @@ class Config:
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
     precision: str = flag("auto", "fp32, bf16 (a bfloat16 copy of the weights computes the gradients), or auto: bf16 "
                           "where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
+    recompute: bool = flag(False, "compute each block again in the backward pass: less memory, more time")
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
     log_every: int = flag(50, "steps between two rows of log.csv", 1, 100_000_000)
     sample_every: int = flag(1000, "steps between two sample grids", 1, 100_000_000)
@@ -122,7 +123,7 @@ def check_value(field, value):
         raise UserError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.80}")
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
-    if field.type is str:
+    if field.type in (str, bool):
         return
     if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
@@ -134,8 +135,9 @@ def add_flags(parser, names=None):
     for field in dataclasses.fields(Config):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
-            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-                                choices=rule["choices"], metavar=None if rule["choices"] else field.type.__name__,
+            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
+                type=field.type, choices=rule["choices"], metavar=None if rule["choices"] else field.type.__name__)
+            parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                                 help=f"{rule['help']} (default: {field.default})")
 
 

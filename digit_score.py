@@ -78,14 +78,17 @@ def neighbour_distances(features):
 def nearest(images, train_images, size=500):
     """The training image nearest to each of `images` (N, 1, H, W), by L2 over pixels in [0, 1]: distances and indices,
     both (N,)."""
-    train = train_images.flatten(1).float() / 255
+    train = train_images.flatten(1).float()
     half_square = train.square().sum(dim=1) / 2
     distances, indices = [], []
-    for batch in (images.flatten(1).float() / 255).split(size):
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # as bfloat16 where that is quicker, which holds 0..255 exactly
+    for batch in images.flatten(1).float().split(size):
         # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: its rounding would hide a copy.
         index = torch.addmm(half_square, batch, train.T, alpha=-1).argmin(dim=1)
-        distances.append((batch - train[index]).norm(dim=1))
+        distances.append((batch - train[index]).norm(dim=1) / 255)
         indices.append(index)
+    torch.set_float32_matmul_precision(precision)
     return torch.cat(distances), torch.cat(indices)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_block import DiTBlock, modulate
 from time_emb import TimeEmbedding
@@ -63,22 +64,24 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts from a noisy image, its step and its label what `Diffusion.prediction` names.
+    """Predicts from a noisy image, its step and its label what `Diffusion.target` says.
 
     forward: x (B, C, H, W) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
     label (no label) -> (B, C, H, W)
 
+    recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, image_size=28, patch_size=7, channels=1, num_classes=10, hidden_size=128, depth=4, num_heads=4,
-                 mlp_ratio=4.0):
+                 mlp_ratio=4.0, recompute=False):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4 and of num_heads {num_heads}")
         self.patch_size, self.channels, self.null_label = patch_size, channels, num_classes
+        self.recompute = recompute
         self.patch_embedding = PatchEmbedding(image_size, patch_size, channels, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
@@ -101,7 +104,8 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         x = self.patch_embedding(x)                               # (B, N, D)
         c = self.time_embedding(t) + self.label_embedding(y)      # (B, D)
-        for block in self.blocks:
-            x = block(x, c)                                       # (B, N, D)
+        for block in self.blocks:                                 # (B, N, D)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
         x = self.final_layer(x, c)                                # (B, N, p * p * C)
         return unpatchify(x, self.patch_size, self.channels)      # (B, C, H, W)

@@ -27,7 +27,7 @@ from muon import Muon
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
-              "guidance", "eta")
+              "guidance", "eta", "recompute")
 
 
 def draw_batch(images, labels, diffusion, config, step, part=slice(None)):
@@ -194,6 +194,19 @@ def configure(args):
     return config, saved
 
 
+def announce(config, data, model, device, start, run_dir):
+    """Says what the run is about to do."""
+    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
+    print(f"data      {config.dataset}: {len(data.images):,} images of {config.image_size} x {config.image_size}, classes "
+          f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
+          f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
+    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
+          f"seed {config.seed}")
+    print(f"results   {run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
+
+
 @parallel.one_for_all()
 def main():
     args = parse_args()
@@ -221,16 +234,7 @@ def main():
         if first:
             window.copy_(saved["window"])
 
-    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-          + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
-    print(f"data      {config.dataset}: {len(images):,} images of {config.image_size} x {config.image_size}, classes "
-          f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
-    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
-          f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
-    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
-          f"seed {config.seed}")
-    print(f"results   {args.run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
-
+    announce(config, data, model, device, start, args.run_dir)
     path = args.run_dir / "model.pth"
     last_good = f"{path}, step {start:,}" if saved else "none"
     log_file, log = open_log(args.run_dir / "log.csv", config, start) if first else (contextlib.nullcontext(), None)

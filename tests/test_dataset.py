@@ -137,6 +137,18 @@ def test_folder_that_cannot_be_read(tmp_path):
         load_dataset("folder", tmp_path / "own")
 
 
+def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
+    """They are no images and no classes; and a folder may have any name."""
+    write_classes(tmp_path / "own", names=("10", "\u00b2", "\u0663"))  # a superscript two, an Arabic three
+    folder = tmp_path / "own" / "10"
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    (folder / "up").symlink_to(tmp_path / "own")
+    (tmp_path / "own" / "circle").symlink_to(tmp_path / "own" / "circle")
+    data = load_dataset("folder", tmp_path / "own")
+    assert len(data.images) == 9 and data.classes == ["\u0663", "10", "\u00b2"]
+
+
 def test_list_images(tmp_path):
     for name in ("b.png", "a.JPG", "notes.txt", "settings.json"):
         (tmp_path / name).touch()

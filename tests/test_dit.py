@@ -150,3 +150,22 @@ def test_sizes_of_the_paper(name, millions):
 def test_sizes_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match=str(next(iter(sizes.values())))):
         DiT(**sizes)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 3, 10])
+    model = DiT(8, 2, hidden_size=32, depth=3, num_heads=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda a, sizes=sizes: sizes.append(a.numel()) or a, lambda a: a):
+            output = model(x, t, y)
+        output.square().sum().backward()
+        kept.append(sum(sizes))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert kept[1] < kept[0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
