@@ -198,8 +198,8 @@ def announce(config, data, model, device, start, run_dir):
     """Says what the run is about to do."""
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
-    print(f"data      {config.dataset}: {len(data.images):,} images of {config.image_size} x {config.image_size}, classes "
-          f"{', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
+    print(f"data      {config.dataset}: {len(data.images):,} images of {config.image_size} x {config.image_size}, "
+          f"classes {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
           f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
