@@ -69,6 +69,8 @@ class Config:
     precision: str = flag("auto", "fp32, bf16 (a bfloat16 copy of the weights computes the gradients), or auto: bf16 "
                           "where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
     recompute: bool = flag(False, "compute each block again in the backward pass: less memory, more time")
+    shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
+                       "processes (FSDP2), for networks that are too large for one")
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
     log_every: int = flag(50, "steps between two rows of log.csv", 1, 100_000_000)
     sample_every: int = flag(1000, "steps between two sample grids", 1, 100_000_000)

@@ -67,6 +67,34 @@ def add_up(tensor):
         dist.all_reduce(tensor)
 
 
+def own_parts(weights):
+    """What of weights that are split among the processes this one holds; other weights as they are."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
+
+
+def whole(value):
+    """`value`, dicts and lists of tensors, with what is split among the processes put together; all must call it."""
+    if hasattr(value, "full_tensor"):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    return [whole(part) for part in value] if isinstance(value, list) else value
+
+
+def split_state(state, weights):
+    """The state of an optimizer, put together by `whole`, split as the `weights` that it belongs to are."""
+    from torch.distributed.tensor import distribute_tensor  # here, since few need it
+
+    def split(value, weight):
+        if value.shape != weight.shape:
+            return value
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+
+    parts = {i: {name: split(value, weights[i]) for name, value in values.items()}
+             for i, values in state["state"].items()}
+    return state | {"state": parts}
+
+
 def gather(array):
     """The arrays (N, ...) of all processes, one after the other; N may differ, and be 0."""
     if WORLD == 1:

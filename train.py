@@ -27,7 +27,7 @@ from muon import Muon
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
-              "guidance", "eta", "recompute")
+              "guidance", "eta", "recompute", "shard")
 
 
 def draw_batch(images, labels, diffusion, config, step, part=slice(None)):
@@ -62,22 +62,36 @@ def resolve_precision(precision, device):
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
-def build_training(config, device):
+def build_training(config, device, saved=None):
     """What a run consists of, in the order in which `train_step` takes it: the model, the worker that computes its
-    gradients, its moving average, the optimizers and the diffusion process."""
+    gradients, its moving average, the optimizers and the diffusion process. saved: the checkpoint to go on from."""
     model = build_model(config).to(device)
-    worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
     ema = copy.deepcopy(model).requires_grad_(False)
-    if parallel.WORLD > 1:
-        worker = DistributedDataParallel(worker)
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since few need it
+
+        for network in (model, ema):
+            for part in (*network.blocks, network):
+                fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        worker = model
+    else:
+        worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
+        if parallel.WORLD > 1:
+            worker = DistributedDataParallel(worker)
     matrices, others = [], []
     for name, weight in model.named_parameters():
         inner = name.startswith("blocks.") and weight.ndim == 2 and ".modulation." not in name
         (matrices if inner and config.optimizer == "muon" else others).append(weight)
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, weight_decay=config.weight_decay,
-                               dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32))
+        optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype))
+    if saved:
+        for optimizer, state, weights in zip(optimizers, saved["optimizers"], (others, matrices), strict=False):
+            optimizer.load_state_dict(parallel.split_state(state, weights) if config.shard else state)
     return model, worker, ema, optimizers, build_diffusion(config, device)
 
 
@@ -115,7 +129,7 @@ def train_step(model, worker, ema, optimizers, diffusion, config, batch, step):
         optimizer.zero_grad()
     decay = min(config.ema_decay, (step + 1) / (step + 10))  # the first, useless weights are soon forgotten
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+        torch._foreach_lerp_(parallel.own_parts(ema.parameters()), parallel.own_parts(weights), 1 - decay)
     return losses.detach()
 
 
@@ -214,6 +228,9 @@ def main():
     config, saved = configure(args)
     if config.batch_size < parallel.WORLD:
         raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
+    if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon"):
+        raise UserError("--shard splits the weights among the processes that torchrun starts, and needs --optimizer "
+                        "adamw, since Muon looks at whole matrices; --no-shard does without")
     make_dir(args.run_dir)
     with parallel.first_process_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
@@ -221,16 +238,12 @@ def main():
     images, labels = data.images.to(device), data.labels.to(device)
 
     torch.manual_seed(config.seed)
-    model, worker, ema, optimizers, diffusion = build_training(config, device)
+    model, worker, ema, optimizers, diffusion = build_training(config, device, saved)
     window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses since the log's last row
     first = parallel.RANK == 0  # the one process that writes
     start, seconds = 0, 0.0
     if saved:
         start, seconds = saved["step"], saved["seconds"]
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
         if first:
             window.copy_(saved["window"])
 
@@ -274,15 +287,18 @@ def main():
                 if log_now or not first:
                     window.zero_()
             if save_now:
-                demand_finite("weights are", all(weights.isfinite().all() for weights in ema.parameters()))
-            if save_now and first:
-                save_checkpoint(path, config, done, time.monotonic() - began, ema.state_dict(),
-                                model=model.state_dict(), window=window,
-                                optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                broken = any(not part.isfinite().all() for part in parallel.own_parts(ema.parameters()))
+                demand_finite("weights are", not parallel.largest(int(broken)))
+                content = [ema.state_dict(), model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]]
+                averages, weights, states = parallel.whole(content) if config.shard else content
+                if first:
+                    save_checkpoint(path, config, done, time.monotonic() - began, averages, model=weights,
+                                    optimizers=states, window=window)
                 last_good = f"{path}, step {done:,}"
-            if (done % config.sample_every == 0 or last) and first:
+            if (done % config.sample_every == 0 or last) and (first or config.shard):
                 *_, drawn = sample(ema, config, sample_labels)
-                save_picture(args.run_dir / f"samples_{done:06d}.png", grid(to_uint8(drawn), columns=10))
+                if first:
+                    save_picture(args.run_dir / f"samples_{done:06d}.png", grid(to_uint8(drawn), columns=10))
             if stopped:
                 break
     if first:
