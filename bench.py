@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import platform
 import resource
 import statistics
@@ -21,7 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from checkpoint import write_atomically
 from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from inference import sample
+from train import build_training, draw_batch, resolve_precision, train_step
 
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
 DIGITS = dict(image_size=28, channels=1, num_classes=10)
@@ -35,8 +41,6 @@ def configuration(preset, flags):
 
 def seconds_per_call(call, device, at_least):
     """The mean time of `call(i)` over `at_least` seconds, after a fifth of that to warm up."""
-    import torch
-
     def calls(first, seconds):
         start, done = time.perf_counter(), 0
         while done < 3 or time.perf_counter() - start < seconds:
@@ -55,8 +59,6 @@ def seconds_per_call(call, device, at_least):
 
 def flops(call):
     """The floating-point operations of `call()`: torch counts those of the matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -65,8 +67,6 @@ def flops(call):
 def matrix_rate(config, device, dtype, batch_size, at_least):
     """FLOP/s of plain matrix products of this network's most frequent shape: tokens by D by 4 D, forward and
     backward."""
-    import torch
-
     rows, D, M = (batch_size * (config.image_size // config.patch_size) ** 2, config.hidden_size,
                   int(config.hidden_size * config.mlp_ratio))
     x, w, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, D), (D, M), (rows, M)))
@@ -76,11 +76,6 @@ def matrix_rate(config, device, dtype, batch_size, at_least):
 
 def measure(what, config, device, at_least):
     """What one process measures: a dict of images/s, FLOP/s, the matrix rate and the peak memory in bytes."""
-    import torch
-
-    from inference import sample
-    from train import build_training, draw_batch, resolve_precision, train_step
-
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
     torch.manual_seed(config.seed)
     steps = 1
@@ -115,7 +110,6 @@ def measure(what, config, device, at_least):
 
 def diffusers_step(config, device, images, labels):
     """The training step that users of diffusers write, for the same geometry: its DiT, its noise scheduler, AdamW."""
-    import torch
     from diffusers import DDPMScheduler, DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
@@ -165,6 +159,8 @@ def parse_args():
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
         raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no such folder")
     return args
 
 
@@ -178,17 +174,20 @@ def main():
 
     kinds = ("train", "draw", "diffusers") if args.against else ("train", "draw")
     results = {(preset, kind): [] for preset in args.presets for kind in kinds}
-    starts = []
     flags = [word for name, value in given_flags(args).items() for word in ("--" + name.replace("_", "-"), str(value))]
-    for _ in range(args.rounds):
-        starts.append(cold_start(device))
-        for preset, kind in results:
-            again = [sys.executable, __file__, "--measure", kind, "--presets", preset, "--device", str(device),
-                     "--seconds", str(args.seconds), *flags]
-            process = subprocess.run(again, capture_output=True, text=True)
-            if process.returncode:
-                raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
-            results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
+    turns = tqdm(itertools.product(range(args.rounds), results), total=args.rounds * len(results), leave=False,
+                 disable=None)
+    for _, (preset, kind) in turns:
+        turns.set_description(f"{preset}, {kind}")
+        again = [sys.executable, __file__, "--measure", kind, "--presets", preset, "--device", str(device),
+                 "--seconds", str(args.seconds), *flags]
+        process = subprocess.run(again, capture_output=True, text=True)
+        if process.returncode:
+            raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
+        results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
+    starts = [cold_start(device) for _ in range(args.rounds)]
+
+    machine = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
     def middle(name, parts):
         return statistics.median(part[name] for part in parts)
@@ -203,6 +202,7 @@ def main():
             "GFLOP/s": round(middle("flops", parts) / 1e9, 1),
             "of matrix rate": round(statistics.median(part["flops"] / part["matrix_rate"] for part in parts), 3),
             "memory, MB": round(middle("memory", parts) / 1e6)})
+    print(f"{machine}; the median of {args.rounds} turns of {args.seconds:g} s\n")
     print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
     for row in table:
         print("| " + " | ".join(format(value, ".1%") if name in ("spread", "of matrix rate") else format(value, ",")
@@ -214,10 +214,7 @@ def main():
         print(f"{preset}: trains at {ratio:.2f} times the rate of {args.against}")
     print(f"first picture after {statistics.median(starts):.1f} s (python inference.py, from a cold start)")
     if args.json:
-        from checkpoint import write_atomically
-
-        content = {"device": str(device), "machine": platform.machine(), "threads": os.cpu_count(), "rows": table,
-                   "ratios": ratios, "cold_start": statistics.median(starts)}
+        content = {"machine": machine, "rows": table, "ratios": ratios, "cold_start": statistics.median(starts)}
         write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 

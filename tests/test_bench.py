@@ -35,6 +35,7 @@ def test_operations_are_counted():
 
 
 @pytest.mark.parametrize(("flags", "word"), [(["--rounds", 0], "--rounds"), (["--seconds", "nan"], "--seconds"),
-                                             (["--against", "nothing"], "nothing"), (["--presets", "Z"], "Z")])
+                                             (["--against", "nothing"], "nothing"), (["--presets", "Z"], "Z"),
+                                             (["--json", "/nowhere/b.json"], "/nowhere")])
 def test_mistakes(call, flags, word):
     assert_refused(call(bench, *flags), word)

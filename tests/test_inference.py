@@ -20,7 +20,7 @@ def size(path):
 def test_grid_picture(command, trained, tmp_path):
     process = command("inference.py", "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png")
     assert process.returncode == 0, process.stderr
-    assert f"{tmp_path / 'a.png'}: 80 images, dpm with 3 steps, guidance 1.5, seed 0" in process.stdout
+    assert f"{tmp_path / 'a.png'}: 80 images, dpm with 3 steps, guidance 1.4, seed 0" in process.stdout
     assert size(tmp_path / "a.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
 
 
