@@ -103,7 +103,6 @@ def load_checkpoint(path):
                 raise UserError("its weights claim more than the file holds")
         if type(content["step"]) is not int or content["step"] < 0:
             raise UserError("its step is not a number of steps")
-        content.setdefault("seconds", 0.0)
         if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
             raise UserError("its seconds are not a time")
     except Exception as error:

@@ -54,18 +54,19 @@ def plot(title, x_label, curves, real):
     """A figure of accuracy and Fréchet distance: `curves` is {label: (style, [(x, accuracy, frechet)])}."""
     from matplotlib.figure import Figure  # here, so that --help does not wait for it
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     for axes, name, y_label in ((left, "frechet", "Fréchet distance"), (right, "accuracy", "misread share")):
-        axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.set_yscale("log", nonpositive="mask")
         value = real[name] if name == "frechet" else 1 - real[name]
         axes.axhline(value, color="grey", linestyle=":", label="real images")
         for label, (style, points) in curves.items():
             xs, accuracies, distances = zip(*sorted(points), strict=True)
             axes.plot(xs, distances if name == "frechet" else [1 - a for a in accuracies], label=label, **style)
         axes.grid(alpha=0.3, which="both")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -117,15 +118,16 @@ def runs(args, judge, real):
             cells.append(format(statistics.mean(values), form))
             if len(values) > 1:
                 cells[-1] += f" ± {format(statistics.stdev(values), form)}"
-        network = f"{config.process}, {(config.image_size // config.patch_size) ** 2} tokens of {config.hidden_size}"
+        tokens = (config.image_size // config.patch_size) ** 2
+        network = f"{config.process}, {config.depth} blocks, {tokens} tokens of {config.hidden_size}"
         print(f"| {network}, {config.steps:,} steps | {network_calls(config)} | {' | '.join(cells)} |")
-        curves.setdefault(network, ({"marker": "o"}, []))[1].extend(
-            (result["seconds"], result["accuracy"], result["frechet"]) for result in results)
+        point = (statistics.mean(result[name] for result in results) for name in ("seconds", "accuracy", "frechet"))
+        curves.setdefault(network, ({"marker": "o"}, []))[1].append(tuple(point))
     cells = [format(real[name], form) for name, form in columns.items() if name in real]
     print(f"| real images | | | {' | '.join(cells)} |")
     save_figure(plot(f"{args.count:,} images", "training time, s", curves, real), args.out / "runs.png")
 
-    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.15 * len(rows)), layout="constrained")
     for axes, (config, results) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         axes.imshow(grid(results[0]["fakes"], columns=20), cmap="gray")
         axes.set_title(f"{config.process}, {config.steps:,} steps in {results[0]['seconds']:.0f} s: Fréchet distance "
