@@ -30,8 +30,11 @@ def test_flags_are_the_fields_and_hold_only_what_was_given():
     assert parse("--lr", "0.5", "--batch-size", "7", "--dataset", "digits") == {
         "lr": 0.5, "batch_size": 7, "dataset": "digits"}
     for field in dataclasses.fields(Config):
-        if field.name != "num_classes":
-            assert parse("--" + field.name.replace("_", "-"), str(field.default)) == {field.name: field.default}
+        name = field.name.replace("_", "-")
+        if field.type is bool:
+            assert parse("--" + name) == {field.name: True} and parse("--no-" + name) == {field.name: False}
+        elif field.name != "num_classes":
+            assert parse("--" + name, str(field.default)) == {field.name: field.default}
 
 
 def test_flags_of_some_fields_only(capsys):
