@@ -45,7 +45,8 @@ def open_folder(folder, count, settings):
                                 "folder, or choose another one")
         elif next(folder.glob("*.png"), None):
             raise UserError(f"{folder} holds images of unknown origin: remove the folder, or choose another one")
-        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        if not parallel.RANK:
+            write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     todo = missing_indices(folder, count)
     parallel.wait()  # with its first image until all have looked
     return todo[parallel.share(len(todo))]
