@@ -24,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from checkpoint import build_model, write_atomically
 from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
 from inference import sample
 from train import build_training, draw_batch, resolve_precision, train_step
@@ -88,7 +88,7 @@ def measure(what, config, device, at_least):
             train_step(*parts, config, draw_batch(images, labels, parts[-1], config, i), i)
         count, dtype = config.batch_size, torch.bfloat16 if config.precision == "bf16" else torch.float32
     elif what == "draw":
-        model = build_training(config, device)[2].eval()  # its averaged weights, which draw
+        model = build_model(config).to(device).eval()
         y = labels[:config.batch_size]
         states = itertools.chain.from_iterable(sample(model, config, y) for _ in itertools.count())
 

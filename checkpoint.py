@@ -113,9 +113,14 @@ def load_checkpoint(path):
 def load_model(path, device="cpu"):
     """The averaged model of a checkpoint, ready to draw: returns (model, config)."""
     content = load_checkpoint(path)
+    return averaged_model(content, device), content["config"]
+
+
+def averaged_model(content, device="cpu"):
+    """The averaged model, ready to draw, of what `load_checkpoint` returned."""
     model = build_model(content["config"])
     model.load_state_dict(content["ema"])
-    return model.to(device).eval().requires_grad_(False), content["config"]
+    return model.to(device).eval().requires_grad_(False)
 
 
 def main():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, load_model, make_dir, write_atomically
+from checkpoint import averaged_model, load_checkpoint, make_dir, write_atomically
 from config import Parser, UserError, add_device_flag, pick_device, run
 from dataset import load_dataset
 from diffusion import SAMPLERS
@@ -32,12 +32,18 @@ def make_judge(data_dir, count, device):
     accuracy = (test_probs.argmax(dim=1) == test.labels).float().mean().item()
 
     def judge(model, config):
-        load_classifier(config.dataset)  # refuses a model of other images
         fakes, labels = draw_fakes(model, config, count)
         features, probs = embed(classifier, fakes)
         return compare(features, test_features) | {"accuracy": (probs.argmax(1) == labels).float().mean().item()}, fakes
 
     return judge, compare(train_features, test_features) | {"accuracy": accuracy}
+
+
+def load(path, device):
+    """The averaged model of a checkpoint, its configuration, and the seconds that it was trained for."""
+    content = load_checkpoint(path)
+    load_classifier(content["config"].dataset)  # refuses a model of other images
+    return averaged_model(content, device), content["config"], content["seconds"]
 
 
 def network_calls(config):
@@ -73,7 +79,7 @@ def plot(title, x_label, curves, real):
 def samplers(args, judge, real):
     """The table of sampler x steps x guidance for one model."""
     path = find_checkpoint(args.checkpoint)
-    model, config = load_model(path, pick_device(args.device))
+    model, config, _ = load(path, pick_device(args.device))
     rows = [dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps)
             for sampler, steps in itertools.product(args.samplers, args.steps)]
     print("read as asked, Fréchet distance\n")
@@ -100,8 +106,7 @@ def runs(args, judge, real):
     alike = {}  # runs that differ in nothing but the seed
     for folder in args.runs:
         path = folder / "model.pth" if folder.is_dir() else folder
-        seconds = load_checkpoint(path)["seconds"]
-        model, config = load_model(path, pick_device(args.device))
+        model, config, seconds = load(path, pick_device(args.device))
         figures, fakes = judge(model, dataclasses.replace(config, seed=0))
         key = dataclasses.replace(config, seed=0, data_dir=".")
         alike.setdefault(key, []).append(figures | {"seconds": seconds, "fakes": fakes[:40]})
