@@ -25,9 +25,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint import build_model, write_atomically
-from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from config import (
+    PRESETS,
+    Config,
+    Parser,
+    UserError,
+    add_device_flag,
+    add_flags,
+    given_flags,
+    pick_device,
+    resolve_precision,
+    run,
+)
 from inference import sample
-from train import build_training, draw_batch, resolve_precision, train_step
+from train import build_training, draw_batch, train_step
 
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
 DIGITS = dict(image_size=28, channels=1, num_classes=10)
@@ -77,8 +88,9 @@ def matrix_rate(config, device, dtype, batch_size, at_least):
 def measure(what, config, device, at_least):
     """What one process measures: a dict of images/s, FLOP/s, the matrix rate and the peak memory in bytes."""
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     torch.manual_seed(config.seed)
-    steps = 1
+    count, steps = config.batch_size, 1
     images = torch.randint(256, (4096, config.channels, config.image_size, config.image_size), dtype=torch.uint8)
     images, labels = images.to(device), torch.randint(config.num_classes, (4096,)).to(device)
     if what == "train":
@@ -86,18 +98,17 @@ def measure(what, config, device, at_least):
 
         def call(i):
             train_step(*parts, config, draw_batch(images, labels, parts[-1], config, i), i)
-        count, dtype = config.batch_size, torch.bfloat16 if config.precision == "bf16" else torch.float32
     elif what == "draw":
-        model = build_model(config).to(device).eval()
-        y = labels[:config.batch_size]
+        model = build_model(config).to(device, dtype).eval()
+        y = labels[:count]
         states = itertools.chain.from_iterable(sample(model, config, y) for _ in itertools.count())
 
         def call(_):  # one step of a sample, or the noise that it starts from: a thousand steps outlast any turn
             next(states)
-        count, dtype, steps = len(y), torch.float32, config.sample_steps
+        steps = config.sample_steps
     else:
         call = diffusers_step(config, device, images, labels)
-        count, dtype = config.batch_size, torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # there it is trained with autocast
     call(0)  # of drawing, this is the noise
     operations = flops(lambda: call(1)) * steps
     seconds = seconds_per_call(call, device, at_least) * (steps + 1 if what == "draw" else 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from config import SAMPLING, Config, Parser, UserError, add_flags, given_flags, run
+from config import SAMPLING, Config, Parser, UserError, add_flags, given_flags, resolve_precision, run
 from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
@@ -110,17 +110,18 @@ def load_checkpoint(path):
     return content
 
 
-def load_model(path, device="cpu"):
-    """The averaged model of a checkpoint, ready to draw: returns (model, config)."""
+def load_model(path, device="cpu", precision="auto"):
+    """The averaged model of a checkpoint, ready to draw in that precision (see `Config`): returns (model, config)."""
     content = load_checkpoint(path)
-    return averaged_model(content, device), content["config"]
+    return averaged_model(content, device, precision), content["config"]
 
 
-def averaged_model(content, device="cpu"):
-    """The averaged model, ready to draw, of what `load_checkpoint` returned."""
+def averaged_model(content, device="cpu", precision="auto"):
+    """The averaged model, ready to draw in that precision, of what `load_checkpoint` returned."""
     model = build_model(content["config"])
     model.load_state_dict(content["ema"])
-    return model.to(device).eval().requires_grad_(False)
+    dtype = torch.bfloat16 if resolve_precision(precision, torch.device(device)) == "bf16" else torch.float32
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def main():
@@ -128,7 +129,7 @@ def main():
                                 "precision. How they draw when nothing else is asked for can be set anew.")
     parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
     parser.add_argument("out", help="the file to write")
-    add_flags(parser, [name for name in SAMPLING if name != "seed"])
+    add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
     args = parser.parse_args()
     content = load_checkpoint(args.checkpoint)
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}

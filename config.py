@@ -66,8 +66,9 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
-    precision: str = flag("auto", "fp32, bf16 (a bfloat16 copy of the weights computes the gradients), or auto: bf16 "
-                          "where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "what the network computes in: fp32, bf16 (to train, a bfloat16 copy of the weights "
+                          "computes the gradients), or auto: bf16 where the hardware multiplies it",
+                          choices=("auto", "fp32", "bf16"))
     recompute: bool = flag(False, "compute each block again in the backward pass: less memory, more time")
     shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
                        "processes (FSDP2), for networks that are too large for one")
@@ -111,7 +112,7 @@ PRESETS = {
     "XL": dict(hidden_size=1152, depth=28, num_heads=16) | PAPER,
 }
 
-SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed")  # the fields that concern drawing alone
+SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")  # the fields that concern drawing alone
 
 
 def divisors(n):
@@ -163,6 +164,18 @@ def pick_device(name=None):
         return torch.empty(1, device=name).device
     except Exception as error:  # each kind of device fails in its own way
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.100}") from None
+
+
+def resolve_precision(precision, device):
+    """What "auto" is on `device`: bf16 where the hardware multiplies it, else there is nothing to gain from it."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
 def run(main):

@@ -105,7 +105,7 @@ def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
         classifier.load_state_dict(content["state_dict"])
     except Exception as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]:.100}): {retrain}") from None
-    return classifier.to(device).eval().requires_grad_(False)
+    return classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast
 
 
 def main():

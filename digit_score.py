@@ -26,7 +26,7 @@ METRICS = ("frechet", "precision", "recall", "density", "coverage")
 
 
 @torch.inference_mode()
-def embed(classifier, images, batch_size=1000):
+def embed(classifier, images, batch_size=250):
     """Images uint8 (N, 1, 28, 28) -> their features (N, 64) and the probability of each digit (N, 10), on the CPU."""
     if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
         raise UserError(f"the digit classifier reads grey images of 28 x 28 pixels, uint8 (N, 1, 28, 28), not "

@@ -43,7 +43,8 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("positions", sincos_positions(image_size // patch_size, hidden_size), persistent=False)
 
     def forward(self, x):
-        return self.linear(patchify(x, self.patch_size)) + self.positions
+        x = patchify(x, self.patch_size).to(self.linear.weight.dtype)
+        return self.linear(x) + self.positions
 
 
 class FinalLayer(nn.Module):
@@ -64,10 +65,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts from a noisy image, its step and its label what `Diffusion.target` says.
+    """Predicts from a noisy image, its step and its label what `Diffusion.target` says, computed in the type of its
+    weights.
 
     forward: x (B, C, H, W) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
-    label (no label) -> (B, C, H, W)
+    label (no label) -> (B, C, H, W), of the type of x
 
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
@@ -102,10 +104,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y):
+        dtype = x.dtype
         x = self.patch_embedding(x)                               # (B, N, D)
         c = self.time_embedding(t) + self.label_embedding(y)      # (B, D)
         for block in self.blocks:                                 # (B, N, D)
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
         x = self.final_layer(x, c)                                # (B, N, p * p * C)
-        return unpatchify(x, self.patch_size, self.channels)      # (B, C, H, W)
+        return unpatchify(x, self.patch_size, self.channels).to(dtype)  # (B, C, H, W)

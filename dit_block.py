@@ -23,7 +23,11 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, h, N, D/h)
-        x = F.scaled_dot_product_attention(q, k, v)                           # (B, h, N, D/h)
+        if x.is_cpu and x.dtype == torch.bfloat16:  # which torch's own attention computes in fp32 there, or slowly
+            weights = (q @ k.mT * (D // self.num_heads) ** -0.5).softmax(dim=-1, dtype=torch.float32)
+            x = weights.to(x.dtype) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)                       # (B, h, N, D/h)
         return self.out(x.transpose(1, 2).reshape(B, N, D))                   # (B, N, D)
 
 
@@ -40,7 +44,7 @@ class DiTBlock(nn.Module):
         self.norm_1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(hidden_size, num_heads)
         self.norm_2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU("tanh"), nn.Linear(mlp_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):

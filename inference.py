@@ -104,9 +104,10 @@ def parse_labels(words, num_classes):
 
 def load_for_sampling(args):
     """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for."""
+    settings = {"seed": 0, "precision": "auto", **given_flags(args)}
     device = pick_device(args.device)
-    model, config = load_model(find_checkpoint(args.checkpoint), device)
-    return model, dataclasses.replace(config, **{"seed": 0, **given_flags(args)})
+    model, config = load_model(find_checkpoint(args.checkpoint), device, settings["precision"])
+    return model, dataclasses.replace(config, **settings)
 
 
 def sampling_parser(description):

@@ -14,7 +14,7 @@ def orthogonalize(matrices, steps=4):
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + torch.baddbmm(A, A, A, beta=b, alpha=c) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A^2) X
     return X.mT if tall else X
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import parallel
 from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, save_checkpoint, write_atomically
-from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, run
+from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, resolve_precision, run
 from dataset import load_dataset
 from inference import grid, sample, save_picture, to_uint8
 from muon import Muon
@@ -50,16 +49,6 @@ def learning_rate(config, step):
     left = 1 - step / config.steps
     decay = {"constant": 1.0, "linear": left, "sqrt": left**0.5}[config.lr_decay]
     return config.lr * min(1, (step + 1) / (config.warmup + 1)) * decay
-
-
-def resolve_precision(precision, device):
-    """What "auto" is on `device`: bf16 where the hardware multiplies it, else there is nothing to gain from it."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
 def build_training(config, device, saved=None):
@@ -109,13 +98,11 @@ def train_step(model, worker, ema, optimizers, diffusion, config, batch, step):
         with torch.no_grad():
             torch._foreach_copy_(copies, weights)
     x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
-    # The CPU's fused attention is made for long sequences: on 16 tokens its backward pass takes half of the step.
-    with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else contextlib.nullcontext():
-        output = worker(x_t.to(copies[0].dtype), t, y).float()
-        error = (output - diffusion.target(x_0, noise)) * diffusion.error_scale[t].view(-1, 1, 1, 1)
-        losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
-        # The mean over the whole batch, once the processes' gradients are averaged
-        (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
+    output = worker(x_t, t, y)
+    error = (output - diffusion.target(x_0, noise)) * diffusion.error_scale[t].view(-1, 1, 1, 1)
+    losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    # The mean over the whole batch, once the processes' gradients are averaged
+    (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     if copied:
         for weight, copy_ in zip(weights, copies, strict=True):
             weight.grad, copy_.grad = copy_.grad.float(), None

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def diffusers_twin(model, image_size, patch_size, channels, num_classes, hidden_
     twin = DiTTransformer2DModel(
         num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=channels,
         out_channels=channels, num_layers=depth, sample_size=image_size, patch_size=patch_size, norm_eps=1e-6,
-        num_embeds_ada_norm=num_classes)
+        num_embeds_ada_norm=num_classes, activation_fn="gelu")
     patches = model.patch_embedding.linear
     p = patch_size
     state = {
@@ -109,6 +110,20 @@ def test_attention_is_scaled_by_the_width_of_a_head():
         weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(8)).softmax(dim=2)
         heads.append(weights @ v[..., part])
     torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, dim=2)))
+
+
+@pytest.mark.parametrize("tokens", [16, 49])
+def test_attention_in_bfloat16_is_that_of_fp32(tokens):
+    """On the CPU it is written out: the result and the gradients are those of torch's own, to bfloat16's rounding."""
+    attention = randomize(Attention(32, 4))
+    x, g = torch.randn(2, 5, tokens, 32)
+    rounded = x.bfloat16().requires_grad_()
+    ours = copy.deepcopy(attention).bfloat16()(rounded)
+    x.requires_grad_()
+    exact = attention(x)
+    torch.testing.assert_close(ours.float(), exact, atol=0.02, rtol=0.02)
+    gradient, exact_gradient = torch.autograd.grad(ours, rounded, g.bfloat16())[0], torch.autograd.grad(exact, x, g)[0]
+    torch.testing.assert_close(gradient.float(), exact_gradient, atol=0.02, rtol=0.02)
 
 
 def test_block_is_steered_per_image():

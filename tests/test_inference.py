@@ -110,10 +110,10 @@ def test_parse_labels():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
-def test_an_image_is_a_function_of_seed_and_index(threads, sampler):
+@pytest.mark.parametrize(("sampler", "precision"), [("ddpm", "fp32"), ("dpm", "fp32"), ("dpm", "bf16")])
+def test_an_image_is_a_function_of_seed_and_index(threads, sampler, precision):
     """To the last bit, whatever the batch and the order."""
-    model, config = load_model(REPOSITORY / "mnist.pth")
+    model, config = load_model(REPOSITORY / "mnist.pth", precision=precision)
     config = dataclasses.replace(config, sampler=sampler, sample_steps=3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -125,6 +125,18 @@ def test_an_image_is_a_function_of_seed_and_index(threads, sampler):
         *_, drawn = sample(model, config, labels[indices], indices)
         assert torch.equal(drawn, together[indices]), indices
     torch.set_num_threads(before)
+
+
+def test_bf16_draws_what_fp32_draws():
+    labels = torch.arange(40) % 10
+    drawn = []
+    for precision in ("fp32", "bf16"):
+        model, config = load_model(REPOSITORY / "mnist.pth", precision=precision)
+        *_, x = sample(model, config, labels)
+        assert x.dtype == torch.float32
+        drawn.append(to_uint8(x).float())
+    difference = (drawn[0] - drawn[1]).abs().mean(dim=(1, 2, 3))
+    assert 0 < difference.mean() < 1 and difference.max() < 4  # of 255; two digits are at about 40
 
 
 def test_noise_is_standard_normal_and_fresh():
