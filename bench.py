@@ -165,7 +165,7 @@ def parse_args():
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
     parser.add_argument("--json", type=Path, help="a file that gets the figures as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
-    add_flags(parser, ("batch_size", "precision", "sample_steps", "guidance"))
+    add_flags(parser, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
     add_device_flag(parser)
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
@@ -185,13 +185,11 @@ def main():
 
     kinds = ("train", "draw", "diffusers") if args.against else ("train", "draw")
     results = {(preset, kind): [] for preset in args.presets for kind in kinds}
-    flags = [word for name, value in given_flags(args).items() for word in ("--" + name.replace("_", "-"), str(value))]
     turns = tqdm(itertools.product(range(args.rounds), results), total=args.rounds * len(results), leave=False,
                  disable=None)
     for _, (preset, kind) in turns:
         turns.set_description(f"{preset}, {kind}")
-        again = [sys.executable, __file__, "--measure", kind, "--presets", preset, "--device", str(device),
-                 "--seconds", str(args.seconds), *flags]
+        again = [sys.executable, __file__, *sys.argv[1:], "--measure", kind, "--presets", preset]
         process = subprocess.run(again, capture_output=True, text=True)
         if process.returncode:
             raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")

@@ -69,6 +69,8 @@ class Config:
     precision: str = flag("auto", "what the network computes in: fp32, bf16 (to train, a bfloat16 copy of the weights "
                           "computes the gradients), or auto: bf16 where the hardware multiplies it",
                           choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "compile the network (torch.compile, with CUDA graphs where there is CUDA): a minute's "
+                         "wait when it is done for the first time, then shorter steps")
     recompute: bool = flag(False, "compute each block again in the backward pass: less memory, more time")
     shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
                        "processes (FSDP2), for networks that are too large for one")

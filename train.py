@@ -26,7 +26,7 @@ from muon import Muon
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
-              "guidance", "eta", "recompute", "shard")
+              "guidance", "eta", "compile", "recompute", "shard")
 
 
 def draw_batch(images, labels, diffusion, config, step, part=slice(None)):
@@ -69,6 +69,8 @@ def build_training(config, device, saved=None):
         worker = model
     else:
         worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
+        if config.compile:
+            worker.compile(mode="reduce-overhead" if device.type == "cuda" else None)
         if parallel.WORLD > 1:
             worker = DistributedDataParallel(worker)
     matrices, others = [], []
@@ -151,6 +153,18 @@ def draw_loss(log, path):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
+def can_compile(device):
+    """Whether torch.compile works here. It needs a compiler: where there is none, says so, once."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a compiler can do wrong
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if parallel.RANK == 0:
+            print(f"warning: nothing can be compiled here ({reason:.100}): training without", file=sys.stderr)
+        return False
+    return True
+
+
 def resolve(config, data, device):
     """The configuration with all filled in that the data set and the device decide."""
     C, H = data.images.shape[1:3]
@@ -158,7 +172,8 @@ def resolve(config, data, device):
         raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size, or --image-size")
     return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
                                patch_size=config.patch_size or H // 4,
-                               precision=resolve_precision(config.precision, device))
+                               precision=resolve_precision(config.precision, device),
+                               compile=config.compile and can_compile(device))
 
 
 def parse_args():
@@ -204,7 +219,7 @@ def announce(config, data, model, device, start, run_dir):
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
           f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
-          f"seed {config.seed}")
+          f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
     print(f"results   {run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
 
 
@@ -215,9 +230,9 @@ def main():
     config, saved = configure(args)
     if config.batch_size < parallel.WORLD:
         raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
-    if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon"):
+    if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon" or config.compile):
         raise UserError("--shard splits the weights among the processes that torchrun starts, and needs --optimizer "
-                        "adamw, since Muon looks at whole matrices; --no-shard does without")
+                        "adamw, since Muon looks at whole matrices, and no --compile; --no-shard does without")
     make_dir(args.run_dir)
     with parallel.first_process_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)

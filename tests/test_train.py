@@ -1,6 +1,7 @@
 import copy
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from config import PRESETS, Config
 from dataset import load_dataset
 from diffusion import Diffusion
 from inference import sample, to_uint8
-from train import draw_batch, learning_rate, train_step
+from train import build_training, draw_batch, learning_rate, train_step
 
 
 def same(a, b):
@@ -274,6 +275,34 @@ def test_bf16_gradients_are_those_of_fp32():
     assert losses[1].dtype == gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
     assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.01)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing can be compiled here")
+def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    trained = []
+    for compiled in (False, True):
+        config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
+                        batch_size=16, precision="fp32", compile=compiled, optimizer="adamw", warmup=0, lr=1e-3)
+        torch.manual_seed(0)
+        model, worker, ema, optimizers, diffusion = build_training(config, torch.device("cpu"))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
+        for step in range(3):
+            batch = draw_batch(images, torch.arange(99) % 10, diffusion, config, step)
+            losses = train_step(model, worker, ema, optimizers, diffusion, config, batch, step)
+        assert (worker._compiled_call_impl is not None) == compiled
+        trained.append((losses, model.state_dict()))
+    torch.testing.assert_close(trained[0], trained[1], atol=1e-4, rtol=1e-3)
+
+
+def test_without_a_compiler_it_trains_all_the_same(command, tmp_path):
+    environment = {**os.environ, "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = command("train.py", *TINY, "--steps", 2, "--compile", "--run-dir", tmp_path / "run", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "warning: nothing can be compiled here" in process.stderr and "Traceback" not in process.stderr
+    assert "compiled" not in process.stdout and not load_checkpoint(tmp_path / "run" / "model.pth")["config"].compile
 
 
 def test_overfits_a_handful_of_digits():
