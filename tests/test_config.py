@@ -1,8 +1,12 @@
 import argparse
+import ctypes
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from config import PRESETS, Config, UserError, add_flags, given_flags
 
@@ -59,3 +63,25 @@ def test_bad_values(values):
 
 def test_whole_numbers_are_floats_too():
     assert Config(guidance=2).guidance == 2
+
+
+BLOCKS = """
+import ctypes, sys, torch, config
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+if sys.argv[1] == "keep":
+    config.keep_memory()
+before = libc.mallinfo2().hblks
+tensor = torch.ones(4_000_000)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
+@pytest.mark.parametrize(("keep", "mapped"), [("keep", 0), ("no", 1)])
+def test_memory_is_kept(keep, mapped):
+    """A tensor of 16 MB comes out of the memory at hand, instead of pages mapped for it alone."""
+    process = subprocess.run([sys.executable, "-c", BLOCKS, keep], cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.stdout.strip() == str(mapped), process.stderr
