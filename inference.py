@@ -38,7 +38,7 @@ def sample(model, config, labels, indices=None, bound=1.0):
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
     A generator: yields the noise (B, C, H, W), then x after each step; the last one is the images, in [-1, 1].
-    An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU and in one precision.
+    An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
