@@ -116,7 +116,7 @@ PRESETS = {
     "XL": dict(hidden_size=1152, depth=28, num_heads=16) | PAPER,
 }
 
-SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")  # the fields that concern drawing alone
+SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")  # the fields that say how to draw
 
 
 def divisors(n):
