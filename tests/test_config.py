@@ -71,17 +71,17 @@ class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
-if sys.argv[1] == "keep":
-    config.keep_memory()
-before = libc.mallinfo2().hblks
-tensor = torch.ones(4_000_000)
-print(libc.mallinfo2().hblks - before)
+def main():
+    before = libc.mallinfo2().hblks
+    tensor = torch.ones(4_000_000)
+    print(libc.mallinfo2().hblks - before)
+config.run(main) if sys.argv[1] == "command" else main()
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
-@pytest.mark.parametrize(("keep", "mapped"), [("keep", 0), ("no", 1)])
-def test_memory_is_kept(keep, mapped):
+@pytest.mark.parametrize(("how", "mapped"), [("command", 0), ("function", 1)])
+def test_commands_keep_their_memory(how, mapped):
     """A tensor of 16 MB comes out of the memory at hand, instead of pages mapped for it alone."""
-    process = subprocess.run([sys.executable, "-c", BLOCKS, keep], cwd=REPOSITORY, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", BLOCKS, how], cwd=REPOSITORY, capture_output=True, text=True)
     assert process.stdout.strip() == str(mapped), process.stderr

@@ -9,7 +9,8 @@ from PIL import Image
 
 import inference
 from checkpoint import load_model
-from inference import grid, noise_source, parse_labels, sample, to_uint8
+from config import resolve_precision
+from inference import grid, load_for_sampling, noise_source, parse_labels, sample, sampling_parser, to_uint8
 
 
 def size(path):
@@ -137,6 +138,14 @@ def test_bf16_draws_what_fp32_draws():
         drawn.append(to_uint8(x).float())
     difference = (drawn[0] - drawn[1]).abs().mean(dim=(1, 2, 3))
     assert 0 < difference.mean() < 1 and difference.max() < 4  # of 255; two digits are at about 40
+
+
+def test_draws_in_the_precision_asked_for_or_the_quicker_one():
+    quicker = resolve_precision("auto", torch.device("cpu"))
+    for given, wanted in (([], quicker), (["--precision", "bf16"], "bf16"), (["--precision", "fp32"], "fp32")):
+        words = ["--checkpoint", str(REPOSITORY / "mnist.pth"), "--device", "cpu", *given]
+        model, _ = load_for_sampling(sampling_parser("").parse_args(words))
+        assert next(model.parameters()).dtype == (torch.bfloat16 if wanted == "bf16" else torch.float32)
 
 
 def test_noise_is_standard_normal_and_fresh():
