@@ -6,17 +6,17 @@ optimizers, and the losses not yet logged. Weights to share (`python checkpoint.
 average alone, without model, optimizers and window.
 """
 
-import contextlib
+from support.commands import Parser, UserError, resolve_precision, run
+from support.files import write_atomically
+
 import dataclasses
 import math
 import os
-import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 
-from config import SAMPLING, Config, Parser, UserError, add_flags, given_flags, resolve_precision, run
+from config import SAMPLING, Config, add_flags, given_flags
 from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
@@ -33,38 +33,6 @@ def build_diffusion(config, device="cpu"):
     if config.process == "flow":
         return RectifiedFlow(config.T, config.shift, device)
     return Diffusion(config.T, config.beta_start, config.beta_end, device)
-
-
-def make_dir(path):
-    """Makes a folder, and finds out before the first minute of work whether it can be written: else `UserError`."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"the folder {path} cannot be written: {error.strerror}") from None
-
-
-def write_atomically(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
-    holds either what it held or all of the new. What a killed process left is written over by the next. Raises
-    `UserError` when it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # torch reports a failed write as a RuntimeError of its own
-        if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be written: {reason:.150}") from None
-        raise
 
 
 def save_checkpoint(path, config, step, seconds, ema, **state):

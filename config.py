@@ -1,21 +1,9 @@
 """Every constant of the project: one frozen dataclass, its presets, and the flags made from its fields."""
 
+from support.commands import UserError
+
 import argparse
-import contextlib
-import ctypes
 import dataclasses
-import sys
-
-
-class UserError(Exception):
-    """Bad input: what was wrong and what to do about it, in one line. `run` prints it without a traceback."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake as every other bad input is reported, instead of with its usage."""
-
-    def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help lists what there is)")
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -152,54 +140,3 @@ def given_flags(args):
     """The fields of `Config` that the user set on the command line, as a dict."""
     names = {field.name for field in dataclasses.fields(Config)}
     return {name: value for name, value in vars(args).items() if name in names}
-
-
-def add_device_flag(parser):
-    parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest there is)")
-
-
-def pick_device(name=None):
-    """The torch device called `name`, or the fastest there is. Raises `UserError` when it cannot be used."""
-    import torch  # here, so that --help does not wait for it
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except Exception as error:  # each kind of device fails in its own way
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.100}") from None
-
-
-def resolve_precision(precision, device):
-    """What "auto" is on `device`: bf16 where the hardware multiplies it, else there is nothing to gain from it."""
-    import torch
-
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
-
-
-def keep_memory():
-    """Has the C library keep what tensors of up to 32 MB free for those that come next. Otherwise it gives it back to
-    the system and gets it again page by page, which takes a quarter of a training step on CPUs and half of drawing.
-    Does nothing where the C library is not glibc."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks above get pages of their own; this is its upper limit
-        mallopt(-1, -1)          # M_TRIM_THRESHOLD: give nothing back
-
-
-def run(main):
-    """Calls `main()` as a command: a `UserError` becomes one line on standard error and exit code 1,
-    Ctrl-C exit code 130."""
-    keep_memory()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)

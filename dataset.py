@@ -1,5 +1,7 @@
 """A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
 
+from support.commands import UserError
+
 import contextlib
 import io
 import os
@@ -12,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-from config import UserError
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
@@ -175,3 +175,13 @@ def square(image, size):
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_float(images):
+    """Images at rest, uint8 0..255, as the model sees them: floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Images from floats in [-1, 1] (what lies outside is cut off) to uint8 0..255."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()

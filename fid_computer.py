@@ -1,5 +1,9 @@
 """The Fréchet Inception Distance (FID, arXiv 1706.08500): how far fake images lie from real ones; 0 is no distance."""
 
+from support import parallel
+from support.commands import Parser, UserError, add_device_flag, run
+from support.files import write_atomically
+
 import argparse
 import http.client
 import socket
@@ -14,9 +18,6 @@ import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-import parallel
-from checkpoint import write_atomically
-from config import Parser, UserError, add_device_flag, run
 from dataset import list_images, read_image
 
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
@@ -192,7 +193,7 @@ The score goes to standard output, all else to standard error. The exit code is 
     parser.add_argument("--features", choices=("inception", "digits"), default="inception",
                         help="whose: Inception's, or those of a network that reads MNIST's digits, which say more of "
                              "them and need no download: then --fake is held against MNIST itself, by every figure of "
-                             "digit_score.py (default: %(default)s)")
+                             "measure.score (default: %(default)s)")
     parser.add_argument("--data-dir", default=".", metavar="DIR",
                         help="with --features digits: the folder that holds MNIST/ (default: .)")
     parser.add_argument("--save-stats", type=Path, metavar="FILE.npz",
@@ -219,7 +220,7 @@ def main():
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)
     if args.features == "digits":
-        from digit_score import judge_mnist, read_fakes  # here, since it imports this file
+        from measure.score import judge_mnist, read_fakes  # here, since it imports this file
 
         return None if parallel.RANK else judge_mnist(*read_fakes(args.fake), args.data_dir, device)
 

@@ -1,5 +1,9 @@
 """Fills images/real from the data set and images/fake from the model, for fid_computer.py to compare."""
 
+from support import parallel
+from support.commands import UserError, run
+from support.files import make_dir, write_atomically
+
 import argparse
 import dataclasses
 import hashlib
@@ -12,11 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import parallel
-from checkpoint import make_dir, write_atomically
-from config import SAMPLING, UserError, run
-from dataset import load_dataset
-from inference import find_checkpoint, load_for_sampling, sample, sampling_parser, to_uint8
+from config import SAMPLING
+from dataset import load_dataset, to_uint8
+from inference import find_checkpoint, load_for_sampling, sample, sampling_parser
 
 
 def missing_indices(folder, count):

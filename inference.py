@@ -1,20 +1,23 @@
 """Draws samples: a grid of digits, the strip of their denoising, or its animation."""
 
+from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.pictures import grid, save_picture
+
 import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import build_diffusion, load_model, write_atomically
-from config import SAMPLING, Parser, UserError, add_device_flag, add_flags, given_flags, pick_device, run
+from checkpoint import build_diffusion, load_model
+from config import SAMPLING, add_flags, given_flags
+from dataset import to_uint8
 from diffusion import SAMPLERS, guided
 
 # The model just trained, else the weights that come with the repository
-CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("mnist.pth"))
+CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
 
 # Batches are filled up to a multiple of this: the libraries multiply a few rows in another order, and round otherwise.
 FULL_BATCH = 16
@@ -55,34 +58,6 @@ def sample(model, config, labels, indices=None, bound=1.0):
         yield x[:B]
 
 
-def to_uint8(x):
-    """Images from floats in [-1, 1] (what lies outside is cut off) to uint8 0..255."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def grid(images, columns, gap=2, height=56):
-    """Lays out uint8 images (N, C, H, W) row by row as one PIL image, grey or RGB, enlarged to about `height` pixels
-    each so that small images can be seen."""
-    scale = max(1, round(height / images.shape[2]))
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    N, C, H, W = images.shape
-    rows = -(-N // columns)
-    picture = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        picture[:, top:top + H, left:left + W] = image
-    picture = picture.expand(3, -1, -1) if C == 2 else picture[:3]  # of latents the first three channels
-    return Image.fromarray(picture[0].numpy() if C == 1 else picture.permute(1, 2, 0).contiguous().numpy())
-
-
-def save_picture(path, picture, **options):
-    """Writes a PIL image as the format that `path` ends with. Raises `UserError` when that cannot be done."""
-    formats = Image.registered_extensions()
-    if Path(path).suffix.lower() not in formats:
-        raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
-    write_atomically(path, lambda file: picture.save(file, formats[Path(path).suffix.lower()], **options))
-
-
 def find_checkpoint(path):
     """`path`, or when it is None the first of `CHECKPOINTS` that exists."""
     path = path or next((checkpoint for checkpoint in CHECKPOINTS if checkpoint.is_file()), None)
@@ -113,7 +88,7 @@ def load_for_sampling(args):
 def sampling_parser(description):
     """The flags that every command shares which draws from a checkpoint."""
     parser = Parser(description=description)
-    parser.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else mnist.pth)")
+    parser.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else weights/mnist.pth)")
     add_flags(parser, SAMPLING)
     add_device_flag(parser)
     return parser

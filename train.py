@@ -1,5 +1,11 @@
 """Trains a DiT. Everything that step i draws is a function of (seed, i): a resumed run is the same run."""
 
+from support import parallel
+from support.commands import Parser, UserError, add_device_flag, resolve_precision, run
+from support.files import make_dir, write_atomically
+from support.muon import Muon
+from support.pictures import grid, save_picture
+
 import contextlib
 import copy
 import csv
@@ -16,12 +22,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import parallel
-from checkpoint import build_diffusion, build_model, load_checkpoint, make_dir, save_checkpoint, write_atomically
-from config import PRESETS, Config, Parser, UserError, add_device_flag, add_flags, given_flags, resolve_precision, run
-from dataset import load_dataset
-from inference import grid, sample, save_picture, to_uint8
-from muon import Muon
+from checkpoint import build_diffusion, build_model, load_checkpoint, save_checkpoint
+from config import PRESETS, Config, add_flags, given_flags
+from dataset import load_dataset, to_uint8
+from inference import sample
 
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 # What a resumed run may change: where things are and how often they are written, and how far it goes.

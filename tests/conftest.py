@@ -1,3 +1,5 @@
+from support import commands
+
 import os
 import signal
 import subprocess
@@ -9,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 from dataset import Dataset
 
 REPOSITORY = Path(__file__).parent.parent
@@ -27,9 +28,10 @@ def command():
     """Runs a script of the repository in a process of its own, as a user does; returns the finished process."""
 
     def call(script, *args, **options):
+        where = ["-m", script] if script.startswith("measure.") else [str(REPOSITORY / script)]
         environment = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        return subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, args)], text=True,
-                              capture_output=True, timeout=120, **environment | options)
+        return subprocess.run([sys.executable, *where, *map(str, args)], text=True, capture_output=True,
+                              timeout=120, **environment | options)
 
     return call
 
@@ -44,7 +46,7 @@ def call(monkeypatch, capsys):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
         try:
-            config.run(module.main)
+            commands.run(module.main)
         except SystemExit as end:
             code = end.code
             if isinstance(code, str):

@@ -1,3 +1,6 @@
+from support.commands import UserError
+from support.files import write_atomically
+
 import dataclasses
 import os
 import pickle
@@ -8,8 +11,8 @@ import torch
 from conftest import assert_refused
 
 import checkpoint
-from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint, write_atomically
-from config import Config, UserError
+from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
+from config import Config
 
 CONFIG = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
                 num_heads=2)

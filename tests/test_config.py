@@ -1,3 +1,5 @@
+from support.commands import UserError
+
 import argparse
 import ctypes
 import dataclasses
@@ -8,7 +10,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from config import PRESETS, Config, UserError, add_flags, given_flags
+from config import PRESETS, Config, add_flags, given_flags
 
 
 def parse(*words, names=None):
@@ -66,7 +68,7 @@ def test_whole_numbers_are_floats_too():
 
 
 BLOCKS = """
-import ctypes, sys, torch, config
+import support.commands, ctypes, sys, torch
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
 libc = ctypes.CDLL(None)
@@ -75,7 +77,7 @@ def main():
     before = libc.mallinfo2().hblks
     tensor = torch.ones(4_000_000)
     print(libc.mallinfo2().hblks - before)
-config.run(main) if sys.argv[1] == "command" else main()
+support.commands.run(main) if sys.argv[1] == "command" else main()
 """
 
 

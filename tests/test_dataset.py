@@ -1,3 +1,5 @@
+from support.commands import UserError
+
 import os
 import socket
 import struct
@@ -7,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
 from dataset import list_images, load_dataset, read_image
 
 

@@ -1,5 +1,7 @@
 """The score against closed forms, SciPy's matrix root and pytorch-fid's own network; the command on small folders."""
 
+from support.commands import UserError
+
 import os
 import pickle
 import socket
@@ -20,7 +22,6 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.functional import to_tensor
 
 import fid_computer
-from config import UserError
 
 SCRIPT = Path(fid_computer.__file__)
 CPU = torch.device("cpu")

@@ -1,3 +1,6 @@
+from support.commands import resolve_precision
+from support.pictures import grid
+
 import dataclasses
 import shutil
 
@@ -9,8 +12,8 @@ from PIL import Image
 
 import inference
 from checkpoint import load_model
-from config import resolve_precision
-from inference import grid, load_for_sampling, noise_source, parse_labels, sample, sampling_parser, to_uint8
+from dataset import to_uint8
+from inference import load_for_sampling, noise_source, parse_labels, sample, sampling_parser
 
 
 def size(path):
@@ -114,7 +117,7 @@ def test_parse_labels():
 @pytest.mark.parametrize(("sampler", "precision"), [("ddpm", "fp32"), ("dpm", "fp32"), ("dpm", "bf16")])
 def test_an_image_is_a_function_of_seed_and_index(threads, sampler, precision):
     """To the last bit, whatever the batch and the order."""
-    model, config = load_model(REPOSITORY / "mnist.pth", precision=precision)
+    model, config = load_model(REPOSITORY / "weights" / "mnist.pth", precision=precision)
     config = dataclasses.replace(config, sampler=sampler, sample_steps=3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -132,7 +135,7 @@ def test_bf16_draws_what_fp32_draws():
     labels = torch.arange(40) % 10
     drawn = []
     for precision in ("fp32", "bf16"):
-        model, config = load_model(REPOSITORY / "mnist.pth", precision=precision)
+        model, config = load_model(REPOSITORY / "weights" / "mnist.pth", precision=precision)
         *_, x = sample(model, config, labels)
         assert x.dtype == torch.float32
         drawn.append(to_uint8(x).float())
@@ -143,7 +146,7 @@ def test_bf16_draws_what_fp32_draws():
 def test_draws_in_the_precision_asked_for_or_the_quicker_one():
     quicker = resolve_precision("auto", torch.device("cpu"))
     for given, wanted in (([], quicker), (["--precision", "bf16"], "bf16"), (["--precision", "fp32"], "fp32")):
-        words = ["--checkpoint", str(REPOSITORY / "mnist.pth"), "--device", "cpu", *given]
+        words = ["--checkpoint", str(REPOSITORY / "weights" / "mnist.pth"), "--device", "cpu", *given]
         model, _ = load_for_sampling(sampling_parser("").parse_args(words))
         assert next(model.parameters()).dtype == (torch.bfloat16 if wanted == "bf16" else torch.float32)
 

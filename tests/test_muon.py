@@ -1,7 +1,7 @@
+from support.muon import Muon, orthogonalize
+
 import pytest
 import torch
-
-from muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])

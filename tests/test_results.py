@@ -6,11 +6,11 @@ import torch
 from conftest import assert_refused
 from PIL import Image
 
-import results
 from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
-from digit_classifier import load_classifier
-from digit_score import compare, draw_fakes, embed
+from measure import results
+from measure.classifier import load_classifier
+from measure.score import compare, draw_fakes, embed
 
 CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
                 num_heads=2, sample_steps=2)

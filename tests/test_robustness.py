@@ -1,5 +1,7 @@
 """Kills and damage at random. Each test is there twice: short in every run of the tests, and long on demand."""
 
+from support.commands import UserError, run
+
 import copy
 import dataclasses
 import io
@@ -15,10 +17,9 @@ import torch
 from conftest import TINY
 from test_train import same
 
-import config
 import train
 from checkpoint import FORMAT, build_model, load_checkpoint, save_checkpoint
-from config import Config, UserError
+from config import Config
 
 
 def short_and_long(name, short, long):
@@ -30,7 +31,7 @@ def run_train(flags):
     sys.argv = ["train.py", *map(str, flags)]
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
-    config.run(train.main)
+    run(train.main)
 
 
 @short_and_long("kills", 3, 30)

@@ -16,9 +16,9 @@ from PIL import Image
 import train
 from checkpoint import build_diffusion, build_model, load_checkpoint
 from config import PRESETS, Config
-from dataset import load_dataset
+from dataset import load_dataset, to_uint8
 from diffusion import Diffusion
-from inference import sample, to_uint8
+from inference import sample
 from train import build_training, draw_batch, learning_rate, train_step
 
 

@@ -1,9 +1,13 @@
-"""Sets samplers, or runs, side by side as `digit_score.py` measures them: a table, and pictures of it.
+"""Sets samplers, or runs, side by side as `measure/score.py` measures them: a table, and pictures of it.
 
-    python results.py samplers --checkpoint mnist.pth       which sampler, in how many steps, with how much guidance
-    python results.py runs run_1min run_3min run_article    quality against the time of training; of runs that differ in
-                                                            nothing but the seed, the mean and the standard deviation
+    python -m measure.results samplers --checkpoint weights/mnist.pth   which sampler, how many steps, how much guidance
+    python -m measure.results runs run_1min run_3min run_article   quality against training time; runs that differ
+                                                                   in the seed alone: mean and deviation
 """
+
+from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.files import make_dir, write_atomically
+from support.pictures import grid
 
 import dataclasses
 import itertools
@@ -12,17 +16,16 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import averaged_model, load_checkpoint, make_dir, write_atomically
-from config import Parser, UserError, add_device_flag, pick_device, run
+from checkpoint import averaged_model, load_checkpoint
 from dataset import load_dataset
 from diffusion import SAMPLERS
-from digit_classifier import load_classifier
-from digit_score import FEW, compare, draw_fakes, draw_reference, embed
-from inference import find_checkpoint, grid
+from inference import find_checkpoint
+from measure.classifier import load_classifier
+from measure.score import FEW, compare, draw_fakes, draw_reference, embed
 
 
 def make_judge(data_dir, count, device):
-    """Returns judge(model, config), which draws `count` digits and gives their figures, those of `digit_score.compare`
+    """Returns judge(model, config), which draws `count` digits and gives their figures, those of `compare`
     and "accuracy", and the digits themselves; and the same figures of as many real training images."""
     train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
     classifier = load_classifier("mnist", device=device)
@@ -150,7 +153,8 @@ def main():
         if name == "runs":
             part.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints")
         else:
-            part.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else mnist.pth)")
+            part.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else "
+                              "weights/mnist.pth)")
             part.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="(default: all)")
             part.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8, 10, 20],
                               help="(default: 3 4 5 6 8 10 20)")

@@ -1,5 +1,7 @@
 """The ruler, tested: each way for fakes to be bad must move the figure that is there for it, and no other."""
 
+from support.commands import UserError
+
 import math
 import pickle
 
@@ -11,12 +13,12 @@ from conftest import assert_refused
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-import digit_score
 import fid_computer
+import measure.score
 from checkpoint import build_model, save_checkpoint
-from config import Config, UserError
-from digit_classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
-from digit_score import (
+from config import Config
+from measure.classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
+from measure.score import (
     METRICS,
     compare,
     draw_reference,
@@ -91,8 +93,8 @@ def by_the_papers(fake, real):
 @pytest.mark.parametrize("count_fake, count_real, dims, scale", [(40, 40, 2, 1.0), (25, 60, 3, 0.5), (70, 30, 2, 3.0)])
 def test_neighbour_figures_are_those_of_the_papers(count_fake, count_real, dims, scale, monkeypatch):
     fake, real = gaussian(count_fake, dims, 1, scale), gaussian(count_real, dims, 2)
-    blocks = digit_score.distance_blocks
-    monkeypatch.setattr(digit_score, "distance_blocks", lambda a, b: blocks(a, b, size=7))  # several, the last smaller
+    blocks = measure.score.distance_blocks
+    monkeypatch.setattr(measure.score, "distance_blocks", lambda a, b: blocks(a, b, size=7))
     result, expected = compare(fake, real), by_the_papers(fake.numpy(), real.numpy())
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["coverage"] < 1  # else the case would show little
@@ -352,7 +354,7 @@ def test_training_learns_and_is_repeatable(parts):
 @pytest.fixture
 def mnist(parts, monkeypatch):
     """The stand-in digits in place of MNIST."""
-    monkeypatch.setattr(digit_score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    monkeypatch.setattr(measure.score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
 
 
 def test_folder_of_fakes(call, mnist, parts, tmp_path):
@@ -361,10 +363,10 @@ def test_folder_of_fakes(call, mnist, parts, tmp_path):
     code, out, err = call(fid_computer, "--features", "digits", "--fake", tmp_path)
     assert code == 0, err
     assert out.startswith("100 images") and "read as asked" in out and "warning: 100 images are few" in out
-    images, labels = digit_score.read_fakes(tmp_path)
+    images, labels = measure.score.read_fakes(tmp_path)
     assert torch.equal(images, parts[2].images[::6]) and torch.equal(labels, parts[2].labels[::6])
     (tmp_path / "000000_0.png").rename(tmp_path / "mine.png")
-    assert digit_score.read_fakes(tmp_path)[1] is None
+    assert measure.score.read_fakes(tmp_path)[1] is None
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path), "several sizes")
     assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path / "none"), "missing")
@@ -375,13 +377,13 @@ def test_scores_a_checkpoint(call, mnist, tmp_path):
                     num_heads=2, sample_steps=2)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
     flags = ["--checkpoint", tmp_path / "model.pth", "--count", 100]
-    code, out, err = call(digit_score, *flags, "--pictures", tmp_path / "pictures")
+    code, out, err = call(measure.score, *flags, "--pictures", tmp_path / "pictures")
     assert code == 0, err
     assert out.startswith("dpm, 2 steps, guidance") and "100 images" in out
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["nearest.png", "worst.png"]
-    assert_refused(call(digit_score, *flags, "--count", 5), "--count 5")
-    assert_refused(call(digit_score, *flags, "--pictures", tmp_path / "model.pth"), "cannot be written")
+    assert_refused(call(measure.score, *flags, "--count", 5), "--count 5")
+    assert_refused(call(measure.score, *flags, "--pictures", tmp_path / "model.pth"), "cannot be written")
 
 
 def test_refuses_a_checkpoint_of_other_images(call, trained):
-    assert_refused(call(digit_score, "--checkpoint", trained / "model.pth"), "reads 'mnist', not 'digits'")
+    assert_refused(call(measure.score, "--checkpoint", trained / "model.pth"), "reads 'mnist', not 'digits'")

@@ -1,11 +1,14 @@
 """How fast is this machine? Rates of training and drawing, and the share of its matrix rate that they reach.
 
-    python bench.py                                            the default network and the article's
-    python bench.py --against diffusers                        and the same networks built from diffusers
-    python bench.py --presets B L XL --batch-size 256          the sizes of the DiT paper on 32 x 32 x 4 latents
+    python -m measure.benchmark                                 the default network and the article's
+    python -m measure.benchmark --against diffusers             and the same networks built from diffusers
+    python -m measure.benchmark --presets B L XL --batch-size 256   the paper's sizes on 32 x 32 x 4 latents
 
 Every variant runs in a process of its own, and they take turns, so that what else the machine does hits them all alike.
 """
+
+from support.commands import Parser, UserError, add_device_flag, pick_device, resolve_precision, run
+from support.files import write_atomically
 
 import argparse
 import dataclasses
@@ -24,22 +27,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint import build_model, write_atomically
-from config import (
-    PRESETS,
-    Config,
-    Parser,
-    UserError,
-    add_device_flag,
-    add_flags,
-    given_flags,
-    pick_device,
-    resolve_precision,
-    run,
-)
-from inference import sample
+from checkpoint import build_model
+from config import PRESETS, Config, add_flags, given_flags
+from inference import CHECKPOINTS, sample
 from train import build_training, draw_batch, train_step
 
+REPOSITORY = Path(__file__).parent.parent
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
 DIGITS = dict(image_size=28, channels=1, num_classes=10)
 
@@ -148,11 +141,10 @@ def diffusers_step(config, device, images, labels):
 
 def cold_start(device):
     """Seconds from nothing to the first picture, drawn with the weights that come with the repository."""
-    script = Path(__file__).with_name("inference.py")
     with tempfile.TemporaryDirectory() as folder:
         before = time.perf_counter()
-        subprocess.run([sys.executable, script, "--checkpoint", script.with_name("mnist.pth"), "--device", str(device),
-                        "--out", Path(folder) / "samples.png"], check=True, capture_output=True)
+        subprocess.run([sys.executable, REPOSITORY / "inference.py", "--checkpoint", CHECKPOINTS[-1], "--device",
+                        str(device), "--out", Path(folder) / "samples.png"], check=True, capture_output=True)
         return time.perf_counter() - before
 
 
@@ -189,8 +181,8 @@ def main():
                  disable=None)
     for _, (preset, kind) in turns:
         turns.set_description(f"{preset}, {kind}")
-        again = [sys.executable, __file__, *sys.argv[1:], "--measure", kind, "--presets", preset]
-        process = subprocess.run(again, capture_output=True, text=True)
+        again = [sys.executable, "-m", "measure.benchmark", *sys.argv[1:], "--measure", kind, "--presets", preset]
+        process = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True)
         if process.returncode:
             raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
         results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))

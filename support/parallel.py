@@ -3,6 +3,8 @@
 Started without torchrun a process is the only one, and everything here does nothing.
 """
 
+from support.commands import UserError, pick_device
+
 import contextlib
 import os
 import sys
@@ -10,8 +12,6 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-
-from config import UserError, pick_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

@@ -1,7 +1,11 @@
-"""How good are fake MNIST digits? Measured with a network that reads digits (`digit_classifier.py`), not photographs.
+"""How good are fake MNIST digits? Measured with a network that reads digits (`measure/classifier.py`), not photographs.
 
 Every figure stands beside the same figure of real images, which is what perfect fakes would get.
 """
+
+from support.commands import UserError, run
+from support.files import make_dir
+from support.pictures import grid, save_picture
 
 import argparse
 import re
@@ -13,12 +17,10 @@ import torch.nn.functional as F
 from PIL import ImageDraw
 from tqdm import tqdm
 
-from checkpoint import make_dir
-from config import UserError, run
-from dataset import list_images, load_dataset, read_image
-from digit_classifier import load_classifier
+from dataset import list_images, load_dataset, read_image, to_uint8
 from fid_computer import frechet_distance, statistics
-from inference import grid, load_for_sampling, sample, sampling_parser, save_picture, to_uint8
+from inference import load_for_sampling, sample, sampling_parser
+from measure.classifier import load_classifier
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797

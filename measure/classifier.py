@@ -1,9 +1,12 @@
-"""A small network that reads MNIST digits: its features are the ruler of `digit_score.py`.
+"""A small network that reads MNIST digits: its features are the ruler of `measure.score`.
 
-    python digit_classifier.py --data-dir .      trains it anew, a minute or two on two CPU cores
+    python -m measure.classifier --data-dir .    trains it anew, a minute or two on two CPU cores
 
 The weights are kept in the repository (float16, half a megabyte), so that scoring needs no download.
 """
+
+from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.files import write_atomically
 
 import os
 from pathlib import Path
@@ -13,11 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import write_atomically
-from config import Parser, UserError, add_device_flag, pick_device, run
 from dataset import load_dataset
 
-WEIGHTS = Path(__file__).with_name("digit_classifier.pth")
+WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 FORMAT = "digit-classifier-1"
 
 
@@ -87,7 +88,7 @@ def train_classifier(images, labels, epochs=5, batch_size=256, lr=5e-3, seed=0, 
 
 def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
     """The trained classifier. Raises `UserError` when the file is missing, damaged, or reads another data set."""
-    retrain = "fetch it anew, or train it with python digit_classifier.py"
+    retrain = "fetch it anew, or train it with python -m measure.classifier"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -109,9 +110,9 @@ def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
 
 
 def main():
-    parser = Parser(description="Trains the classifier of MNIST digits that digit_score.py uses.")
+    parser = Parser(description="Trains the classifier of MNIST digits that measure.score uses.")
     parser.add_argument("--data-dir", default=".", help="the folder that holds (or gets) MNIST/ (default: .)")
-    parser.add_argument("--out", default=WEIGHTS, help="the file to write (default: digit_classifier.pth)")
+    parser.add_argument("--out", default=WEIGHTS, help="the file to write (default: weights/digit_classifier.pth)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add_device_flag(parser)
     args = parser.parse_args()
