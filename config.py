@@ -22,7 +22,9 @@ class Config:
     data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
     image_size: int = flag(0, "side of the square images, pixels; 0 = as the data set has them", 0, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
-    num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))  # counted in the data set
+    # The two without a flag: the data set says them.
+    num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
+    classes: tuple = ()  # the name of each class; () = their numbers
 
     # Model (DiT, arXiv 2212.09748)
     patch_size: int = flag(0, "side of a square patch, pixels; 0 = a quarter of the image, which makes 16 tokens",
@@ -80,6 +82,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
+        if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
+            raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.sample_steps > self.T:
@@ -89,6 +93,11 @@ class Config:
         if self.image_size and self.patch_size and self.image_size % self.patch_size:
             raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}: "
                             f"choose one of {divisors(self.image_size)}")
+
+    @property
+    def class_names(self):
+        """The name of each class, a tuple of num_classes strings."""
+        return self.classes or tuple(map(str, range(self.num_classes)))
 
 
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
@@ -118,7 +127,7 @@ def check_value(field, value):
         raise UserError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.80}")
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
-    if field.type in (str, bool):
+    if field.type in (str, bool, tuple):
         return
     if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")

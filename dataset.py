@@ -3,6 +3,7 @@
 from support.commands import UserError
 
 import contextlib
+import hashlib
 import io
 import os
 import socket
@@ -28,6 +29,14 @@ class Dataset(NamedTuple):
     images: torch.Tensor  # uint8 (N, C, H, W), 0..255
     labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
     classes: list[str]    # the name of each class
+
+    @property
+    def fingerprint(self):
+        """A hash, 16 hexadecimal digits, of the classes' names, the labels and every pixel: of other data, another."""
+        digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
+        for tensor in (self.labels, self.images):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
 
 def load_dataset(name, data_dir, train=True, image_size=0, channels=0):

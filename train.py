@@ -175,7 +175,7 @@ def resolve(config, data, device):
     if not config.patch_size and H % 4:
         raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size, or --image-size")
     return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
-                               patch_size=config.patch_size or H // 4,
+                               classes=tuple(data.classes), patch_size=config.patch_size or H // 4,
                                precision=resolve_precision(config.precision, device),
                                compile=config.compile and can_compile(device))
 

@@ -39,7 +39,7 @@ def test_flags_are_the_fields_and_hold_only_what_was_given():
         name = field.name.replace("_", "-")
         if field.type is bool:
             assert parse("--" + name) == {field.name: True} and parse("--no-" + name) == {field.name: False}
-        elif field.name != "num_classes":
+        elif "help" in field.metadata:
             assert parse("--" + name, str(field.default)) == {field.name: field.default}
 
 

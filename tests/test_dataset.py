@@ -198,3 +198,15 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"bomb\.png cannot be read"):
         read_image(tmp_path / "bomb.png")
+
+
+def test_fingerprint_is_of_names_labels_and_pixels():
+    data = load_dataset("digits", "")
+    images, labels = data.images.clone(), data.labels.clone()
+    images[700, 0, 3, 3] += 1
+    labels[5] = (labels[5] + 1) % 10
+    others = [data._replace(images=images), data._replace(labels=labels), data._replace(classes=[*"1023456789"]),
+              data._replace(images=data.images[:-1], labels=data.labels[:-1]),
+              data._replace(images=data.images.flip(0), labels=data.labels.flip(0))]
+    assert len({other.fingerprint for other in [data, *others]}) == 6
+    assert load_dataset("digits", "").fingerprint == data.fingerprint and len(data.fingerprint) == 16
