@@ -1,13 +1,15 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
-{format, config, step, seconds, model, ema, optimizers, window}: the configuration as a dict, how many steps were
-trained and in how many seconds, the weights and their moving average by their plain names, the states of the
-optimizers, and the losses not yet logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) hold the
-average alone, without model, optimizers and window.
+{format, config, step, seconds, ema, data, model, optimizers, window}: the configuration as a dict, how many steps were
+trained and in how many seconds, and the moving average of the weights by their plain names. To train on: the
+fingerprint of the data, the weights, the state of each optimizer (by the number of the weight), and the losses not yet
+logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) end with the average.
 """
 
-from support.commands import Parser, UserError, resolve_precision, run
+from support.commands import Parser, UserError, first_line, resolve_precision, run
 from support.files import write_atomically
+from support.muon import split_parameters
+from support.run_log import NOISE_LEVELS
 
 import dataclasses
 import math
@@ -20,7 +22,10 @@ from config import SAMPLING, Config, add_flags, given_flags
 from diffusion import Diffusion, RectifiedFlow
 from dit import DiT
 
-FORMAT = "dit-checkpoint-1"
+FORMAT = "dit-checkpoint-2"
+OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
+TO_TRAIN_ON = ("data", "model", "optimizers", "window")
+OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
 
 
 def build_model(config):
@@ -35,18 +40,19 @@ def build_diffusion(config, device="cpu"):
     return Diffusion(config.T, config.beta_start, config.beta_end, device)
 
 
-def save_checkpoint(path, config, step, seconds, ema, **state):
-    """Writes a checkpoint; `ema` and, in `state`, model, optimizers and window as the module's docstring says."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema,
-               **state}
-    write_atomically(path, lambda file: torch.save(content, file))
+def save_checkpoint(path, config, step, seconds, ema, **to_train_on):
+    """Writes a checkpoint; what the arguments are says the module's docstring, `to_train_on` is all of `TO_TRAIN_ON` or
+    nothing. Raises `UserError` when the file cannot be written, and then leaves what was there."""
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema}
+    write_atomically(path, lambda file: torch.save(content | to_train_on, file))
 
 
 def load_checkpoint(path):
     """Reads a checkpoint onto the CPU. Returns its dict, with a checked `Config` under "config".
 
-    Nothing in the file can run code (`weights_only=True`), and no model is built before every name and shape fits.
-    Raises `UserError` for whatever is not a whole checkpoint of this project.
+    Nothing in the file can run code (`weights_only=True`), no model is built before every name, type, shape and value
+    fits, and what does not belong to a checkpoint is dropped. Raises `UserError` for whatever is not a whole checkpoint
+    of this project.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
@@ -54,28 +60,67 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train.py makes one") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise UserError(f"{path} is not a checkpoint, or is cut short ({reason:.100})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint, or is cut short "
+                        f"({type(error).__name__}: {first_line(error):.100})") from None
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, *OLD_FORMATS):
         raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
+    names = ["config", "step", "seconds", "ema"]
+    if content["format"] == FORMAT and any(name in content for name in TO_TRAIN_ON):
+        names += TO_TRAIN_ON
     try:
-        content["config"] = config = Config(**content["config"])
-        with torch.device("meta"):  # shapes without memory, however large a size the file claims
-            expected = build_model(config).state_dict()
-        for weights in [content["ema"]] + ([content["model"]] if "model" in content else []):
-            shapes = {name: tensor.shape for name, tensor in weights.items()}
-            if shapes != {name: tensor.shape for name, tensor in expected.items()}:
-                raise UserError("its weights do not fit its configuration")
-            # A tensor can claim more elements than are stored (a stride of 0): loading it would fill the memory.
-            if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > os.path.getsize(path):
-                raise UserError("its weights claim more than the file holds")
-        if type(content["step"]) is not int or content["step"] < 0:
-            raise UserError("its step is not a number of steps")
-        if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
-            raise UserError("its seconds are not a time")
+        content = {name: content[name] for name in names}
+        content["config"] = Config(**content["config"])
+        check_content(content, os.path.getsize(path))
     except Exception as error:
-        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {error!s:.150}") from None
+        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error):.150}") from None
     return content
+
+
+def check_content(content, file_size):
+    """Raises an exception unless everything in `content` fits its configuration, and is no larger than its file."""
+    if type(content["step"]) is not int or content["step"] < 0:
+        raise UserError("its step is not a number of steps")
+    if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
+        raise UserError("its seconds are not a time")
+    with torch.device("meta"):  # shapes without memory, however large a size the file claims
+        network = build_model(content["config"])
+    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+    size = check_tensors("averaged weights", content["ema"], shapes, (torch.float32, torch.float16, torch.bfloat16))
+    if "model" in content:
+        if type(content["data"]) is not str:
+            raise UserError("its data have no fingerprint")
+        size += check_tensors("weights", content["model"], shapes)
+        size += check_tensors("log", {"window": content["window"]}, {"window": (NOISE_LEVELS, 2)})
+        groups = [group for group in split_parameters(network, content["config"].optimizer == "muon") if group]
+        if not isinstance(content["optimizers"], list):
+            raise UserError("its optimizers are no list")
+        for state, weights, names in zip(content["optimizers"], groups, OPTIMIZER_STATES[:len(groups)], strict=True):
+            if list(state) != list(range(len(weights))):
+                raise UserError("its optimizers do not fit its weights")
+            for i, weight in enumerate(weights):
+                expected = {name: () if name == "step" else weight.shape for name in names}
+                size += check_tensors("optimizers", state[i], expected)
+    # Many tensors can share what is stored: loading them would fill the memory.
+    if size > file_size:
+        raise UserError("its weights claim more than the file holds")
+
+
+def check_tensors(what, tensors, shapes, dtypes=(torch.float32,)):
+    """Raises an exception unless `tensors` is a dict of finite dense tensors of just these names, shapes and dtypes.
+    Returns their size in bytes."""
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
+            name: tuple(shape) for name, shape in shapes.items()}:
+        raise UserError(f"its {what} do not fit its configuration")
+    size = 0
+    for tensor in tensors.values():
+        if tensor.layout != torch.strided or tensor.dtype not in dtypes or tensor.device.type != "cpu":
+            raise UserError(f"its {what} are not all plain tensors of floats")
+        if not tensor.is_contiguous():  # it may claim more elements than are stored
+            raise UserError(f"its {what} claim more than the file holds")
+        if not tensor.isfinite().all():
+            raise UserError(f"its {what} are not all finite numbers")
+        size += tensor.numel() * tensor.element_size()
+    return size
 
 
 def load_model(path, device="cpu", precision="auto"):
@@ -100,6 +145,8 @@ def main():
     add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
     args = parser.parse_args()
     content = load_checkpoint(args.checkpoint)
+    if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
+        raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
     # A path of this machine concerns nobody
     config = dataclasses.replace(content["config"], data_dir=Config.data_dir, **given_flags(args))

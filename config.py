@@ -4,6 +4,9 @@ from support.commands import UserError
 
 import argparse
 import dataclasses
+import math
+
+MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -86,6 +89,9 @@ class Config:
             raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):
+            raise UserError(f"after T = {self.T} steps with betas up to {self.beta_end} too little of the image is "
+                            f"left for a float to hold: lower beta_end, or T")
         if self.sample_steps > self.T:
             raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -93,6 +99,11 @@ class Config:
         if self.image_size and self.patch_size and self.image_size % self.patch_size:
             raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}: "
                             f"choose one of {divisors(self.image_size)}")
+
+    def log_signal(self):
+        """The logarithm of sqrt(alphas_cumprod[T-1]), the share of the image that is left after all steps of ddpm."""
+        step = (self.beta_end - self.beta_start) / (self.T - 1)
+        return sum(math.log1p(-self.beta_start - i * step) for i in range(self.T)) / 2
 
     @property
     def class_names(self):

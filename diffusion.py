@@ -33,7 +33,7 @@ class Diffusion:
         """What the classes differ in, all (T,), float64: the shares of the image and of the noise in x_t, and what the
         network's error at t is multiplied with to give the loss."""
         self.path = [*zip(signal.tolist(), noise.tolist(), strict=True), (1.0, 0.0)]  # t = -1: the clean image
-        self.signal, self.noise, self.error_scale = (a.to(device, torch.float32) for a in (signal, noise, error_scale))
+        self.signal, self.noise, self.error_scale = (a.float().to(device) for a in (signal, noise, error_scale))
 
     def forward_add_noise(self, x, t, noise=None):
         """Noises images to steps t in one go: x (B, C, H, W) in [-1, 1], t (B,) in 0..T-1 -> x_t and its noise."""
@@ -79,7 +79,7 @@ class RectifiedFlow(Diffusion):
         self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.2), device)
 
     def random_t(self, u):
-        return (torch.special.ndtri(u).sigmoid() * self.T).long().clamp(max=self.T - 1)
+        return ((math.sqrt(2) * torch.erfinv(2 * u - 1)).sigmoid() * self.T).long().clamp(max=self.T - 1)
 
     def target(self, x, noise):
         return x

@@ -69,7 +69,8 @@ class DiT(nn.Module):
     weights.
 
     forward: x (B, C, H, W) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
-    label (no label) -> (B, C, H, W), of the type of x
+    label (no label) -> (B, C, H, W), of the type of x. A plain number as t or y holds for all images. Raises TypeError
+    when x holds integers.
 
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
@@ -105,6 +106,9 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         dtype = x.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
+        t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
         x = self.patch_embedding(x)                               # (B, N, D)
         c = self.time_embedding(t) + self.label_embedding(y)      # (B, D)
         for block in self.blocks:                                 # (B, N, D)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import build_model
 from config import PRESETS, Config, add_flags, given_flags
 from inference import CHECKPOINTS, sample
-from train import build_training, draw_batch, train_step
+from train import make_batch, start_run, train_step
 
 REPOSITORY = Path(__file__).parent.parent
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
@@ -87,10 +87,10 @@ def measure(what, config, device, at_least):
     images = torch.randint(256, (4096, config.channels, config.image_size, config.image_size), dtype=torch.uint8)
     images, labels = images.to(device), torch.randint(config.num_classes, (4096,)).to(device)
     if what == "train":
-        parts = build_training(config, device)
+        training = start_run(config, device)
 
         def call(i):
-            train_step(*parts, config, draw_batch(images, labels, parts[-1], config, i), i)
+            train_step(training, make_batch(images, labels, training.diffusion, config, i), i)
     elif what == "draw":
         model = build_model(config).to(device, dtype).eval()
         y = labels[:count]

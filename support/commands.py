@@ -4,7 +4,10 @@ import argparse
 import contextlib
 import ctypes
 import os
+import signal
 import sys
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class UserError(Exception):
@@ -58,6 +61,35 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks above get pages of their own; this is its upper limit
         mallopt(-1, -1)          # M_TRIM_THRESHOLD: give nothing back
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Within the block, Ctrl-C, SIGTERM and the loss of the terminal do not end the process, but are appended to the
+    list that it yields. The second one ends it at once."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        if number == HANGUP:  # nobody is there to read, and to write to a lost terminal is an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+            return
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: the last step is being saved; once more ends it at once\n")
+
+    before = {}
+    with contextlib.suppress(ValueError):  # only the main thread gets signals
+        for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+            if number and not (number == HANGUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def first_line(error):

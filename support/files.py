@@ -1,11 +1,16 @@
 """Folders and files on disk: found out early whether they can be written, and written whole or not at all."""
 
-from support.commands import UserError
+from support.commands import UserError, first_line
 
 import contextlib
 import os
 import tempfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 def make_dir(path):
@@ -18,11 +23,37 @@ def make_dir(path):
         raise UserError(f"the folder {path} cannot be written: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def lock_dir(path):
+    """Within the block the folder `path` is this process's: another that asks for it gets a `UserError`. The system
+    takes the lock away when the process ends, however it ends. Does nothing on Windows, which has no flock."""
+    if not fcntl:
+        yield
+        return
+    lock = Path(path) / ".lock"
+    try:
+        file = lock.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise BlockingIOError  # whoever had it has just removed it, and another has made it anew
+    except (BlockingIOError, FileNotFoundError):
+        raise UserError(f"{path} is in use by another process: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{lock} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: nobody can have it
+
+
 def write_atomically(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
     holds either what it held or all of the new. What a killed process left is written over by the next. Raises
     `UserError` when it cannot be written."""
     path = Path(path)
+    if not path.name:
+        raise UserError(f"{str(path)!r} cannot be written: it is no name of a file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -35,6 +66,6 @@ def write_atomically(path, write):
             temporary.unlink()
         # torch reports a failed write as a RuntimeError of its own
         if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"{path} cannot be written: {reason:.150}") from None
         raise

@@ -48,3 +48,13 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(looked_ahead.to(self.dtype)).to(weights[0].dtype)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(M, N) ** 0.5 * group["lr"])
+
+
+def split_parameters(network, muon):
+    """The parameters of a `DiT` in two lists: those for AdamW and, with `muon`, those for Muon. That gets the matrices
+    within the blocks, but for the modulations."""
+    matrices, others = [], []
+    for name, weight in network.named_parameters():
+        inner = name.startswith("blocks.") and weight.ndim == 2 and ".modulation." not in name
+        (matrices if muon and inner else others).append(weight)
+    return others, matrices

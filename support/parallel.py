@@ -3,7 +3,7 @@
 Started without torchrun a process is the only one, and everything here does nothing.
 """
 
-from support.commands import UserError, pick_device
+from support.commands import UserError, first_line, pick_device
 
 import contextlib
 import os
@@ -13,7 +13,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def read_environment(environ):
+    """This process's rank and the number of processes. A RANK or WORLD_SIZE that some other program left there is not
+    torchrun's: that sets all four, and there is nobody to talk to without the last two."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(environ.get(name, "").strip() for name in names):
+        return 0, 1
+    try:
+        rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    except ValueError:
+        return 0, 1
+    return (rank, world) if 0 <= rank < world else (0, 1)
+
+
+RANK, WORLD = read_environment(os.environ)
 
 
 def join(device_name=None):
@@ -21,14 +35,29 @@ def join(device_name=None):
     if WORLD == 1:
         return pick_device(device_name)
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- one of them speaks, to the end
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- rank 0 speaks for all, to the end
     if torch.cuda.is_available() and device_name in (None, "cuda"):
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     device = pick_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+@contextlib.contextmanager
+def one_for_all():
+    """Around all that processes do together, as a decorator or a block: when one has died, the others end with one
+    clear error."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("Connection closed", "Connection reset", "Connection refused", "imed out")
+        lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in signs)
+        if WORLD == 1 or not (lost or isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        what = f"another of the {WORLD} processes is gone" if lost else f"the {WORLD} processes cannot work together"
+        raise UserError(f"{what}: {first_line(error):.150}") from None
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(n):
@@ -44,7 +73,7 @@ def wait():
 
 @contextlib.contextmanager
 def first_process_first():
-    """What is done in this block the first process does before the others: a download, a folder."""
+    """Rank 0 runs the block before the others: a download, a folder."""
     if RANK:
         wait()
     yield
@@ -67,13 +96,31 @@ def add_up(tensor):
         dist.all_reduce(tensor)
 
 
-def own_parts(weights):
-    """What of weights that are split among the processes this one holds; other weights as they are."""
+def share_gradients(network):
+    """`network`, whose backward pass gives every process the mean of all processes' gradients (DDP)."""
+    if WORLD == 1:
+        return network
+    # The positions, its one buffer, never change.
+    return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def shard_network(network, device, dtype):
+    """Splits the weights of a `DiT` among the processes, in place, block by block (FSDP2); computes in `dtype`."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, since few need it
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (WORLD,))
+    for part in (*network.blocks, network):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+
+
+def own_shards(weights):
+    """This process's shards of sharded weights; other weights as they are."""
     return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
 
 
 def whole(value):
-    """`value`, dicts and lists of tensors, with what is split among the processes put together; all must call it."""
+    """`value`, dicts and lists of tensors, with every sharded tensor put together; all processes must call it."""
     if hasattr(value, "full_tensor"):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -81,18 +128,16 @@ def whole(value):
     return [whole(part) for part in value] if isinstance(value, list) else value
 
 
-def split_state(state, weights):
-    """The state of an optimizer, put together by `whole`, split as the `weights` that it belongs to are."""
+def shard_state(state, weights):
+    """The state of an optimizer that `whole` put together, sharded as the `weights` that it belongs to."""
     from torch.distributed.tensor import distribute_tensor  # here, since few need it
 
-    def split(value, weight):
+    def shard(value, weight):
         if value.shape != weight.shape:
             return value
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
 
-    parts = {i: {name: split(value, weights[i]) for name, value in values.items()}
-             for i, values in state["state"].items()}
-    return state | {"state": parts}
+    return {i: {name: shard(value, weights[i]) for name, value in values.items()} for i, values in state.items()}
 
 
 def gather(array):
@@ -102,15 +147,3 @@ def gather(array):
     arrays = [None] * WORLD
     dist.all_gather_object(arrays, array)
     return np.concatenate([array for array in arrays if len(array)])
-
-
-@contextlib.contextmanager
-def one_for_all():
-    """What is done in this block, or in a function decorated with it, ends with one clear error when another process
-    has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        if WORLD == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise UserError(f"another of the {WORLD} processes is gone: {str(error).splitlines()[0]:.150}") from None

@@ -37,8 +37,8 @@ def assert_alike(run_a, run_b, tolerance=1e-4):
     for part in ("model", "ema"):  # Adam magnifies the rounding of a gradient that is zero
         torch.testing.assert_close(a[part], b[part], rtol=tolerance, atol=10 * tolerance)
     for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
-        assert {i: {name: value.shape for name, value in state.items()} for i, state in x["state"].items()} == {
-            i: {name: value.shape for name, value in state.items()} for i, state in y["state"].items()}
+        assert {i: {name: value.shape for name, value in state.items()} for i, state in x.items()} == {
+            i: {name: value.shape for name, value in state.items()} for i, state in y.items()}
     log_a, log_b = (np.genfromtxt(run / "log.csv", delimiter=",", skip_header=1) for run in (run_a, run_b))
     np.testing.assert_allclose(log_a, log_b, rtol=tolerance)
 

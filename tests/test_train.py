@@ -19,7 +19,7 @@ from config import PRESETS, Config
 from dataset import load_dataset, to_uint8
 from diffusion import Diffusion
 from inference import sample
-from train import build_training, draw_batch, learning_rate, train_step
+from train import Run, learning_rate, make_batch, start_run, train_step
 
 
 def same(a, b):
@@ -111,7 +111,7 @@ def test_signals_to_a_real_process(number, code, tmp_path):
 def test_a_trained_model_is_never_overwritten(call, trained):
     before = (trained / "model.pth").read_bytes()
     assert_refused(call(train, *TINY, "--run-dir", trained), "model.pth exists", "--resume")
-    assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 6), "--steps")
+    assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 5), "--steps")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 8, "--lr", 0.1, "--seed", 1),
                    "lr 0.004 -> 0.1", "seed 0 -> 1")
     assert (trained / "model.pth").read_bytes() == before
@@ -135,11 +135,11 @@ def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = train.train_step
 
-    def explode(model, worker, ema, *args):
-        losses = original(model, worker, ema, *args)
-        if args[-1] == 5:
-            torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
-            torch.nn.init.constant_(ema.final_layer.linear.bias, float("nan"))
+    def explode(run, batch, step):
+        losses = original(run, batch, step)
+        if step == 5:
+            torch.nn.init.constant_(run.model.final_layer.linear.bias, float("nan"))
+            torch.nn.init.constant_(run.ema.final_layer.linear.bias, float("nan"))
         return losses
 
     monkeypatch.setattr(train, "train_step", explode)
@@ -201,11 +201,11 @@ def test_flags_that_do_not_exist(command, call):
 def test_what_a_step_draws_depends_on_seed_and_step_alone():
     images, labels = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8), torch.arange(50) % 10
     config = Config(batch_size=16, num_classes=10)
-    first = draw_batch(images, labels, Diffusion(), config, 5)
+    first = make_batch(images, labels, Diffusion(), config, 5)
     torch.rand(100)
-    assert same(first, draw_batch(images, labels, Diffusion(), config, 5))
-    others = [draw_batch(images, labels, Diffusion(), config, 6),
-              draw_batch(images, labels, Diffusion(), Config(seed=1, batch_size=16), 5)]
+    assert same(first, make_batch(images, labels, Diffusion(), config, 5))
+    others = [make_batch(images, labels, Diffusion(), config, 6),
+              make_batch(images, labels, Diffusion(), Config(seed=1, batch_size=16), 5)]
     assert not any(same(first[3], other[3]) or same(first[2], other[2]) for other in others)
 
 
@@ -214,7 +214,7 @@ def test_batch():
     labels = torch.arange(1000) % 10
     images = (labels * 25).byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     config = Config(batch_size=20_000, num_classes=10, label_dropout=0.1)
-    x_0, y, t, noise = draw_batch(images, labels, Diffusion(), config, 0)
+    x_0, y, t, noise = make_batch(images, labels, Diffusion(), config, 0)
     assert x_0.shape == noise.shape == (20_000, 1, 2, 2) and x_0.min() == -1 and x_0.max() <= 1
     assert t.min() == 0 and t.max() == 999 and t.float().mean().item() == pytest.approx(499.5, abs=8)
     dropped = y == 10
@@ -239,8 +239,8 @@ def test_step_trains_and_averages():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters())
     diffusion = build_diffusion(config)
-    batch = draw_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), diffusion, config, 0)
-    losses = train_step(model, model, ema, [optimizer], diffusion, config, batch, step=999)
+    batch = make_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), diffusion, config, 0)
+    losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step=999)
     assert losses.shape == (8,) and not losses.requires_grad
     target = diffusion.target(batch[0], batch[3])
     scale = diffusion.error_scale[batch[2]]
@@ -257,7 +257,7 @@ def test_bf16_gradients_are_those_of_fp32():
                     batch_size=64, grad_clip=0.0, lr=0.0)
     diffusion = build_diffusion(config)
     images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
-    batch = draw_batch(images, torch.arange(99) % 10, diffusion, config, 0)
+    batch = make_batch(images, torch.arange(99) % 10, diffusion, config, 0)
     gradients = []
 
     class Recorder(torch.optim.SGD):
@@ -270,7 +270,8 @@ def test_bf16_gradients_are_those_of_fp32():
     losses = []
     for worker in (model, copy.deepcopy(model).bfloat16()):
         ema = copy.deepcopy(model)
-        losses.append(train_step(model, worker, ema, [Recorder(model.parameters())], diffusion, config, batch, 0))
+        run = Run(config, model, worker, ema, [Recorder(model.parameters())], diffusion)
+        losses.append(train_step(run, batch, 0))
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert losses[1].dtype == gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
@@ -285,15 +286,15 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
         config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
                         batch_size=16, precision="fp32", compile=compiled, optimizer="adamw", warmup=0, lr=1e-3)
         torch.manual_seed(0)
-        model, worker, ema, optimizers, diffusion = build_training(config, torch.device("cpu"))
-        for parameter in model.parameters():
+        run = start_run(config, torch.device("cpu"))
+        for parameter in run.model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
         for step in range(3):
-            batch = draw_batch(images, torch.arange(99) % 10, diffusion, config, step)
-            losses = train_step(model, worker, ema, optimizers, diffusion, config, batch, step)
-        assert (worker._compiled_call_impl is not None) == compiled
-        trained.append((losses, model.state_dict()))
+            batch = make_batch(images, torch.arange(99) % 10, run.diffusion, config, step)
+            losses = train_step(run, batch, step)
+        assert (run.worker._compiled_call_impl is not None) == compiled
+        trained.append((losses, run.model.state_dict()))
     torch.testing.assert_close(trained[0], trained[1], atol=1e-4, rtol=1e-3)
 
 
@@ -317,8 +318,8 @@ def test_overfits_a_handful_of_digits():
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     diffusion = build_diffusion(config)
     for step in range(config.steps):
-        batch = draw_batch(images, labels, diffusion, config, step)
-        train_step(model, model, ema, [optimizer], diffusion, config, batch, step)
+        batch = make_batch(images, labels, diffusion, config, step)
+        train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
     assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
@@ -333,8 +334,8 @@ def test_every_preset_takes_a_step():
         model = build_model(config)
         ema = build_model(config)
         diffusion, optimizer = build_diffusion(config), torch.optim.AdamW(model.parameters())
-        batch = draw_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), diffusion, config, 0)
-        losses = train_step(model, model, ema, [optimizer], diffusion, config, batch, 0)
+        batch = make_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), diffusion, config, 0)
+        losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, 0)
         assert losses.isfinite().all()
 
 
