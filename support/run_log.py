@@ -103,8 +103,10 @@ def sound_rows(text, names):
     """The rows of a log's text that are whole, and whether all are."""
     lines = text.splitlines(keepends=True)
     rows = [next(csv.reader([line]), []) for line in lines if line.endswith("\n")]
+    if rows[:1] != [names]:
+        return [], False
     kept, last = [], 0
-    for row in rows[1:] if rows[:1] == [names] else []:
+    for row in rows[1:]:
         try:
             numbers = [float(word) for word in row]
             if len(row) == len(names) and int(row[0]) > last:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from dataset import Dataset
 
+HANGS = 1000  # seconds, after which a process hangs for sure: no machine is so slow
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--sample-steps", "3",
         "--batch-size", "8", "--warmup", "2", "--log-every", "2", "--device", "cpu"]
@@ -31,7 +33,7 @@ def command():
         where = ["-m", script] if script.startswith("measure.") else [str(REPOSITORY / script)]
         environment = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
         return subprocess.run([sys.executable, *where, *map(str, args)], text=True, capture_output=True,
-                              timeout=120, **environment | options)
+                              timeout=HANGS, **environment | options)
 
     return call
 
@@ -43,7 +45,7 @@ def call(monkeypatch, capsys):
 
     def call(module, *args):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         code = 0
         try:
             commands.run(module.main)
@@ -70,12 +72,39 @@ def assert_refused(result, *words):
         assert str(word) in err.splitlines()[-1], err
 
 
+def same(a, b):
+    """Equal to the last bit, through dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def train_until(call, flags, step):
+    """Trains with Ctrl-C pressed during step `step`; returns what it printed."""
+    original = train.train_step
+
+    def pressed(*args):
+        if args[-1] == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", pressed)
+        code, out, _ = call(train, *flags)
+    assert code == 130
+    return out
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The run folder of a model that the command trained for a few steps."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     process = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "6", "--run-dir",
-                              str(folder)], text=True, capture_output=True, timeout=120)
+                              str(folder)], text=True, capture_output=True, timeout=HANGS)
     assert process.returncode == 0, process.stderr
     return folder
 

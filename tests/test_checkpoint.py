@@ -1,16 +1,20 @@
 from support.commands import UserError
 from support.files import write_atomically
 
+import copy
 import dataclasses
 import os
 import pickle
+import shutil
 import zipfile
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import TINY, assert_refused, same
 
 import checkpoint
+import inference
+import train
 from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 from config import Config
 
@@ -88,7 +92,8 @@ def test_checkpoints_of_other_projects(tmp_path):
     {"config": {}}, {"config": {"hidden_size": 16384, "depth": 256}}, {"config": {"no_such_field": 1}}, {"config": 3},
     {"config": {**vars(CONFIG), "steps": "many"}}, {"config": {**vars(CONFIG), "lr": float("nan")}},
     {"config": {**vars(CONFIG), "patch_size": 0}}, {"config": {**vars(CONFIG), "hidden_size": 64}},
-    {"ema": {}}, {"ema": None}, {"ema": {"weight": 1}}, {"model": {}}, {"step": -1}, {"step": 1.5}, {"step": None}])
+    {"ema": {}}, {"ema": None}, {"ema": {"weight": 1}}, {"model": {}}, {"optimizers": []},
+    {"step": -1}, {"step": 1.5}, {"step": None}])
 def test_damaged_content(saved, changes):
     path, _ = saved
     change(path, **changes)
@@ -105,6 +110,102 @@ def test_weights_that_claim_more_than_the_file_holds(saved):
     change(path, config=vars(big), ema={name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
     with pytest.raises(UserError, match="claim more than the file holds"):
         load_checkpoint(path)
+
+
+def replaced(tree, keys, value):
+    """A copy of nested dicts and lists in which what lies at `keys` is `value`, or `value(old)`."""
+    if not keys:
+        return value(tree) if callable(value) else value
+    new = copy.copy(tree)
+    new[keys[0]] = replaced(new[keys[0]], keys[1:], value)
+    return new
+
+
+WEIGHT = "blocks.0.mlp.0.weight"
+DAMAGES = {
+    "a number": (["optimizers"], 7), "none": (["optimizers"], []), "missing": (["optimizers"], None),
+    "one of two": (["optimizers"], lambda states: states[:1]),
+    "one too many": (["optimizers"], lambda states: [*states, states[1]]),
+    "in the wrong order": (["optimizers"], lambda states: states[::-1]),
+    "a state missing": (["optimizers", 0], lambda state: dict(list(state.items())[1:])),
+    "a stranger's state": (["optimizers", 0], lambda state: state | {99: state[0]}),
+    "a state of nothing": (["optimizers", 0, 1], {}),
+    "misshapen exp_avg": (["optimizers", 0, 2, "exp_avg"], torch.zeros(3)),
+    "exp_avg of whole numbers": (["optimizers", 0, 2, "exp_avg"], lambda old: old.long()),
+    "sparse exp_avg": (["optimizers", 0, 2, "exp_avg"], lambda old: old.to_sparse()),
+    "exp_avg that is no number": (["optimizers", 0, 2, "exp_avg"], lambda old: old * float("nan")),
+    "half momentum": (["optimizers", 1, 0, "momentum"], lambda old: old.half()),
+    "momentum of one number": (["optimizers", 1, 0, "momentum"], lambda old: old.flatten()[:1].expand(old.shape)),
+    "momentum without memory": (["optimizers", 1, 0, "momentum"], lambda old: old.to("meta")),
+    "steps as a list": (["optimizers", 0, 0, "step"], [1]),
+    "no window": (["window"], None), "misshapen window": (["window"], torch.zeros(5, 2)),
+    "window of whole numbers": (["window"], torch.zeros(4, 2, dtype=torch.long)),
+    "infinite window": (["window"], torch.full((4, 2), float("inf"))),
+    "no model": (["model"], None), "a weight missing": (["model"], lambda model: dict(list(model.items())[1:])),
+    "sparse average": (["ema", WEIGHT], lambda old: old.to_sparse()),
+    "average that is no number": (["ema", WEIGHT], lambda old: old * float("nan")),
+    "complex average": (["ema", WEIGHT], lambda old: old.to(torch.complex64)),
+    "average of whole numbers": (["ema", WEIGHT], lambda old: old.int()),
+    "transposed average": (["ema", WEIGHT], lambda old: old.T),
+    "no fingerprint": (["data"], None), "seconds of yesterday": (["seconds"], -1.0),
+    "classes that are too many": (["config", "classes"], ("a",) * 11),
+    "classes that are numbers": (["config", "classes"], tuple(range(10))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_within(damage, call, trained, tmp_path):
+    """One clear line from every command that reads it, and nothing is drawn or trained."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(run / "model.pth", weights_only=True)
+    torch.save(replaced(content, *DAMAGES[damage]), run / "model.pth")
+    before = (run / "model.pth").read_bytes()
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", run, "--resume"), run / "model.pth", "damaged")
+    assert_refused(call(inference, "--checkpoint", run / "model.pth", "--out", tmp_path / "a.png"), "damaged")
+    assert (run / "model.pth").read_bytes() == before and not (tmp_path / "a.png").exists()
+
+
+def test_parts_that_are_gone(call, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(run / "model.pth", weights_only=True)
+    for name in content:
+        torch.save({key: value for key, value in content.items() if key != name}, run / "model.pth")
+        assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", run, "--resume"), run / "model.pth")
+
+
+def test_what_trains_on_is_what_was_saved(trained):
+    """The check passes a sound file unchanged, and drops what does not belong there."""
+    content = torch.load(trained / "model.pth", weights_only=True)
+    loaded = load_checkpoint(trained / "model.pth")
+    assert set(content) - set(loaded) == {"format"}
+    assert dataclasses.asdict(loaded["config"]) == content["config"]
+    for name in ("ema", "model", "optimizers", "window", "data", "step", "seconds"):
+        assert same(loaded[name], content[name]), name
+    assert [set(state[0]) for state in content["optimizers"]] == [{"step", "exp_avg", "exp_avg_sq"}, {"momentum"}]
+    assert not same(content["model"], content["ema"])
+
+
+def test_weights_to_share_are_not_written_onto_their_source(call, trained, tmp_path, monkeypatch):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / "model.pth").read_bytes()
+    (tmp_path / "link.pth").symlink_to(run / "model.pth")
+    for out in (run / "model.pth", run / ".." / "run" / "model.pth", tmp_path / "link.pth"):
+        assert_refused(call(checkpoint, run / "model.pth", out), "the checkpoint itself")
+    monkeypatch.chdir(tmp_path)
+    for out in ("", ".", "/", "nodir/x.pth"):
+        assert_refused(call(checkpoint, run / "model.pth", out), "cannot be written")
+    assert (run / "model.pth").read_bytes() == before
+
+
+def test_weights_to_share_hold_the_average_alone(call, trained, tmp_path):
+    assert call(checkpoint, trained / "model.pth", tmp_path / "small.pth")[0] == 0
+    content, small = (torch.load(path, weights_only=True) for path in (trained / "model.pth", tmp_path / "small.pth"))
+    assert set(small) == {"format", "config", "step", "seconds", "ema"}
+    assert same(small["ema"], {name: weight.half() for name, weight in content["ema"].items()})
+    assert (small["step"], small["seconds"]) == (content["step"], content["seconds"])
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path, "--resume"), "there is no checkpoint")
+    (tmp_path / "small.pth").rename(tmp_path / "model.pth")
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path, "--resume"), "weights to draw with")
 
 
 def test_missing_checkpoint(tmp_path):

@@ -1,18 +1,20 @@
+from support.commands import UserError
+
 import copy
 import csv
+import dataclasses
 import os
+import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, assert_refused
+from conftest import TINY, assert_refused, same, train_until
 from PIL import Image
 
+import inference
 import train
 from checkpoint import build_diffusion, build_model, load_checkpoint
 from config import PRESETS, Config
@@ -20,17 +22,6 @@ from dataset import load_dataset, to_uint8
 from diffusion import Diffusion
 from inference import sample
 from train import Run, learning_rate, make_batch, start_run, train_step
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts and lists of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_run_folder(trained):
@@ -71,41 +62,136 @@ def test_resumed_run_is_the_same_run(call, tmp_path):
     assert (whole / "samples_000009.png").read_bytes() == (parts / "samples_000009.png").read_bytes()
 
 
-def train_until(call, flags, step):
-    """Trains with Ctrl-C pressed during step `step`; returns what it printed."""
-    original = train.train_step
-
-    def pressed(*args):
-        if args[-1] == step - 1:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", pressed)
-        code, out, _ = call(train, *flags)
-    assert code == 130
-    return out
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(call, tmp_path):
     out = train_until(call, [*TINY, "--steps", 9, "--run-dir", tmp_path / "run"], 4)
     assert "stopped after step 4" in out and "--resume" in out
     assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_to_a_real_process(number, code, tmp_path):
-    process = subprocess.Popen([sys.executable, REPOSITORY / "train.py", *TINY, "--steps", "1000000", "--run-dir",
-                                tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "log.csv"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and len(log.read_text().splitlines()) > 1):  # until it trains
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err and "--resume" in out
-    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] > 0
+def test_ctrl_c_within_the_sample_grid_does_not_wait_for_it(call, tmp_path, monkeypatch):
+    """Nor is the grid lost: the resumed run is the same run, and writes it."""
+    flags = [*TINY, "--steps", 6, "--sample-every", 4, "--sample-steps", 500]
+    original, states = train.sample, []
+
+    def pressed(*args):
+        for i, state in enumerate(original(*args)):
+            if i == 2:
+                signal.raise_signal(signal.SIGINT)
+            states.append(i)
+            yield state
+
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sample", pressed)
+        assert call(train, *flags, "--run-dir", run)[0] == 130
+    assert states == [0, 1, 2] and load_checkpoint(run / "model.pth")["step"] == 5
+    assert call(train, *flags, "--run-dir", run, "--resume", "--sample-steps", 3)[0] == 0
+    assert call(train, *flags, "--run-dir", whole, "--sample-steps", 3)[0] == 0
+    for part in ("model", "ema", "optimizers", "window", "step"):
+        assert same(load_checkpoint(run / "model.pth")[part], load_checkpoint(whole / "model.pth")[part]), part
+
+
+@pytest.mark.parametrize("missing", [["samples_000006.png"], ["samples_000006.png", "loss.png"], ["loss.png"]])
+def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tmp_path, missing):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in missing:
+        (run / name).unlink()
+    before = (run / "model.pth").read_bytes()
+    code, out, _ = call(train, *TINY, "--steps", 6, "--run-dir", run, "--resume")
+    assert code == 0 and "draw with" in out
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.iterdir())
+    assert (run / "samples_000006.png").read_bytes() == (trained / "samples_000006.png").read_bytes()
+    assert (run / "model.pth").read_bytes() == before
+
+
+def write_class(folder, greys):
+    folder.mkdir(parents=True)
+    for i, grey in enumerate(greys):
+        Image.new("L", (8, 8), grey).save(folder / f"{i}.png")
+
+
+def remove_image(data):
+    (data / "cats" / "1.png").unlink()
+
+
+def replace_image(data):
+    Image.new("L", (8, 8), 99).save(data / "cats" / "1.png")
+
+
+def swap_classes(data):
+    (data / "cats").rename(data / "x")
+    (data / "dogs").rename(data / "cats")
+    (data / "x").rename(data / "dogs")
+
+
+def rename_class(data):
+    (data / "dogs").rename(data / "eels")
+
+
+def one_class_more(data):
+    write_class(data / "eels", [7])
+
+
+def one_class_fewer(data):
+    shutil.rmtree(data / "dogs")
+
+
+@pytest.mark.parametrize("change", [remove_image, replace_image, swap_classes, rename_class, one_class_more,
+                                    one_class_fewer])
+def test_a_run_is_not_resumed_on_other_data(call, tmp_path, change):
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_class(data / "cats", [10, 20, 30])
+    write_class(data / "dogs", [110, 120, 130])
+    flags = [*TINY, "--dataset", "folder", "--data-dir", data, "--run-dir", run]
+    assert call(train, *flags, "--steps", 2)[0] == 0
+    assert load_checkpoint(run / "model.pth")["config"].classes == ("cats", "dogs")
+    assert call(train, *flags, "--steps", 3, "--resume")[0] == 0
+    moved = data.rename(tmp_path / "moved")  # where it lies does not matter
+    assert call(train, *flags, "--steps", 4, "--resume", "--data-dir", moved)[0] == 0
+    change(moved)
+    before = (run / "model.pth").read_bytes()
+    assert_refused(call(train, *flags, "--steps", 5, "--resume", "--data-dir", moved), "other data", "model.pth")
+    assert (run / "model.pth").read_bytes() == before
+
+
+def test_resume_takes_the_command_of_the_first_run(call, tmp_path, monkeypatch):
+    """What was left to the machine (`auto`, 0) stays as it was resolved then."""
+    monkeypatch.chdir(tmp_path)  # where no MNIST is, and none can be had
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: (_ for _ in ()).throw(OSError("no network")))
+    flags = [*TINY, "--dataset", "auto", "--precision", "auto", "--image-size", 0, "--channels", 0, "--patch-size", 0,
+             "--steps", 6, "--run-dir", tmp_path / "run"]
+    out = train_until(call, flags, 3)
+    words = shlex.split(out.split("go on with: ")[1])
+    assert words[0] == "python" and "auto" in words
+    code, _, err = call(train, *words[2:])
+    assert code == 0, err
+    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 6
+
+
+def test_a_checkpoint_of_an_older_version_draws_and_is_not_resumed(call, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(run / "model.pth", weights_only=True)
+    del content["data"]
+    torch.save(content | {"format": "dit-checkpoint-1"}, run / "model.pth")
+    assert_refused(call(train, *TINY, "--resume", "--steps", 9, "--run-dir", run), "model.pth", "train a new run")
+    pictures = [tmp_path / "old.png", tmp_path / "new.png"]
+    for folder, out in zip((run, trained), pictures, strict=True):
+        assert call(inference, "--checkpoint", folder / "model.pth", "--out", out)[0] == 0
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_from_a_notebook(tmp_path, monkeypatch):
+    """The same run as the command's; what goes wrong is an exception."""
+    config = Config(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4,
+                    log_every=2)
+    before = signal.getsignal(signal.SIGINT)
+    assert train.train(config, tmp_path / "run", device="cpu") == (4, 0)
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(UserError, match="exists"):
+        train.train(config, tmp_path / "run")
+    assert train.train({"steps": 5}, tmp_path / "run", resume=True, device="cpu") == (5, 0)
+    with pytest.raises(UserError, match=r"lr 0\.004 -> 0\.5"):
+        train.train(dataclasses.replace(config, lr=0.5), tmp_path / "run", resume=True)
 
 
 def test_a_trained_model_is_never_overwritten(call, trained):

@@ -1,0 +1,281 @@
+"""What every command promises: one line for each mistake, no traceback, whatever it is started in."""
+
+from support import parallel
+from support.commands import Parser, UserError, catch_signals, pick_device, run
+from support.files import lock_dir, make_dir
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HANGS, REPOSITORY, TINY, assert_refused
+
+import checkpoint
+import train
+
+COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
+            "measure.classifier", "measure.benchmark")
+
+# Stands in for torch, to see what is prepared when a command imports it.
+STAND_IN = """
+import json, os, sys
+names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+print(json.dumps({name: os.environ[name] for name in names if name in os.environ}))
+sys.stdout.flush()
+raise KeyboardInterrupt
+"""
+
+
+def start(name, *args, **options):
+    """Runs a command whose torch, or numpy, is the stand-in: it ends there, as if Ctrl-C were pressed."""
+    return subprocess.run([sys.executable, "-m", name, *args], cwd=REPOSITORY, capture_output=True, text=True,
+                          timeout=HANGS, **options)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """An environment in which torch and numpy are the stand-in, without the user's own settings."""
+    for name in ("torch", "numpy"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text(STAND_IN)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    return kept | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_settled_before_torch_is_imported(name, stand_in):
+    """How long threads spin; and Ctrl-C while modules are still being imported is one word."""
+    process = start(name, env=stand_in)
+    assert json.loads(process.stdout) == {"GOMP_SPINCOUNT": "1000"}
+    assert process.returncode == 130 and process.stderr == "stopped\n"
+
+
+@pytest.mark.parametrize("given", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_how_threads_wait_is_up_to_the_user(given, stand_in):
+    assert json.loads(start("train", env=stand_in | given).stdout) == given
+
+
+def closed_pipe():
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_output_that_nobody_reads(script, command, trained, tmp_path):
+    """As in `| head -1`."""
+    flags = [*TINY, "--steps", 2, "--run-dir", tmp_path / "run"] if script == "train.py" else [
+        "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png"]
+    words = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
+    process = subprocess.run(words, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, timeout=HANGS)
+    assert process.returncode == 141 and "Traceback" not in process.stderr and "Exception" not in process.stderr
+
+
+@pytest.mark.parametrize("closed", [(2,), (1, 2), (0, 1, 2)])
+def test_closed_streams(closed, tmp_path):
+    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in closed])
+    assert process.wait(HANGS) == 0
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_on_a_terminal_that_knows_ascii_alone(name, tmp_path):
+    process = start(name, "--help", env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0 and "usage:" in process.stdout, process.stderr
+
+
+def in_a_process(body, *words, **environment):
+    """Runs Python code, with the repository's modules, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", body, *map(str, words)], cwd=REPOSITORY, capture_output=True,
+                          text=True, timeout=HANGS, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_what_to_lower(error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(fail, memory="--this or --that")
+    assert str(end.value).startswith("error: out of memory: lower --this or --that") and "\n" not in str(end.value)
+
+
+def test_memory_that_really_runs_out(tmp_path):
+    """A batch that does not fit, in a process that may have 6 GB of addresses."""
+    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--batch-size", "1000000", "--hidden-size", "256",
+             "--run-dir", str(tmp_path / "run")]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, env=os.environ | {
+        "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30)))
+    assert_refused(process, "out of memory", "--batch-size")
+
+
+def test_other_errors_are_not_hidden():
+    def fail():
+        raise ValueError("a mistake of ours")
+
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        run(fail)
+
+
+def test_files_that_the_system_refuses_are_one_line(call, tmp_path):
+    assert_refused(call(train, *TINY, "--run-dir", tmp_path / ("x" * 300)), "File name too long")
+    assert_refused(call(train, *TINY, "--resume", "--run-dir", tmp_path / ("x" * 300)), "x" * 300)
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "nonsense", "", "cpu:x"])
+def test_devices_that_cannot_be_used(name):
+    with pytest.raises(UserError, match="--device") as caught:
+        pick_device(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistaken_flag_is_one_line(capsys):
+    with pytest.raises(UserError, match=r"--x.*--help"):
+        Parser(prog="name.py").parse_args(["--x"])
+
+
+# Signals
+
+
+def test_the_first_signal_is_noted_and_the_second_is_the_systems():
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_hangup_that_the_user_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with catch_signals() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SIGNALLED = """
+import os, sys, train
+from support.commands import run
+number, sys.argv = int(sys.argv[1]), ["train.py", *sys.argv[2:]]
+original = train.train_step
+def step(run, batch, i):
+    if i == 3:
+        os.kill(os.getpid(), number)
+    return original(run, batch, i)
+train.train_step = step
+run(train.main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_after_the_step_and_saves(number, tmp_path):
+    process = in_a_process(SIGNALLED, int(number), *TINY, "--steps", 10**6, "--run-dir", tmp_path / "run")
+    assert process.returncode == 128 + number and "Traceback" not in process.stderr
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
+    assert not list((tmp_path / "run").glob("samples*")) and (tmp_path / "run" / "loss.png").exists()
+    if number != signal.SIGHUP:  # then nobody is there to read
+        assert "stopping" in process.stderr and "stopped after step 4" in process.stdout
+        assert "--resume" in process.stdout
+
+
+# One training a folder
+
+
+HOLD = """
+import sys
+from support.files import lock_dir
+with lock_dir(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_trainings_do_not_share_a_folder(call, tmp_path):
+    """The second is refused. After a kill -9 of the first, nobody is."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=REPOSITORY, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    assert_refused(call(train, *TINY, "--steps", 2, "--run-dir", folder), folder, "in use by another")
+    assert not (folder / "model.pth").exists()
+    first.kill()
+    first.wait()
+    assert call(train, *TINY, "--steps", 2, "--run-dir", folder)[0] == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_ends_with_its_block(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock_dir(tmp_path):
+        with pytest.raises(UserError, match="in use"), lock_dir(tmp_path):
+            pass
+        raise ZeroDivisionError
+    with lock_dir(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere"):
+        with pytest.raises(UserError, match="cannot be written"):
+            make_dir(path)
+
+
+# What torchrun leaves, and what it does not
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_the_environment_of_torchrun_and_what_is_none():
+    assert parallel.read_environment(TORCHRUN) == (1, 2)
+    assert parallel.read_environment({}) == (0, 1)
+    for name in TORCHRUN:
+        assert parallel.read_environment({key: value for key, value in TORCHRUN.items() if key != name}) == (0, 1)
+    for changes in ({"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "-1"}):
+        assert parallel.read_environment(TORCHRUN | changes) == (0, 1)
+
+
+def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "4"}
+    process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", env=environment)
+    assert process.returncode == 0 and "trained in" in process.stdout, process.stderr
+    assert (tmp_path / "run" / "model.pth").exists()
+
+
+def test_shares_cover_everything_once(monkeypatch):
+    for world in (1, 2, 3, 7):
+        for n in (0, 1, 9, 64):
+            parts = []
+            for rank in range(world):
+                monkeypatch.setattr(parallel, "RANK", rank)
+                monkeypatch.setattr(parallel, "WORLD", world)
+                parts.append(range(n)[parallel.share(n)])
+            assert [i for part in parts for i in part] == list(range(n))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "another of the 2 processes is gone"),
+    (torch.distributed.DistNetworkError("The client socket has timed out"), "another of the 2 processes is gone"),
+    (torch.distributed.DistBackendError("NCCL error: unhandled cuda error"), "cannot work together: NCCL error")])
+def test_errors_of_processes_that_work_together(error, words, monkeypatch):
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    with pytest.raises(UserError, match=words), parallel.one_for_all():
+        raise error
+    with pytest.raises(RuntimeError, match="ours"), parallel.one_for_all():
+        raise RuntimeError("a mistake of ours")

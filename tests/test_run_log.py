@@ -1,0 +1,162 @@
+"""log.csv is for people: whatever they do to it, the run goes on, and what they had is kept."""
+
+from support import run_log
+from support.run_log import RunLog, sound_rows
+
+import os
+
+import pytest
+import torch
+from conftest import TINY, assert_refused, train_until
+
+import train
+from checkpoint import load_checkpoint
+
+NAMES = ["step", "loss", "loss_t0-24", "loss_t25-49", "loss_t50-74", "loss_t75-99", "lr"]
+
+
+def make_log(path, start=0, steps=10, window=None):
+    return RunLog(path, T=100, start=start, steps=steps, batch_size=4, device="cpu", window=window)
+
+
+def test_a_row_holds_the_means_since_the_last_one(tmp_path):
+    """In all and by quarter of 0..T-1; a quarter that nothing fell into has no mean."""
+    with make_log(tmp_path / "log.csv") as log:
+        log.add(torch.tensor([1.0, 2, 3, 6]), torch.tensor([0, 24, 25, 99]))
+        log.add(torch.tensor([6.0, 6, 6, 6]), torch.tensor([0, 0, 0, 49]))
+        assert log.collect()
+        log.write(2, 0.5)
+        log.add(torch.tensor([1.0, 1, 1, 9]), torch.tensor([50, 50, 74, 75]))
+        assert log.collect()
+        log.write(3, 0.25)
+    assert (tmp_path / "log.csv").read_text().splitlines() == [
+        ",".join(NAMES), "2,4.5,4.2,4.5,nan,6,0.5", "3,3,nan,nan,1,9,0.25"]
+
+
+def test_losses_that_are_not_finite_are_noticed(tmp_path):
+    for value in ("nan", "inf"):
+        with make_log(tmp_path / "log.csv") as log:
+            log.add(torch.tensor([1.0, float(value), 1, 1]), torch.tensor([0, 1, 2, 3]))
+            assert not log.collect()
+
+
+def test_the_window_of_a_checkpoint_goes_on(tmp_path):
+    with make_log(tmp_path / "log.csv") as log:
+        log.add(torch.tensor([8.0, 8, 8, 8]), torch.zeros(4, dtype=torch.long))
+        window = log.window.clone()
+    with make_log(tmp_path / "log.csv", start=1, window=window) as log:
+        log.add(torch.tensor([2.0, 2, 2, 2]), torch.zeros(4, dtype=torch.long))
+        log.collect()
+        log.write(2, 1.0)
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("2,5,5,nan")
+
+
+def test_the_bar_counts_images_from_where_the_run_goes_on(tmp_path):
+    """Its rate is that of this run: what was trained before does not count."""
+    with make_log(tmp_path / "log.csv", start=6) as log:
+        for _ in range(4):
+            log.add(torch.ones(4), torch.zeros(4, dtype=torch.long))
+        assert (log.bar.initial, log.bar.n, log.bar.total, log.bar.unit) == (24, 40, 40, " images")
+        assert log.bar.unit_scale is True  # a number would not scale `initial`
+
+
+@pytest.mark.parametrize(("text", "steps", "whole"), [
+    ("1,1,1,1,1,1,1\r\n2,1,1,1,1,1,1\r\n", [1, 2], True),
+    ("1,1,nan,1,1,1,1\r\n", [1], True),
+    ("1,1,1,1,1,1,1\r\n2,1,1", [1], False),                     # cut within a row
+    ("1,1,1,1,1,1,1\r\n2,1,1,1,1,1,1", [1], False),             # or within its last number
+    ("1,1,1,1,1,1,1\r\n\r\n2,1,1,1,1,1,1\r\n", [1, 2], False),
+    ("1,1,1,1,1,1,1\r\n2,one,1,1,1,1,1\r\n3,1,1,1,1,1,1\r\n", [1, 3], False),
+    ("1,1,1,1,1,1,1,note\r\n", [], False),
+    ("2,1,1,1,1,1,1\r\n1,1,1,1,1,1,1\r\n", [2], False),
+    ("1.5,1,1,1,1,1,1\r\n", [], False),
+    ("nan,1,1,1,1,1,1\r\n", [], False),
+    ("1;1;1;1;1;1;1\r\n", [], False),
+    ('1,"1,1,1,1,1,1\r\n2,1,1,1,1,1,1\r\n', [2], False),
+])
+def test_rows_that_are_whole(text, steps, whole):
+    rows, all_whole = sound_rows(",".join(NAMES) + "\r\n" + text, NAMES)
+    assert [int(row[0]) for row in rows] == steps and all_whole == whole
+
+
+def test_another_header_is_no_log_of_ours():
+    assert sound_rows("step;loss\r\n1;2\r\n", NAMES) == ([], False)
+    assert sound_rows("", NAMES) == sound_rows("\0\0\0", NAMES) == ([], False)
+
+
+def cut(text):
+    return text[:-9]
+
+
+def blank_line(text):
+    return text.replace("\n4,", "\n\n4,")
+
+
+def edited(text):
+    return text.replace("\n4,", "\nfour,")
+
+
+def semicolons(text):
+    return text.replace(",", ";")
+
+
+def note_column(text):
+    return "\n".join(line + ",mine" if line else line for line in text.splitlines()) + "\n"
+
+
+def bytes_of_nothing(text):
+    return "\0" * 500
+
+
+@pytest.mark.parametrize("damage", [cut, blank_line, edited, semicolons, note_column, bytes_of_nothing, None])
+def test_a_damaged_log_is_put_aside_and_the_run_goes_on(call, tmp_path, damage):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [*TINY, "--steps", 9]
+    assert call(train, *flags, "--run-dir", whole)[0] == 0
+    train_until(call, [*flags, "--run-dir", run], 7)
+    text = (run / "log.csv").read_text()
+    if damage:
+        (run / "log.csv").write_text(damage(text))
+    else:
+        (run / "log.csv").unlink()
+    code, _, err = call(train, *flags, "--run-dir", run, "--resume")
+    assert code == 0 and err.count("warning:") == 1
+    assert torch.equal(load_checkpoint(run / "model.pth")["window"], load_checkpoint(whole / "model.pth")["window"])
+    rows, complete = (run / "log.csv").read_text().splitlines(), (whole / "log.csv").read_text().splitlines()
+    assert rows[0] == complete[0] and rows[-2:] == complete[-2:] and set(rows) <= set(complete)
+    if damage:
+        assert (run / "log_damaged.csv").read_text() == damage(text)
+        assert "log_damaged.csv" in err
+    assert (run / "loss.png").exists()
+
+
+def test_a_log_is_never_half_rewritten(call, tmp_path, monkeypatch):
+    """The disk is full when a resumed run wants to write its log anew: the old rows are still there."""
+    run = tmp_path / "run"
+    train_until(call, [*TINY, "--steps", 9, "--run-dir", run], 7)
+    before = (run / "log.csv").read_text()
+
+    def full(*args):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(run_log, "to_csv", full)
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", run, "--resume"), "log.csv", "No space left")
+    assert (run / "log.csv").read_text() == before
+
+
+def test_a_full_disk_at_the_first_row(call, tmp_path, monkeypatch):
+    original, calls = run_log.to_csv, []
+
+    def full(rows):
+        calls.append(rows)
+        if len(calls) > 1:
+            raise OSError(28, os.strerror(28))
+        return original(rows)
+
+    monkeypatch.setattr(run_log, "to_csv", full)
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path / "run"), "log.csv", "No space left")
+
+
+def test_a_log_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "run" / "log.csv").mkdir(parents=True)
+    assert_refused(call(train, *TINY, "--steps", 2, "--run-dir", tmp_path / "run"), "log.csv", "cannot be written")
