@@ -1,15 +1,13 @@
 """Several processes, as torchrun starts them, do what one does."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, assert_refused
+from conftest import HANGS, REPOSITORY, TINY, assert_refused
 from PIL import Image
 
 from checkpoint import load_checkpoint
@@ -21,11 +19,12 @@ def torchrun(processes, script, *args):
     """The started command; every process has one thread."""
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                              str(processes), str(REPOSITORY / script), *map(str, args)], text=True, cwd=REPOSITORY,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     return out
 
@@ -74,33 +73,50 @@ def test_what_cannot_be_split(command, tmp_path):
     assert_refused(command("train.py", *FLAGS, "--shard", "--run-dir", tmp_path / "run"), "--shard", "torchrun")
 
 
+AT_A_STEP = """
+import os, signal, sys, train
+from support.commands import run
+original = train.train_step
+def step(state, batch, i):
+    if i == 25 and os.environ["RANK"] == "1":
+        {what}
+    return original(state, batch, i)
+train.train_step = step
+run(train.main)
+"""
+
+
+def torchrun_until(what, folder, run):
+    """Starts a training of two processes, the second of which does `what` at step 25: its exit code and output."""
+    (folder / "script.py").write_text(AT_A_STEP.format(what=what))
+    process = torchrun(2, folder / "script.py", *FLAGS, "--steps", 10_000_000, "--checkpoint-every", 20, "--run-dir",
+                       run)
+    out, err = process.communicate(timeout=HANGS)
+    assert process.returncode
+    return out, err
+
+
 def test_a_process_that_dies_ends_the_run(tmp_path):
     run = tmp_path / "run"
-    process = torchrun(2, "train.py", *FLAGS, "--steps", 10_000_000, "--checkpoint-every", 20, "--run-dir", run)
-    deadline = time.monotonic() + 100
-    while not (run / "model.pth").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode != 0 and "another of the 2 processes is gone" in err
-    assert load_checkpoint(run / "model.pth")["step"] > 0
+    _, err = torchrun_until("os.kill(os.getpid(), signal.SIGKILL)", tmp_path, run)
+    assert "another of the 2 processes is gone" in err
+    assert load_checkpoint(run / "model.pth")["step"] == 20
     assert not list(run.glob("*.tmp"))
 
 
 def test_sigterm_saves_once_for_all(tmp_path):
+    """torchrun gets it, and hands it on to the processes. They end after the same step."""
     run = tmp_path / "run"
-    process = torchrun(2, "train.py", *FLAGS, "--steps", 10_000_000, "--run-dir", run)
-    deadline = time.monotonic() + 100
-    while not ((run / "log.csv").exists() and len((run / "log.csv").read_text().splitlines()) > 1):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and out.count("stopped after step") == 1 and "--resume" in out
-    assert load_checkpoint(run / "model.pth")["step"] > 0
+    out, err = torchrun_until("os.kill(os.getppid(), signal.SIGTERM)", tmp_path, run)
+    assert out.count("stopped after step") == 1 and "--resume" in out and "is gone" not in err
+    assert load_checkpoint(run / "model.pth")["step"] >= 26
+
+
+def test_bad_input_has_no_traceback_of_ours(tmp_path):
+    """torchrun adds its own, which says which process failed first."""
+    process = torchrun(2, "train.py", *FLAGS, "--lr", "nan", "--run-dir", tmp_path / "run")
+    _, err = process.communicate(timeout=HANGS)
+    assert process.returncode and "lr is nan" in err and 'File "' + str(REPOSITORY) not in err
 
 
 def test_images_do_not_depend_on_the_number_of_processes(command, trained, tmp_path):

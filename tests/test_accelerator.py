@@ -1,0 +1,110 @@
+"""What runs on a GPU, run here on fake CUDA tensors: they have a device and a shape, but no values. An operation that
+mixes devices raises, as it would there."""
+
+from support.run_log import RunLog
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+import inference
+import train
+from checkpoint import build_diffusion, build_model
+from config import Config
+from diffusion import SAMPLERS
+from train import start_run, train_step
+
+CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
+                batch_size=4, sample_steps=3)
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Every tensor within is fake."""
+
+    def apply(module, convert, recurse=True):
+        """As `Module.to` does it, which swaps what is within a parameter: a fake one cannot be swapped."""
+        for part in module.modules():
+            for name, weight in part._parameters.items():
+                if weight is not None:
+                    part._parameters[name] = torch.nn.Parameter(convert(weight.detach()), weight.requires_grad)
+            part._buffers.update({name: convert(value) for name, value in part._buffers.items()})
+        return module
+
+    def make_process(config, device="cpu"):
+        """The process computes with the values of its schedule, so it is made of real tensors, and they made fake."""
+        with unset_fake_temporarily():
+            diffusion = build_diffusion(config)
+        for name in ("signal", "noise", "error_scale"):
+            setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
+        return diffusion
+
+    monkeypatch.setattr(torch.nn.Module, "_apply", apply)
+    for module in (train, inference):
+        monkeypatch.setattr(module, "build_diffusion", make_process)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, process=process, optimizer=optimizer, precision=precision)
+    run = start_run(config, CUDA)
+
+    def backward(loss):
+        """The engine of the true one asks the driver."""
+        assert loss.device == CUDA and loss.requires_grad
+        for weight in run.worker.parameters():
+            weight.grad = torch.zeros_like(weight)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    t = run.diffusion.random_t(torch.rand(4, device=CUDA))
+    x_0, noise = torch.randn(2, 4, 1, 8, 8, device=CUDA)
+    losses = train_step(run, (x_0, torch.arange(4, device=CUDA), t, noise), 0)
+    with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
+        log.add(losses, t)
+        assert log.window.device == CUDA
+    assert losses.device == CUDA and losses.dtype == torch.float32
+    for part in (run.model, run.ema):
+        assert {weight.device for weight in part.state_dict().values()} == {CUDA}
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling(process, sampler, fake, monkeypatch):
+    config = dataclasses.replace(CONFIG, process=process, sampler=sampler, eta=0.5 * (sampler == "ddim"))
+    model = build_model(config).to(CUDA)
+
+    def noise_source(seed, indices, shape, device, *_):
+        return lambda: torch.randn(len(list(indices)), *shape, device=device)
+
+    monkeypatch.setattr(inference, "noise_source", noise_source)  # NumPy's numbers cannot be faked
+    *_, x = inference.sample(model, config, torch.arange(4, device=CUDA))
+    assert x.device == CUDA and x.shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+def test_schedules_are_gathered_from_where_the_images_are(process):
+    diffusion = build_diffusion(dataclasses.replace(CONFIG, process=process), torch.device("meta"))
+    assert {diffusion.signal.device.type, diffusion.noise.device.type, diffusion.error_scale.device.type} == {"meta"}
+    assert diffusion.signal.dtype == torch.float32  # MPS has no float64
+
+
+def test_numbers_for_times_and_labels(fake):
+    model = build_model(CONFIG).to(CUDA)
+    assert model(torch.randn(2, 1, 8, 8, device=CUDA), 5, 1).device == CUDA
+
+
+def test_times_to_train_on_have_a_kernel_everywhere():
+    """The normal quantile by erfinv, which MPS has, is that of ndtri, which it has not."""
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    t = build_diffusion(CONFIG).random_t(u)
+    exact = (torch.special.ndtri(u.double()).sigmoid() * CONFIG.T).long()
+    assert (t - exact).abs().max() <= 1 and (t == exact).float().mean() > 0.999
+    assert np.array_equal(np.sort(t), t)
