@@ -1,0 +1,66 @@
+"""The house: which file may import which, and what lies in the root."""
+
+import ast
+
+import pytest
+from conftest import REPOSITORY
+
+# In reading order: each may import those before it.
+ARTICLE = ("config", "dataset", "diffusion", "time_emb", "dit_block", "dit", "checkpoint", "inference", "train",
+           "generator", "fid_computer")
+FOLDERS = ("measure",)
+NOT_CODE = {"README.md", "EXPERIMENTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml"}
+
+
+def imports(path):
+    """The modules of ours that a file imports, anywhere in it, as tuples of names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            module = tuple(node.module.split("."))
+            yield from ((*module, alias.name) if len(module) == 1 and module[0] in ("support", *FOLDERS) else module
+                        for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", ARTICLE)
+def test_a_root_file_imports_support_and_the_root_files_above_it(name):
+    for module in imports(REPOSITORY / f"{name}.py"):
+        assert module[0] not in FOLDERS, f"{name}.py imports {'.'.join(module)}"
+        if module[0] in ARTICLE:
+            assert ARTICLE.index(module[0]) < ARTICLE.index(name), f"{name}.py imports {module[0]}, below it"
+
+
+@pytest.mark.parametrize("folder", ["support", *FOLDERS])
+def test_support_imports_nothing_of_ours_and_a_folder_no_other_folder(folder):
+    files = sorted((REPOSITORY / folder).glob("*.py"))
+    assert files
+    for file in files:
+        for module in imports(file):
+            if folder == "support":
+                assert module[0] not in (*ARTICLE, *FOLDERS), f"{file} imports {'.'.join(module)}"
+            elif module[0] in FOLDERS:
+                assert module[0] == folder, f"{file} imports {'.'.join(module)}"
+
+
+def test_no_file_imports_itself_round_about():
+    """Within a folder too, where the order is not said."""
+    for folder in ("support", *FOLDERS):
+        inside = {file.stem: {module[1] for module in imports(file) if module[0] == folder and len(module) > 1}
+                  for file in (REPOSITORY / folder).glob("*.py")}
+        while inside:
+            free = [name for name, needs in inside.items() if not needs & inside.keys()]
+            assert free, f"{folder}: {sorted(inside)} import each other"
+            inside = {name: needs for name, needs in inside.items() if name not in free}
+
+
+def test_the_root_is_the_article():
+    """Nothing else, so that a reader knows where to begin; the README names every file, in the same order."""
+    found = {path.name for path in REPOSITORY.iterdir() if path.is_file() and not path.name.startswith(".")}
+    ours = {f"{name}.py" for name in ARTICLE}
+    assert ours | NOT_CODE <= found
+    assert {name for name in found if name.endswith(".py")} == ours
+    readme = (REPOSITORY / "README.md").read_text()
+    places = [readme.index(f"| `{name}.py`") for name in ARTICLE]
+    assert places == sorted(places)
