@@ -6,6 +6,7 @@ from support.files import write_atomically
 
 import argparse
 import http.client
+import os
 import socket
 import sys
 from collections import deque
@@ -222,7 +223,7 @@ def main():
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)
-    if args.real.resolve() == args.fake.resolve() and not parallel.RANK:
+    if os.path.realpath(args.real) == os.path.realpath(args.fake) and not parallel.RANK:
         print(f"warning: --real and --fake are both {args.fake}: this is the distance of images to themselves",
               file=sys.stderr)
 

@@ -108,7 +108,7 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
         raise UserError(f"--count {args.count}: must lie between 1 and 1,000,000")
-    if args.real.resolve() == args.fake.resolve():
+    if os.path.realpath(args.real) == os.path.realpath(args.fake):
         raise UserError(f"--real and --fake are both {args.fake}: choose two folders")
     args.device = parallel.join(args.device)
     model, config = load_for_sampling(args)

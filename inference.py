@@ -186,15 +186,20 @@ def draw(labels=None, count=1, checkpoint=None, device=None, **settings):
     return label_grid(draw_states(model, config, labels, count)[-1], config, labels)
 
 
+def say_default(parser, names, default):
+    """Has --help name another default of these flags than the one that `Config` has."""
+    for action in parser._actions:
+        if action.dest in names:
+            action.help = f"{action.help.rpartition(' (default')[0]} (default: {default})"
+
+
 def sampling_parser(description):
     """The flags that every command shares which draws from a checkpoint."""
     parser = Parser(description=description)
     parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
                         "else weights/mnist.pth)")
     add_flags(parser, SAMPLING)
-    for action in parser._actions:  # what `Config` has as a default is not what the model has
-        if action.dest in SAMPLING and action.dest not in ("seed", "precision"):
-            action.help = f"{action.help.rpartition(' (default')[0]} (default: the model's own)"
+    say_default(parser, set(SAMPLING) - {"seed", "precision"}, "the model's own")
     add_device_flag(parser)
     return parser
 
