@@ -6,6 +6,7 @@ from support.files import write_atomically
 
 import argparse
 import http.client
+import os
 import socket
 import sys
 from collections import deque
@@ -62,10 +63,7 @@ def compute_features(paths, extract, batch_size, title=None):
     features, own = [], paths[parallel.share(len(paths))]
     with tqdm(total=len(own), desc=title, unit=" images", leave=False, disable=parallel.RANK > 0 or None) as bar:
         for images in read_batches(own, batch_size):
-            try:
-                features.append(extract(images).float().cpu().numpy())
-            except torch.OutOfMemoryError:
-                raise UserError(f"out of memory at {len(images)} images a batch: lower --batch-size") from None
+            features.append(extract(images).float().cpu().numpy())
             bar.update(len(images))
     return parallel.gather(np.concatenate(features) if features else np.empty((0, 0)))
 
@@ -149,6 +147,11 @@ def read_stats(file, dims):
             size = int(data["dims"]) if "dims" in data else len(mean)
         if mean.shape != (size,) or cov.shape != (size, size) or not np.isfinite(mean.sum() + cov.sum()):
             raise ValueError
+        tolerance = 1e-4 * abs(cov).max(initial=0)  # a file may hold single precision
+        if abs(cov - cov.T).max() > tolerance or cov.diagonal().min() < 0 or np.linalg.eigvalsh(cov)[0] < -tolerance:
+            raise ValueError  # no images have such a covariance, and the distance to it can be 0
+        if count is not None and count < 2:
+            raise ValueError
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception:  # a damaged file fails in too many ways to list
@@ -163,6 +166,10 @@ def save_stats(file, mean, cov, count):
     write_atomically(file, lambda stream: np.savez(stream, mean=mean, cov=cov, count=count, dims=len(mean)))
 
 
+def moved(_):
+    raise UserError("--features is gone: digits are scored by python -m measure.score --images images/fake")
+
+
 def parse_args():
     parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -171,6 +178,8 @@ def parse_args():
         epilog=f"""\
 A folder's images may be of any size, and of different sizes; its subfolders are not read. In place of a folder, give a
 .npz file of its statistics, from --save-stats or from pytorch-fid (it does not say of how many images: shown as ?).
+
+Digits of 28 x 28 pixels, which Inception has never seen, are better scored by python -m measure.score --images DIR.
 
 FID falls as images are added: compare scores of equal counts only, 10,000 or more if you can, and always more images
 than features.
@@ -190,12 +199,7 @@ The score goes to standard output, all else to standard error. The exit code is 
                         help="the folder to score, or its statistics (default: %(default)s)")
     parser.add_argument("--real", type=Path, default=Path("images/real"), metavar="DIR",
                         help="the folder to score it against, or its statistics (default: %(default)s)")
-    parser.add_argument("--features", choices=("inception", "digits"), default="inception",
-                        help="whose: Inception's, or those of a network that reads MNIST's digits, which say more of "
-                             "them and need no download: then --fake is held against MNIST itself, by every figure of "
-                             "measure.score (default: %(default)s)")
-    parser.add_argument("--data-dir", default=".", metavar="DIR",
-                        help="with --features digits: the folder that holds MNIST/ (default: .)")
+    parser.add_argument("--features", type=moved, help=argparse.SUPPRESS)
     parser.add_argument("--save-stats", type=Path, metavar="FILE.npz",
                         help="keep the statistics of the real folder in this file, for a later --real FILE.npz")
     parser.add_argument("--dims", type=int, default=2048, choices=(64, 192, 768, 2048),
@@ -219,10 +223,9 @@ def main():
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)
-    if args.features == "digits":
-        from measure.score import judge_mnist, read_fakes  # here, since it imports this file
-
-        return None if parallel.RANK else judge_mnist(*read_fakes(args.fake), args.data_dir, device)
+    if os.path.realpath(args.real) == os.path.realpath(args.fake) and not parallel.RANK:
+        print(f"warning: --real and --fake are both {args.fake}: this is the distance of images to themselves",
+              file=sys.stderr)
 
     # Both inputs are looked at before the network is loaded: a wrong name should not cost minutes.
     inputs = {}

@@ -5,10 +5,11 @@ from support.commands import UserError, run
 from support.files import make_dir, write_atomically
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import SAMPLING
-from dataset import load_dataset, to_uint8
-from inference import find_checkpoint, load_for_sampling, sample, sampling_parser
+from dataset import list_images, load_dataset, to_uint8
+from inference import batch_that_fits, generate, load_for_sampling, sampling_parser
 
 
 def missing_indices(folder, count):
@@ -35,20 +36,26 @@ def open_folder(folder, count, settings):
     """
     with parallel.first_process_first():
         make_dir(folder)
-        note = folder / "settings.json"
-        if note.exists():
+        note, images = folder / "settings.json", list_images(folder)
+        strange = [image for image in images if not re.fullmatch(r"[0-9]{6}_[0-9]+\.png", image.name)]
+        if strange or (images and not os.path.lexists(note)):
+            raise UserError(f"{folder} holds images of unknown origin ({(strange or images)[0].name:.50}): remove the "
+                            "folder, or choose another one")
+        if os.path.lexists(note):
             try:
-                before = json.loads(note.read_text())
-            except ValueError:
-                before = {}
-            changed = [name for name, value in settings.items() if before.get(name) != value]
+                before = json.loads(note.read_bytes())
+                changed = [name for name, value in settings.items() if before.get(name) != value]
+            except (OSError, ValueError, AttributeError, RecursionError):
+                raise UserError(f"{note} does not say what made the images beside it: remove the folder, or choose "
+                                "another one") from None
             if changed:
                 raise UserError(f"the images in {folder} were made with another {', '.join(changed)}: remove the "
                                 "folder, or choose another one")
-        elif next(folder.glob("*.png"), None):
-            raise UserError(f"{folder} holds images of unknown origin: remove the folder, or choose another one")
-        if not parallel.RANK:
+        elif not parallel.RANK:
             write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        if len(images) > count and not parallel.RANK:
+            print(f"{folder} holds {len(images):,} images already, and all of them will be scored: for a score of "
+                  f"{count:,}, choose another folder", file=sys.stderr)
     todo = missing_indices(folder, count)
     parallel.wait()  # with its first image until all have looked
     return todo[parallel.share(len(todo))]
@@ -65,33 +72,24 @@ def write_image(path, image):
         raise UserError(f"{path} cannot be written: {error.strerror}; the images before it are kept") from None
 
 
-def fill_real(folder, config, count):
-    """Writes `count` random images of the training set, without repetition; which ones depends on the seed alone."""
-    with parallel.first_process_first():
-        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
-    if count > len(data.images):
-        if not parallel.RANK:
-            print(f"{config.dataset} has only {len(data.images):,} training images: {folder} gets them all",
-                  file=sys.stderr)
-        count = len(data.images)
-    todo = open_folder(folder, count, {"dataset": config.dataset, "image_size": config.image_size, "seed": config.seed})
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))
+def fill_real(folder, data, todo, seed=0):
+    """Writes the images of a `Dataset` number `todo` of a random order, which depends on the seed alone."""
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     for index in tqdm(todo, desc=f"real images to {folder}", unit=" images", disable=parallel.RANK > 0):
         k = order[index]
         write_image(folder / f"{index:06d}_{data.labels[k]}.png", data.images[k])
 
 
-def fill_fake(folder, model, config, count, checkpoint):
-    """Draws `count` images, equally many of each label, each a function of the model, the settings and its index."""
-    todo = open_folder(folder, count, {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
-                                       **{name: getattr(config, name) for name in SAMPLING}})
+def fill_fake(folder, model, config, todo, batch_size):
+    """Draws the images number `todo`, equally many of each label, each a function of the model, the settings and its
+    index."""
     device = next(model.parameters()).device
     with tqdm(total=len(todo), desc=f"fake images to {folder}", unit=" images", disable=parallel.RANK > 0) as bar:
-        for start in range(0, len(todo), config.batch_size):
-            indices = todo[start:start + config.batch_size]
+        for start in range(0, len(todo), batch_size):
+            indices = todo[start:start + batch_size]
             labels = torch.tensor(indices) % config.num_classes
-            *_, x = sample(model, config, labels.to(device), indices)
-            for index, label, image in zip(indices, labels, to_uint8(x).cpu(), strict=True):
+            images = to_uint8(generate(model, config, labels.to(device), indices)).cpu()
+            for index, label, image in zip(indices, labels, images, strict=True):
                 write_image(folder / f"{index:06d}_{label}.png", image)
             bar.update(len(indices))
 
@@ -103,18 +101,37 @@ def main():
     parser.add_argument("--count", type=int, default=10_000, help="images in each folder (default: 10000)")
     parser.add_argument("--real", type=Path, default=Path("images/real"), help="(default: images/real)")
     parser.add_argument("--fake", type=Path, default=Path("images/fake"), help="(default: images/fake)")
-    parser.add_argument("--batch-size", type=int, default=500, help="images drawn at once (default: 500)")
+    parser.add_argument("--batch-size", type=int, default=argparse.SUPPRESS, help="images drawn at once, which affects "
+                        "the speed alone (default: as many as memory is estimated to hold, at most 4096 on a GPU and "
+                        "500 elsewhere)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data set is (default: as in training)")
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
         raise UserError(f"--count {args.count}: must lie between 1 and 1,000,000")
+    if os.path.realpath(args.real) == os.path.realpath(args.fake):
+        raise UserError(f"--real and --fake are both {args.fake}: choose two folders")
     args.device = parallel.join(args.device)
-    args.checkpoint = find_checkpoint(args.checkpoint)
     model, config = load_for_sampling(args)
     if config.channels not in (1, 3):
         raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
-    fill_real(args.real, dataclasses.replace(config, seed=0), args.count)
-    fill_fake(args.fake, model, config, args.count, args.checkpoint)
+    with parallel.first_process_first():
+        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+    count = min(args.count, len(data.images))
+    if count < args.count and not parallel.RANK:
+        print(f"{config.dataset} has only {count:,} training images: {args.real} gets them all", file=sys.stderr)
+    # Both folders are looked at before either is filled
+    real = open_folder(args.real, count, {"dataset": config.dataset, "data": data.fingerprint, "seed": 0,
+                                          "image_size": config.image_size, "channels": config.channels})
+    fake = open_folder(args.fake, args.count, {
+        "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        **{name: getattr(config, name) for name in SAMPLING}})
+    fill_real(args.real, data, real)
+    fill_fake(args.fake, model, config, fake,
+              config.batch_size if "batch_size" in args else batch_that_fits(config, args.device))
+    parallel.wait()  # until the others' images are there too
+    folders = [shlex.join([f"--{name}", str(getattr(args, name))]) for name in ("real", "fake")
+               if getattr(args, name) != parser.get_default(name)]
+    print(" ".join(["score them with: python fid_computer.py", *folders]))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from support.commands import Parser, UserError, add_device_flag, pick_device, re
 from support.files import write_atomically
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import build_model
 from config import PRESETS, Config, add_flags, given_flags
-from inference import CHECKPOINTS, sample
+from inference import CHECKPOINTS, sample, say_default
 from train import make_batch, start_run, train_step
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,14 +51,25 @@ def seconds_per_call(call, device, at_least):
             call(first + done)
             done += 1
             if device.type == "cuda" and done % 10 == 0:  # else the calls would only be queued
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return done, time.perf_counter() - start
 
     done, _ = calls(0, at_least / 5)
     done, seconds = calls(done, at_least)
     return seconds / done
+
+
+def peak_memory(device):
+    """The most bytes that were in use on `device`, or by this process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource  # here, since Windows has none
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def flops(call):
@@ -106,9 +117,7 @@ def measure(what, config, device, at_least):
     operations = flops(lambda: call(1)) * steps
     seconds = seconds_per_call(call, device, at_least) * (steps + 1 if what == "draw" else 1)
     rate = matrix_rate(config, device, dtype, count, at_least / 5)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss
-    return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate, "memory": peak,
+    return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate, "memory": peak_memory(device),
             "precision": str(dtype).removeprefix("torch."), "count": count}
 
 
@@ -158,12 +167,13 @@ def parse_args():
     parser.add_argument("--json", type=Path, help="a file that gets the figures as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
     add_flags(parser, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
+    say_default(parser, ("batch_size", "sample_steps", "guidance"), "the preset's own")
     add_device_flag(parser)
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
         raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no such folder")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} cannot be written: it must be a file in a folder that exists")
     return args
 
 
@@ -202,7 +212,7 @@ def main():
             "spread": round((max(rates) - min(rates)) / middle("images", parts), 3),
             "GFLOP/s": round(middle("flops", parts) / 1e9, 1),
             "of matrix rate": round(statistics.median(part["flops"] / part["matrix_rate"] for part in parts), 3),
-            "memory, MB": round(middle("memory", parts) / 1e6)})
+            "memory, MB": "-" if parts[0]["memory"] is None else round(middle("memory", parts) / 1e6)})
     print(f"{machine}; the median of {args.rounds} turns of {args.seconds:g} s\n")
     print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
     for row in table:

@@ -29,16 +29,17 @@ def conv(in_channels, out_channels, kernel_size):
 
 
 class DigitClassifier(nn.Module):
-    """Reads images float (B, 1, 28, 28) in [-1, 1]."""
+    """Reads images float (B, 1, size, size) in [-1, 1]; the shapes below are those of MNIST."""
 
-    def __init__(self):
+    def __init__(self, size=28):
         super().__init__()
+        self.size = size
         self.body = nn.Sequential(
             conv(1, 32, 5),                                                              # (B, 32, 14, 14)
             conv(32, 64, 3),                                                             # (B, 64, 7, 7)
             nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Flatten(),                             # not averaged over the image: it counts where a stroke is
-            nn.Linear(64 * 7 * 7, 64, bias=False), nn.BatchNorm1d(64),                   # (B, 64)
+            nn.Linear(64 * (size // 4) ** 2, 64, bias=False), nn.BatchNorm1d(64),        # (B, 64)
         )
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
@@ -54,25 +55,26 @@ class DigitClassifier(nn.Module):
 
 
 def augment(x, generator):
-    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
+    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by up to 10 % and shifted by up to a 14th of
+    its side: 2 pixels of MNIST's 28."""
     turn, scale, shift_x, shift_y = torch.rand(4, len(x), generator=generator).to(x.device) * 2 - 1  # each (B,)
-    angle, scale, pixel = turn * torch.pi / 18, 1 + scale / 10, 2 / x.shape[-1]
+    angle, scale, shift = turn * torch.pi / 18, 1 + scale / 10, 2 / 14  # the image reaches from -1 to 1
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack([cos, -sin, shift_x * 2 * pixel, sin, cos, shift_y * 2 * pixel], dim=1).view(-1, 2, 3)
+    theta = torch.stack([cos, -sin, shift_x * shift, sin, cos, shift_y * shift], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def train_classifier(images, labels, epochs=5, batch_size=256, lr=5e-3, seed=0, device="cpu"):
-    """A `DigitClassifier` trained on images uint8 (N, 1, 28, 28) and labels (N,), its weights rounded to float16."""
+    """A `DigitClassifier` trained on images uint8 (N, 1, size, size) and labels (N,), its weights as of float16."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels = images.to(device), labels.to(device)
-    classifier = DigitClassifier().to(device)
+    classifier = DigitClassifier(images.shape[-1]).to(device)
     batches = len(images) // batch_size
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
-    with tqdm(total=epochs * batches, desc="training", disable=None) as bar:
+    with tqdm(total=epochs * batches, desc="training the classifier", leave=False, disable=None) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
             for index in order[:batches * batch_size].view(batches, batch_size):
@@ -116,6 +118,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add_device_flag(parser)
     args = parser.parse_args()
+    if os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+        raise UserError(f"--out {args.out} cannot be written: it must be a file in a folder that exists")
     device = pick_device(args.device)
     train, test = (load_dataset("mnist", args.data_dir, train=part) for part in (True, False))
     classifier = train_classifier(train.images, train.labels, seed=args.seed, device=device)
@@ -130,4 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="what else needs memory here")

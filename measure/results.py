@@ -7,7 +7,7 @@
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
 from support.files import make_dir, write_atomically
-from support.pictures import grid
+from support.pictures import check_picture, grid
 
 import dataclasses
 import itertools
@@ -17,36 +17,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import averaged_model, load_checkpoint
-from dataset import load_dataset
 from diffusion import SAMPLERS
 from inference import find_checkpoint
-from measure.classifier import load_classifier
-from measure.score import FEW, compare, draw_fakes, draw_reference, embed
-
-
-def make_judge(data_dir, count, device):
-    """Returns judge(model, config), which draws `count` digits and gives their figures, those of `compare`
-    and "accuracy", and the digits themselves; and the same figures of as many real training images."""
-    train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
-    classifier = load_classifier("mnist", device=device)
-    reference = draw_reference(torch.arange(count) % 10, train.labels, count, torch.Generator().manual_seed(0))
-    (test_features, test_probs), (train_features, _) = (embed(classifier, images)
-                                                        for images in (test.images, train.images[reference]))
-    accuracy = (test_probs.argmax(dim=1) == test.labels).float().mean().item()
-
-    def judge(model, config):
-        fakes, labels = draw_fakes(model, config, count)
-        features, probs = embed(classifier, fakes)
-        return compare(features, test_features) | {"accuracy": (probs.argmax(1) == labels).float().mean().item()}, fakes
-
-    return judge, compare(train_features, test_features) | {"accuracy": accuracy}
-
-
-def load(path, device):
-    """The averaged model of a checkpoint, its configuration, and the seconds that it was trained for."""
-    content = load_checkpoint(path)
-    load_classifier(content["config"].dataset)  # refuses a model of other images
-    return averaged_model(content, device), content["config"], content["seconds"]
+from measure.score import draw_fakes, few, open_judge
 
 
 def network_calls(config):
@@ -81,25 +54,25 @@ def plot(title, x_label, curves, real):
 
 def samplers(args, judge, real):
     """The table of sampler x steps x guidance for one model."""
-    path = find_checkpoint(args.checkpoint)
-    model, config, _ = load(path, pick_device(args.device))
-    rows = [dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps)
-            for sampler, steps in itertools.product(args.samplers, args.steps)]
+    content = load_checkpoint(args.paths[0])
+    model, config = averaged_model(content, judge.device), content["config"]
+    rows = [[dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps, guidance=guidance)
+             for guidance in args.guidance] for sampler, steps in itertools.product(args.samplers, args.steps)]
     print("read as asked, Fréchet distance\n")
     print("| sampler | steps |" + "".join(f" guidance {guidance:g} |" for guidance in args.guidance))
     print("|---|---|" + "---|" * len(args.guidance))
     curves = {}
     for row in rows:
         cells = []
-        for i, guidance in enumerate(args.guidance):
-            setting = dataclasses.replace(row, guidance=guidance)
-            figures, _ = judge(model, setting)
+        for i, setting in enumerate(row):
+            figures = judge.brief(*draw_fakes(model, setting, args.count))
             cells.append(f" {figures['accuracy']:.1%}, {figures['frechet']:.3f} |")
-            style = {"color": f"C{i}", "marker": ".", "linestyle": {"ddpm": ":", "ddim": "--", "dpm": "-"}[row.sampler]}
-            _, points = curves.setdefault(f"{row.sampler}, guidance {guidance:g}", (style, []))
+            line = {"ddpm": ":", "ddim": "--", "dpm": "-"}[setting.sampler]
+            style = {"color": f"C{i}", "marker": ".", "linestyle": line}
+            _, points = curves.setdefault(f"{setting.sampler}, guidance {setting.guidance:g}", (style, []))
             points.append((network_calls(setting), figures["accuracy"], figures["frechet"]))
-        print(f"| {row.sampler} | {row.sample_steps} |" + "".join(cells), flush=True)
-    save_figure(plot(str(path), "network calls per image", curves, real), args.out / "samplers.png")
+        print(f"| {setting.sampler} | {setting.sample_steps} |" + "".join(cells), flush=True)
+    save_figure(plot(str(args.paths[0]), "network calls per image", curves, real), args.out / "samplers.png")
 
 
 def runs(args, judge, real):
@@ -107,12 +80,12 @@ def runs(args, judge, real):
     from matplotlib.figure import Figure
 
     alike = {}  # runs that differ in nothing but the seed
-    for folder in args.runs:
-        path = folder / "model.pth" if folder.is_dir() else folder
-        model, config, seconds = load(path, pick_device(args.device))
-        figures, fakes = judge(model, dataclasses.replace(config, seed=0))
-        key = dataclasses.replace(config, seed=0, data_dir=".")
-        alike.setdefault(key, []).append(figures | {"seconds": seconds, "fakes": fakes[:40]})
+    for path in args.paths:
+        content = load_checkpoint(path)
+        config = dataclasses.replace(content["config"], seed=0)
+        fakes, labels = draw_fakes(averaged_model(content, judge.device), config, args.count)
+        alike.setdefault(dataclasses.replace(config, data_dir="."), []).append(
+            judge.brief(fakes, labels) | {"seconds": content["seconds"], "fakes": fakes[:40]})
 
     columns = {"seconds": ".0f", "accuracy": ".1%", "frechet": ".3f", "ratio": ".1f", "precision": ".2f",
                "recall": ".2f", "coverage": ".2f"}
@@ -167,15 +140,23 @@ def main():
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
+    names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
     make_dir(args.out)
-    judge, real = make_judge(args.data_dir, args.count, pick_device(args.device))
-    real["ratio"] = 1.0
-    print(f"{args.count:,} images for each figure; as many real ones: {real['accuracy']:.1%}, {real['frechet']:.3f}")
+    for name in names:
+        check_picture(args.out / name)
+    args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
+    configs = [load_checkpoint(path)["config"] for path in args.paths]
+    kinds = {((config.channels, config.image_size, config.image_size), config.dataset) for config in configs}
+    if len(kinds) > 1:
+        raise UserError(f"runs of several kinds of images do not compare: {', '.join(sorted(map(str, kinds))):.150}")
+    (shape, dataset), = kinds
+    judge = open_judge(shape, args.data_dir, pick_device(args.device), dataset)
+    real = judge.brief_real(torch.arange(args.count) % 10) | {"ratio": 1.0}
+    print(f"{args.count:,} images for each figure; {min(args.count, len(judge.train.images)):,} real ones: "
+          f"{real['accuracy']:.1%}, {real['frechet']:.3f}")
     (samplers if args.what == "samplers" else runs)(args, judge, real)
-    if args.count < FEW:
-        print(f"warning: {args.count:,} images are few: below {FEW:,} these figures say more about the sample than "
-              "about the model")
+    print(*few(args.count), sep="\n", end="\n" if few(args.count) else "")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="--count")

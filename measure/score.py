@@ -1,11 +1,14 @@
-"""How good are fake MNIST digits? Measured with a network that reads digits (`measure/classifier.py`), not photographs.
+"""How good are fake digits? Measured with a network that reads digits (`measure/classifier.py`), not photographs.
+
+    python -m measure.score --checkpoint run     draws digits and scores them
+    python -m measure.score --images images/fake   scores those that generator.py has drawn
 
 Every figure stands beside the same figure of real images, which is what perfect fakes would get.
 """
 
-from support.commands import UserError, run
+from support.commands import UserError, pick_device, run
 from support.files import make_dir
-from support.pictures import grid, save_picture
+from support.pictures import check_picture, grid, save_picture
 
 import argparse
 import re
@@ -17,48 +20,55 @@ import torch.nn.functional as F
 from PIL import ImageDraw
 from tqdm import tqdm
 
+from config import given_flags
 from dataset import list_images, load_dataset, read_image, to_uint8
 from fid_computer import frechet_distance, statistics
-from inference import load_for_sampling, sample, sampling_parser
-from measure.classifier import load_classifier
+from inference import batch_that_fits, generate, load_for_sampling, sampling_parser
+from measure.classifier import load_classifier, train_classifier
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
 METRICS = ("frechet", "precision", "recall", "density", "coverage")
+JUDGED = {(1, 28, 28): "mnist", (1, 8, 8): "digits"}  # images that can be scored: the data set that they belong to
 
 
 @torch.inference_mode()
 def embed(classifier, images, batch_size=250):
-    """Images uint8 (N, 1, 28, 28) -> their features (N, 64) and the probability of each digit (N, 10), on the CPU."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
-        raise UserError(f"the digit classifier reads grey images of 28 x 28 pixels, uint8 (N, 1, 28, 28), not "
-                        f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
+    """Images uint8 (N, 1, H, W) -> their features (N, 64) and the probability of each digit (N, 10), on the
+    classifier's device."""
+    size = classifier.size
+    if images.dtype != torch.uint8 or images.shape[1:] != (1, size, size):
+        raise UserError(f"the digit classifier reads grey images of {size} x {size} pixels, uint8 (N, 1, {size}, "
+                        f"{size}), not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
     device = next(classifier.parameters()).device
     features = [classifier.features(batch.to(device).float() / 127.5 - 1) for batch in images.split(batch_size)]
     probs = [classifier.head(batch).softmax(dim=1) for batch in features]
-    return torch.cat(features).cpu(), torch.cat(probs).cpu()
+    return torch.cat(features), torch.cat(probs)
 
 
-def compare(fake, real):
+def compare(fake, real, around_real=None):
     """Fréchet distance (1706.08500), precision and recall (1904.06991), density and coverage (2002.09797) of features
     `fake` (N, D) against `real` (M, D): a dict of floats, all NaN where either are too few to have k neighbours.
 
     A ball around each real reaches to its k-th nearest real. Precision is the share of fakes in any such ball, and
     recall the share of reals in any ball drawn in the same way around the fakes (k = 3). Density is how many balls of
     reals a fake is in, over k: about 1, more where fakes crowd. Coverage is the share of them that hold a fake (k = 5).
+
+    around_real: `neighbour_distances` of `real`, where they are known already.
     """
     if min(len(fake), len(real)) <= K_COVERAGE:
         return dict.fromkeys(METRICS, float("nan"))
     fake_radius = neighbour_distances(fake)[:, K_RECALL]
-    narrow, wide = neighbour_distances(real)[:, [K_RECALL, K_COVERAGE]].T
-    precise, density, recall, coverage = torch.zeros(len(fake), dtype=torch.bool), 0, 0, 0
+    around_real = neighbour_distances(real) if around_real is None else around_real
+    narrow, wide = around_real[:, [K_RECALL, K_COVERAGE]].T
+    precise, density, recall, coverage = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), 0, 0, 0
     for rows, distances in distance_blocks(real, fake):
         precise |= (distances <= narrow[rows, None]).any(dim=0)
         recall += (distances <= fake_radius).any(dim=1).sum().item() / len(real)
         inside = distances <= wide[rows, None]
         density += inside.sum().item() / (K_COVERAGE * len(fake))
         coverage += inside.any(dim=1).sum().item() / len(real)
-    frechet = frechet_distance(*statistics(fake.numpy()), *statistics(real.numpy()))
+    frechet = frechet_distance(*statistics(fake.cpu()), *statistics(real.cpu()))
     return dict(zip(METRICS, (frechet, precise.float().mean().item(), recall, density, coverage), strict=True))
 
 
@@ -77,15 +87,16 @@ def neighbour_distances(features):
                       for _, distances in distance_blocks(features, features)])
 
 
-def nearest(images, train_images, size=500):
+def nearest(images, train_images, size=500, device="cpu"):
     """The training image nearest to each of `images` (N, 1, H, W), by L2 over pixels in [0, 1]: distances and indices,
-    both (N,)."""
-    train = train_images.flatten(1).float()
+    both (N,), found on `device`."""
+    train = train_images.flatten(1).to(device).float()
     half_square = train.square().sum(dim=1) / 2
     distances, indices = [], []
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # as bfloat16 where that is quicker, which holds 0..255 exactly
-    for batch in images.flatten(1).float().split(size):
+    for batch in images.flatten(1).split(size):
+        batch = batch.to(device).float()
         # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: its rounding would hide a copy.
         index = torch.addmm(half_square, batch, train.T, alpha=-1).argmin(dim=1)
         distances.append((batch - train[index]).norm(dim=1) / 255)
@@ -108,52 +119,109 @@ def draw_reference(labels, real_labels, count, generator):
     return order[:count]
 
 
-def score(fakes, labels, real_train, real_test, classifier, seed=0):
-    """All figures of `fakes` uint8 (N, 1, 28, 28) that were asked to show `labels` int64 (N,), None where not known.
+def share(which):
+    """The share of True among booleans (N,); NaN of none."""
+    return which.float().mean().item()
 
-    real_train, real_test: MNIST, each a `Dataset`. classifier: the one of `load_classifier`.
 
-    Returns a dict of plain values (NaN: cannot be known), where "fake" and "real" are each a dict of
-        METRICS   of `compare`, against the test images; real: of as many training images in the fakes' place
-        accuracy  share read as what was asked for; real: of the test images, as are the next two
-        nearest   median distance to the nearest training image
-        copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
-                  1 for copies, while images a little smoother than real ones may reach 0.03
-    and beside these are "count" (of fakes), "ratio" (fake over real Fréchet distance) and "classes", a list of the same
-    for each digit; fakes without labels count as what they are read as.
+class Judge:
+    """Real digits, and a network that reads them, for fakes to be held against.
+
+    train, test: the real ones, each a `Dataset`. classifier: a `DigitClassifier`; all is computed on its device.
     """
-    if len(fakes) <= K_COVERAGE:
-        raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
-    if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() > 9):
-        raise UserError(f"the {len(fakes):,} images need as many labels, each a digit from 0 to 9")
-    drawn = draw_reference(labels, real_train.labels, len(fakes), torch.Generator().manual_seed(seed))
-    drawn_labels = real_train.labels[drawn]
-    fake, fake_reads = embed(classifier, fakes)
-    test, test_reads = embed(classifier, real_test.images)
-    train, _ = embed(classifier, real_train.images[drawn])
-    fake_reads, test_reads = fake_reads.argmax(dim=1), test_reads.argmax(dim=1)
-    asked = fake_reads if labels is None else labels
-    fake_right = (fake_reads == asked).float() if labels is not None else torch.full((len(fake),), float("nan"))
-    test_right = (test_reads == real_test.labels).float()
 
-    distances, _ = nearest(torch.cat([fakes, real_test.images]), real_train.images)
-    fake_near, test_near = distances.split([len(fakes), len(test)])
-    # A limit for each digit: the simple stroke of a 1 is always near another.
-    limits = torch.stack([test_near[test_reads == digit].quantile(0.01) for digit in range(10)])
-    fake_copies, test_copies = fake_near < limits[fake_reads], test_near < limits[test_reads]
+    def __init__(self, train, test, classifier):
+        self.train, self.test, self.classifier = train, test, classifier
+        self.device = next(classifier.parameters()).device
+        self.test_features, self.test_reads = self.read(test.images)
+        self.test_labels = test.labels.to(self.device)
+        self.around_test = neighbour_distances(self.test_features)
 
-    def figures(of_fake, of_train, of_test):
-        result = {"count": int(of_fake.sum()), "fake": compare(fake[of_fake], test[of_test]),
-                  "real": compare(train[of_train], test[of_test])}
-        for part, of, right, near, copies in (("fake", of_fake, fake_right, fake_near, fake_copies),
-                                              ("real", of_test, test_right, test_near, test_copies)):
-            result[part] |= {"accuracy": right[of].mean().item(), "nearest": near[of].nanmedian().item(),
-                             "copies": copies[of].float().mean().item()}
-        return result | {"ratio": result["fake"]["frechet"] / result["real"]["frechet"]}
+    def read(self, images):
+        """The features (N, 64) of images uint8 (N, 1, H, W), and what they are read as, int64 (N,)."""
+        features, probs = embed(self.classifier, images)
+        return features, probs.argmax(dim=1)
 
-    everything = [torch.ones(n, dtype=torch.bool) for n in (len(fake), len(train), len(test))]
-    return figures(*everything) | {"classes": [figures(asked == digit, drawn_labels == digit, real_test.labels == digit)
-                                               for digit in range(10)]}
+    def compare(self, features):
+        """`compare` with all test images."""
+        return compare(features, self.test_features, self.around_test)
+
+    def brief(self, fakes, labels):
+        """The quick ones among the figures of `score`: METRICS and accuracy."""
+        features, reads = self.read(fakes)
+        return self.compare(features) | {"accuracy": share(reads == labels.to(self.device))}
+
+    def brief_real(self, labels, seed=0):
+        """The same of real images, training images in the place of fakes that were asked to show `labels`."""
+        drawn = draw_reference(labels, self.train.labels, len(labels), torch.Generator().manual_seed(seed))
+        features, _ = self.read(self.train.images[drawn])
+        return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
+
+    def score(self, fakes, labels, seed=0):
+        """All figures of `fakes` uint8 (N, 1, H, W) that were asked to show `labels` int64 (N,), None where not known.
+
+        Returns a dict of plain values (NaN: cannot be known), where "fake" and "real" are each a dict of
+            METRICS   of `compare`, against the test images; real: of as many training images in the fakes' place
+            accuracy  share read as what was asked for; real: of the test images, as are the next two
+            nearest   median distance to the nearest training image
+            copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
+                      1 for copies, while images a little smoother than real ones may reach 0.03
+        and beside these are "count" (of fakes), "reference" (of training images in their place), "ratio" (fake over
+        real Fréchet distance) and "classes", a list of the same for each digit; fakes without labels count as what they
+        are read as.
+        """
+        if len(fakes) <= K_COVERAGE:
+            raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
+        if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() > 9):
+            raise UserError(f"the {len(fakes):,} images need as many labels, each a digit from 0 to 9")
+        drawn = draw_reference(labels, self.train.labels, len(fakes), torch.Generator().manual_seed(seed))
+        fake, fake_reads = self.read(fakes)
+        train, _ = self.read(self.train.images[drawn])
+        asked = fake_reads if labels is None else labels.to(self.device)
+        fake_right = (fake_reads == asked) if labels is not None else torch.full((len(fake),), float("nan"))
+        test_right = self.test_reads == self.test_labels
+
+        distances, _ = nearest(torch.cat([fakes, self.test.images]), self.train.images, device=self.device)
+        fake_near, test_near = distances.split([len(fakes), len(test_right)])
+        # A limit for each digit: the simple stroke of a 1 is always near another.
+        limits = torch.stack([test_near[self.test_reads == digit].quantile(0.01) for digit in range(10)])
+        fake_copies, test_copies = fake_near < limits[fake_reads], test_near < limits[self.test_reads]
+
+        def figures(compare, of_fake, of_train, of_test):
+            result = {"count": int(of_fake.sum()), "reference": int(of_train.sum()),
+                      "fake": compare(fake[of_fake]), "real": compare(train[of_train])}
+            for part, of, right, near, copies in (("fake", of_fake, fake_right, fake_near, fake_copies),
+                                                  ("real", of_test, test_right, test_near, test_copies)):
+                result[part] |= {"accuracy": share(right[of]), "nearest": near[of].nanmedian().item(),
+                                 "copies": share(copies[of])}
+            return result | {"ratio": result["fake"]["frechet"] / result["real"]["frechet"]}
+
+        def of_digit(digit):
+            of_test = self.test_labels == digit
+            return figures(lambda features: compare(features, self.test_features[of_test]), asked == digit,
+                           self.train.labels[drawn].to(self.device) == digit, of_test)
+
+        everything = [torch.ones(len(some), dtype=torch.bool, device=self.device) for some in (fake, train, test_right)]
+        return figures(self.compare, *everything) | {"classes": [of_digit(digit) for digit in range(10)]}
+
+
+def open_judge(shape, data_dir, device, dataset=None):
+    """The `Judge` of images of this shape (C, H, W), and of this data set where that is known. For scikit-learn's
+    digits, 8x8, a classifier is trained here, in seconds. Raises `UserError` for images that none reads."""
+    name = JUDGED.get(tuple(shape))
+    if name is None or dataset not in (name, None):
+        raise UserError(f"images of {'x'.join(map(str, shape))}{f' of {dataset}' if dataset else ''} cannot be scored: "
+                        "only MNIST's (--dataset mnist, 1x28x28) and scikit-learn's (--dataset digits, 1x8x8) can")
+    train, test = (load_dataset(name, data_dir, train=part) for part in (True, False))
+    if name == "mnist":
+        return Judge(train, test, load_classifier(device=device))
+    return Judge(train, test, train_classifier(train.images, train.labels, epochs=20, batch_size=100).to(device))
+
+
+def few(count):
+    """The warning that so many images are few, as a list of lines; empty where they are not."""
+    return [f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than about the "
+            f"model"] if count < FEW else []
 
 
 def report(result):
@@ -172,17 +240,14 @@ def report(result):
                      f"  {fake['frechet']:7.3f} ({real['frechet']:5.3f})"
                      f"   {fake['recall']:5.3f} ({real['recall']:5.3f})"
                      f"    {fake['coverage']:5.3f} ({real['coverage']:5.3f})")
-    lines += ["", "real: as many training images, held against the test images as the fakes are;",
-              "      in the last three rows of the first table, the test images themselves"]
-    if result["count"] < FEW:
-        lines.append(f"warning: {result['count']:,} images are few: below {FEW:,} these figures say more about the "
-                     f"sample than about the model")
+    lines += ["", f"real: {result['reference']:,} training images, held against the test images as the fakes are;",
+              "      in the last three rows of the first table, the test images themselves", *few(result["count"])]
     return "\n".join(lines).replace("nan", "  -")
 
 
-def nearest_picture(fakes, train, each=6):
+def nearest_picture(fakes, train, each=6, device="cpu"):
     """Of each digit, a row of the fakes most like an image of the `Dataset` train, left of that image: a PIL image."""
-    distances, indices = nearest(fakes, train.images)
+    distances, indices = (part.cpu() for part in nearest(fakes, train.images, device=device))
     order = distances.argsort(stable=True)
     digits = train.labels[indices[order]]
     order = torch.cat([order[digits == digit][:each] for digit in range(10)])  # the nearest of all are all ones
@@ -211,8 +276,8 @@ def read_fakes(folder):
     paths = list_images(folder)
     images = [np.array(read_image(path, "L")) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
     if len({image.shape for image in images}) != 1:
-        raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: it must hold digits "
-                        "of 28 x 28 pixels")
+        raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: it must hold digits, "
+                        "all of 28x28 or all of 8x8 pixels")
     labels = [re.search(r"_([0-9])$", path.stem) for path in paths]
     labels = torch.tensor([int(label[1]) for label in labels]) if all(labels) else None
     return torch.from_numpy(np.stack(images))[:, None], labels
@@ -220,47 +285,54 @@ def read_fakes(folder):
 
 def draw_fakes(model, config, count):
     """The images number 0 to `count` - 1 that `config` draws with `model`, equally many of each digit: uint8
-    (count, 1, 28, 28) and their labels int64 (count,), both on the CPU."""
+    (count, 1, H, W) and their labels int64 (count,), both on the CPU."""
     device = next(model.parameters()).device
     labels = torch.arange(count) % 10
     fakes = []
     with tqdm(total=count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
-        for indices in torch.arange(count).split(500):
-            *_, x = sample(model, config, labels[indices].to(device), indices.tolist())
-            fakes.append(to_uint8(x).cpu())
+        for indices in torch.arange(count).split(batch_that_fits(config, device)):
+            fakes.append(to_uint8(generate(model, config, labels[indices].to(device), indices.tolist())).cpu())
             bar.update(len(indices))
     return torch.cat(fakes), labels
 
 
-def judge_mnist(fakes, labels, data_dir, device, pictures=None):
-    """Prints the `report` of fakes against MNIST, and draws its pictures into the folder `pictures`."""
-    train, test = (load_dataset("mnist", data_dir, train=part) for part in (True, False))
-    classifier = load_classifier("mnist", device=device)
-    print(report(score(fakes, labels, train, test, classifier)))
-    if pictures:
-        save_picture(pictures / "nearest.png", nearest_picture(fakes, train))
-        if labels is not None:
-            save_picture(pictures / "worst.png", worst_picture(fakes, labels, embed(classifier, fakes)[1]))
-
-
 def main():
-    parser = sampling_parser("Draws digits from a checkpoint and scores them against MNIST.")
-    parser.add_argument("--count", type=int, default=10_000, help="how many, equally many of each digit (default: "
-                        "10000; scores of different counts do not compare)")
+    parser = sampling_parser("Draws digits from a checkpoint, or takes those in a folder, and scores them against the "
+                             "real ones: MNIST, or scikit-learn's 8x8 digits, for which a small classifier is trained "
+                             "first, in seconds (its scores compare with no others).")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="score the images in this folder, which "
+                        "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
+    parser.add_argument("--count", type=int, help="how many to draw, equally many of each digit (default: 10000, or as "
+                        "many as there are training images; scores of different counts do not compare)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
     parser.add_argument("--pictures", type=Path, help="a folder that gets nearest.png, the fakes beside the training "
                         "images nearest to them, and worst.png, those that are least read as what was asked for")
     args = parser.parse_args()
-    if not 10 <= args.count <= 100_000:
+    if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
+    if args.images and (args.checkpoint is not None or args.count or given_flags(args).keys() - {"data_dir"}):
+        raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
     if args.pictures:
         make_dir(args.pictures)
-    model, config = load_for_sampling(args)
-    load_classifier(config.dataset)  # refuses a model of other images before they are drawn
-    fakes, labels = draw_fakes(model, config, args.count)
-    print(f"{config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}")
-    judge_mnist(fakes, labels, config.data_dir, next(model.parameters()).device, args.pictures)
+        for name in ("nearest.png", "worst.png"):
+            check_picture(args.pictures / name)
+    if args.images:
+        fakes, labels = read_fakes(args.images)
+        judge = open_judge(fakes.shape[1:], getattr(args, "data_dir", "."), pick_device(args.device))
+    else:
+        model, config = load_for_sampling(args)
+        judge = open_judge((config.channels, config.image_size, config.image_size), config.data_dir,
+                           next(model.parameters()).device, config.dataset)
+        fakes, labels = draw_fakes(model, config, args.count or min(10_000, len(judge.train.images)))
+        print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "
+              f"seed {config.seed}")
+    print(report(judge.score(fakes, labels)))
+    if args.pictures:
+        save_picture(args.pictures / "nearest.png", nearest_picture(fakes, judge.train, device=judge.device))
+        if labels is not None:
+            probs = embed(judge.classifier, fakes)[1].cpu()
+            save_picture(args.pictures / "worst.png", worst_picture(fakes, labels, probs))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="--count")

@@ -1,32 +1,76 @@
 """Pictures of samples, and their files."""
 
-from support.commands import UserError
+from support.commands import UserError, first_line, is_out_of_memory
 from support.files import write_atomically
 
+import io
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+
+LINE = 14  # the height of a line of text in PIL's own font, pixels
 
 
-def grid(images, columns, gap=2, height=56):
+def grid(images, columns, gap=2, height=56, captions=()):
     """Lays out uint8 images (N, C, H, W) row by row as one PIL image, grey or RGB, enlarged to about `height` pixels
-    each so that small images can be seen."""
+    each so that small images can be seen. captions: a text above each column, cut to its width."""
     scale = max(1, round(height / images.shape[2]))
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     N, C, H, W = images.shape
-    rows = -(-N // columns)
-    picture = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8)
+    rows, head = -(-N // columns), LINE if captions else 0
+    # Two channels are shown as red and green, and of latents the first three
+    picture = torch.zeros(C if C == 1 else max(C, 3), head + rows * (H + gap) + gap, columns * (W + gap) + gap,
+                          dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        picture[:, top:top + H, left:left + W] = image
-    picture = picture.expand(3, -1, -1) if C == 2 else picture[:3]  # of latents the first three channels
-    return Image.fromarray(picture[0].numpy() if C == 1 else picture.permute(1, 2, 0).contiguous().numpy())
+        top, left = head + gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        picture[:C, top:top + H, left:left + W] = image
+    picture = Image.fromarray(picture[0].numpy() if C == 1 else picture[:3].permute(1, 2, 0).contiguous().numpy())
+    for i, caption in enumerate(captions):
+        write(picture, gap + i * (W + gap), 1, caption, W)
+    return picture
+
+
+def write(picture, x, y, text, width):
+    """Writes one line of text into a PIL image, cut to `width` pixels, with its upper left corner at (x, y)."""
+    draw, text = ImageDraw.Draw(picture), " ".join(text.split())
+    cut = text
+    while cut and draw.textlength(cut) > width:
+        text = text[:-1]
+        cut = text + "…"[:len(text)]
+    draw.text((x, y), cut, fill="white")
+
+
+def check_picture(path, animated=False):
+    """Finds out before the work whether `save_picture` can write to `path`: else `UserError`."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else
+                                                         f"there is no folder {path.parent}"))
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
+    if animated and kind not in ("GIF", "PNG", "WEBP", "AVIF"):
+        raise UserError(f"{path}: {kind} cannot be animated; let it end in .gif, .png or .webp")
+    try:  # some formats can only be read, or need a program that is not there, or know no grey
+        for mode in ("L", "RGB"):
+            Image.new(mode, (64, 64)).save(io.BytesIO(), kind, save_all=animated)
+    except Exception as error:
+        raise UserError(f"{path} cannot be written as {kind} ({first_line(error):.100}); let it end in .png") from None
 
 
 def save_picture(path, picture, **options):
     """Writes a PIL image as the format that `path` ends with. Raises `UserError` when that cannot be done."""
-    formats = Image.registered_extensions()
-    if Path(path).suffix.lower() not in formats:
-        raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
-    write_atomically(path, lambda file: picture.save(file, formats[Path(path).suffix.lower()], **options))
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        check_picture(path)
+
+    def save(file):
+        try:
+            picture.save(file, kind, **options)
+        except Exception as error:  # each format fails in its own way: when a picture is too large for it, say
+            if (isinstance(error, OSError) and error.errno) or is_out_of_memory(error):
+                raise
+            raise UserError(f"{path} cannot be written as {kind}: {first_line(error):.150}") from None
+
+    write_atomically(path, save)

@@ -1,14 +1,14 @@
 """The score against closed forms, SciPy's matrix root and pytorch-fid's own network; the command on small folders."""
 
-from support.commands import UserError
+from support.commands import UserError, run
 
 import os
 import pickle
 import socket
 import subprocess
 import sys
-import time
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 from unittest import mock
 
@@ -90,10 +90,10 @@ def fails(call, tmp_path):
     return fails
 
 
-def command(*args, **env):
+def command(*args, script=(SCRIPT,), **env):
     # A dead proxy makes sure that nothing is downloaded, where there is a network too.
     env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, SCRIPT, *args], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *script, *args], env=env, capture_output=True, text=True, timeout=120)
 
 
 def assert_failed(result, *words):
@@ -230,14 +230,50 @@ def test_any_network_can_be_plugged_in(fake, batch_size):
     assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5], 1000: [5]}[batch_size]
 
 
+class ReadsAtOnce:
+    """An executor that does at once what it is asked for: whatever a real one may have read by then."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
+
 def test_reading_ahead_is_bounded(fake, monkeypatch):
-    seen = []
+    seen, paths = [], sorted(fake.iterdir()) * 20
+    monkeypatch.setattr(fid_computer, "ThreadPoolExecutor", ReadsAtOnce)
     monkeypatch.setattr(fid_computer, "read_image", lambda path, mode: seen.append(path) or Image.new(mode, (2, 2)))
-    batches = fid_computer.read_batches(sorted(fake.iterdir()) * 20, batch_size=5)
-    next(batches)
-    time.sleep(0.3)  # enough to read all 100
+    batches = fid_computer.read_batches(paths, batch_size=5)
+    for number in range(1, 5):  # the batch asked for, and two more
+        assert len(next(batches)) == 5 and seen == paths[:5 * (number + 2)]
     batches.close()
-    assert len(seen) <= 15  # the batch asked for and two more
+    assert len(seen) == 30
+
+
+def test_features_are_in_the_order_of_the_files(tmp_path):
+    for i in range(7):
+        Image.new("L", (4, 4), 10 * i).save(tmp_path / f"{i}.png")
+
+    def extract(images):
+        return torch.stack([image.float().mean(dim=(1, 2)) for image in images])
+
+    paths = sorted(tmp_path.iterdir())
+    assert fid_computer.compute_features(paths, extract, 3)[:, 0].tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert fid_computer.compute_features(paths[::-1], extract, 3)[:, 0].tolist() == [60, 50, 40, 30, 20, 10, 0]
+
+
+def test_out_of_memory_is_one_line(fake, real, monkeypatch, capsys):
+    def extract(images):
+        return torch.empty(2**60, dtype=torch.uint8)  # no machine has as much
+
+    monkeypatch.setattr(fid_computer, "inception_extractor", lambda *args: extract)
+    monkeypatch.setattr(sys, "argv", ["fid_computer.py", "--fake", str(fake), "--real", str(real), "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        run(fid_computer.main)
+    assert end.value.code.startswith("error: out of memory: lower --batch-size") and "\n" not in end.value.code
 
 
 # Its weights
@@ -303,6 +339,15 @@ def test_no_weights_and_no_network(fake, tmp_path):
                   inception.FID_WEIGHTS_URL, "--weights")
 
 
+def test_no_weights_and_no_network_under_torchrun(fake, tmp_path):
+    """No process ends with a traceback of ours; the one that there is is torchrun's."""
+    result = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, "--fake", fake,
+                     "--real", fake, "--device", "cpu", script=(), TORCH_HOME=str(tmp_path / "home"))
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("error: Inception's weights are not at") == 1
+    assert result.stderr.count("Traceback") == 1 and f'File "{SCRIPT}"' not in result.stderr
+
+
 # The command
 
 
@@ -327,8 +372,8 @@ def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
 
 
 def test_distance_of_a_folder_to_itself(fake, weights, call):
-    out, _ = call("--fake", fake, "--real", fake, "--dims", 64, "--weights", weights)
-    assert out.startswith("FID 0.0000 ")
+    out, err = call("--fake", fake, "--real", fake, "--dims", 64, "--weights", weights)
+    assert out.startswith("FID 0.0000 ") and f"warning: --real and --fake are both {fake}" in err
 
 
 def test_pytorch_fid_statistics_are_read(tmp_path, stats, call):
@@ -375,7 +420,10 @@ def write_stats(kind, stats, file):
     changes = {"other names": dict(mean=None), "other shape": dict(cov=np.eye(63)),
                "nan": dict(mean=np.full(64, np.nan)),
                "malicious": dict(mean=np.array([Malicious()] * 64)),
-               "words": dict(count="many"), "scalar": dict(mean=1.0)}
+               "words": dict(count="many"), "scalar": dict(mean=1.0), "one image": dict(count=1),
+               "asymmetric": dict(cov=np.eye(64) + np.eye(64, k=1) / 1000),
+               "negative variance": dict(cov=np.diag(np.r_[-1e-6, np.ones(63)])),
+               "negative eigenvalue": dict(cov=np.eye(64) - 1.03 / 64)}
     if kind == "random bytes":
         file.write_bytes(os.urandom(1000))
     elif kind == "empty":
@@ -390,11 +438,23 @@ def write_stats(kind, stats, file):
 
 
 @pytest.mark.parametrize("kind", ["random bytes", "empty", "cut short", "one array", "other names", "other shape",
-                                  "nan", "malicious", "words", "scalar"])
+                                  "nan", "malicious", "words", "scalar", "one image", "asymmetric",
+                                  "negative variance", "negative eigenvalue"])
 def test_malformed_statistics(kind, stats, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_stats(kind, stats, tmp_path / "bad.npz")
     assert f"{tmp_path / 'bad.npz'} is damaged" in fails("--fake", stats, "--real", tmp_path / "bad.npz", "--dims", 64)
+
+
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+@pytest.mark.parametrize("rank", [3, 1000])
+def test_rounding_is_no_damage(precision, rank, tmp_path):
+    """Statistics of pytorch-fid, of fewer images than features too, whose smallest eigenvalues are rounded below 0."""
+    features = np.random.default_rng(0).normal(size=(rank, 192)) * np.geomspace(1e-3, 10, 192)
+    cov = np.cov(features, rowvar=False).astype(precision)
+    np.savez(tmp_path / "theirs.npz", mu=features.mean(axis=0).astype(precision), sigma=cov)
+    assert rank > 3 or np.linalg.eigvalsh(cov)[0] < 0
+    assert np.array_equal(fid_computer.read_stats(tmp_path / "theirs.npz", 192)[1], cov)
 
 
 def test_statistics_that_do_not_fit(stats, fails):
@@ -416,5 +476,8 @@ def test_statistics_that_cannot_be_written(real, stats, fails, tmp_path, monkeyp
 
 
 def test_bad_flags(stats, fails):
-    assert "--batch-size is 0" in fails("--batch-size", 0)
+    for size in (0, -3):
+        assert f"--batch-size is {size}" in fails("--batch-size", size)
+    for old in (["--features", "digits", "--data-dir", "."], ["--data-dir", ".", "--features=digits"]):
+        assert "python -m measure.score --images images/fake" in fails(*old)
     assert "--device cuda:99 cannot" in fails("--fake", stats, "--real", stats, "--dims", 64, "--device", "cuda:99")

@@ -1,10 +1,19 @@
+import dataclasses
+import json
+import os
+
 import numpy as np
+import pytest
 import torch
-from conftest import assert_refused
+from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
 import generator
-from dataset import load_dataset
+import measure.score
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from dataset import load_dataset, to_uint8
+from inference import generate
+from measure.classifier import load_classifier
 
 
 def folders(tmp_path):
@@ -18,6 +27,8 @@ def read(folder):
 def test_fills_both_folders(command, trained, tmp_path):
     process = command("generator.py", "--checkpoint", trained / "model.pth", "--count", 12, *folders(tmp_path))
     assert process.returncode == 0, process.stderr
+    assert process.stdout == ("score them with: python fid_computer.py --real "
+                              f"{tmp_path / 'real'} --fake {tmp_path / 'fake'}\n")
     assert sorted(read(tmp_path / "fake")) == [f"{i:06d}_{i % 10}.png" for i in range(12)]
     real = sorted(read(tmp_path / "real"))
     assert [name[:6] for name in real] == [f"{i:06d}" for i in range(12)]
@@ -26,6 +37,10 @@ def test_fills_both_folders(command, trained, tmp_path):
         image = torch.from_numpy(np.array(Image.open(tmp_path / "real" / name)))
         match = (data.images[:, 0] == image).all(dim=(1, 2)).nonzero()[:, 0]
         assert len(match) and data.labels[match[0]] == int(name[7])
+    model, config = load_model(trained / "model.pth")
+    drawn = to_uint8(generate(model, config, torch.arange(12) % 10))
+    for i, image in enumerate(drawn):
+        assert np.array_equal(Image.open(tmp_path / "fake" / f"{i:06d}_{i % 10}.png"), image[0])
 
 
 def test_goes_on_and_does_not_depend_on_the_batches(call, trained, tmp_path):
@@ -53,6 +68,109 @@ def test_images_of_two_kinds_are_not_mixed(call, trained, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "other" / "mine.png")
     assert_refused(call(generator, *flags, "--fake", tmp_path / "other"), "unknown origin")
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["mine.png"]
+
+
+def test_other_data_in_the_same_folder(call, trained, tmp_path, monkeypatch):
+    """The same number of images of the same size, but not the same images: their score would mean nothing."""
+    flags = ["--checkpoint", trained / "model.pth", "--count", 3, *folders(tmp_path)]
+    assert call(generator, *flags)[0] == 0
+    before, note = read(tmp_path / "real"), (tmp_path / "real" / "settings.json").read_text()
+    data = load_dataset("digits", "")
+    other = data._replace(images=data.images.flip(0), labels=data.labels.flip(0))
+    monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: other)
+    assert_refused(call(generator, *flags), "another data", tmp_path / "real")
+    assert read(tmp_path / "real") == before and (tmp_path / "real" / "settings.json").read_text() == note
+    assert json.loads(note)["data"] == data.fingerprint and json.loads(note)["channels"] == 1
+
+
+def test_real_images_are_a_random_subset(call, trained, tmp_path):
+    """Without repetition, and whatever the seed that the fakes are drawn with."""
+    flags = ["--checkpoint", trained / "model.pth", "--count", 100]
+    for seed in (0, 1):
+        assert call(generator, *flags, *folders(tmp_path / str(seed)), "--seed", seed)[0] == 0
+    first, second = (read(tmp_path / str(seed) / "real") for seed in (0, 1))
+    assert first == second and read(tmp_path / "0" / "fake") != read(tmp_path / "1" / "fake")
+    data = load_dataset("digits", "")
+    places = []
+    for name in sorted(first):
+        image = torch.from_numpy(np.array(Image.open(tmp_path / "0" / "real" / name)))
+        places += (data.images[:, 0] == image).all(dim=(1, 2)).nonzero()[:, 0].tolist()
+    assert len(set(places)) == 100  # scikit-learn's digits hold no image twice
+    assert places != sorted(places) and 600 < np.mean(places) < 900 and min(places) < 100 and max(places) > 1400
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '"text"', "{broken", "", "null", "[" * 100_000, "folder", "link"])
+def test_settings_that_say_nothing(call, trained, tmp_path, content):
+    flags = ["--checkpoint", trained / "model.pth", "--count", 2, *folders(tmp_path)]
+    note = tmp_path / "fake" / "settings.json"
+    note.parent.mkdir()
+    if content == "folder":
+        note.mkdir()
+    elif content == "link":
+        note.symlink_to("nowhere")
+    else:
+        note.write_text(content)
+    Image.new("L", (8, 8)).save(note.with_name("000000_0.png"))
+    assert_refused(call(generator, *flags), note, "does not say")
+    assert sorted(os.listdir(note.parent)) == ["000000_0.png", "settings.json"]
+    assert content in ("folder", "link") or note.read_text() == content
+    assert read(tmp_path / "real") == {}  # both folders are looked at before either is filled
+
+
+def test_images_of_unknown_origin(call, trained, tmp_path):
+    """fid_computer.py would score them with the rest."""
+    flags = ["--checkpoint", trained / "model.pth", "--count", 2, *folders(tmp_path)]
+    assert call(generator, *flags)[0] == 0
+    Image.new("L", (8, 8)).save(tmp_path / "fake" / "mine.jpg")
+    assert_refused(call(generator, *flags), "unknown origin", "mine.jpg")
+    (tmp_path / "fake" / "mine.jpg").rename(tmp_path / "mine.jpg")
+    assert call(generator, *flags)[0] == 0
+    (tmp_path / "fake" / "settings.json").unlink()
+    assert_refused(call(generator, *flags), "unknown origin", "000000_0.png")
+
+
+def test_fewer_images_than_there_are(call, trained, tmp_path):
+    flags = ["--checkpoint", trained / "model.pth", *folders(tmp_path)]
+    assert call(generator, *flags, "--count", 5)[2].count("already") == 0
+    code, out, err = call(generator, *flags, "--count", 3)
+    assert code == 0 and out.startswith("score them with")
+    assert f"{tmp_path / 'fake'} holds 5 images already, and all of them will be scored" in err
+    assert f"{tmp_path / 'real'} holds 5 images already" in err
+    assert len(read(tmp_path / "fake")) == 5
+
+
+def test_says_how_to_score_them(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", trained / "model.pth", "--count", 2]
+    assert call(generator, *flags)[1] == "score them with: python fid_computer.py\n"
+    assert call(generator, *flags, "--fake", "my fakes")[1].endswith("fid_computer.py --fake 'my fakes'\n")
+    assert_refused(call(generator, *flags, "--real", "a", "--fake", "./a"), "both a")
+
+
+def test_what_the_shipped_weights_draw_is_what_the_names_say(call, tmp_path, monkeypatch):
+    """Through the files, read back as the score reads them, by the classifier that comes with the repository."""
+    content = load_checkpoint(REPOSITORY / "weights" / "mnist.pth")
+    config = dataclasses.replace(content["config"], dataset="digits")
+    save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, content["ema"])  # its real images need no download
+    assert call(generator, "--checkpoint", tmp_path / "model.pth", "--count", 100, *folders(tmp_path))[0] == 0
+    images, labels = measure.score.read_fakes(tmp_path / "fake")
+    assert labels.bincount().tolist() == [10] * 10
+    assert (load_classifier()(images.float() / 127.5 - 1).argmax(dim=1) == labels).float().mean() > 0.95
+
+
+def test_the_batch_is_as_large_as_memory_allows(call, trained, tmp_path, monkeypatch):
+    sizes = []
+
+    def watched(model, config, labels, indices):
+        sizes.append(len(labels))
+        return generate(model, config, labels, indices)
+
+    monkeypatch.setattr(generator, "generate", watched)
+    monkeypatch.setattr(generator, "batch_that_fits", lambda config, device: 4)
+    flags = ["--checkpoint", trained / "model.pth", "--count", 10]
+    assert call(generator, *flags, *folders(tmp_path / "a"))[0] == 0
+    assert call(generator, *flags, *folders(tmp_path / "b"), "--batch-size", 7)[0] == 0
+    assert sizes == [4, 4, 2, 7, 3]
 
 
 def test_bad_flags(call, trained, tmp_path):

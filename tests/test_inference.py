@@ -1,19 +1,49 @@
-from support.commands import resolve_precision
-from support.pictures import grid
+from support import pictures
+from support.commands import UserError, resolve_precision
+from support.pictures import check_picture, grid, save_picture
 
 import dataclasses
+import hashlib
+import resource
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_refused
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import inference
-from checkpoint import load_model
+from checkpoint import build_model, load_model, save_checkpoint
+from config import Config
 from dataset import to_uint8
-from inference import load_for_sampling, noise_source, parse_labels, sample, sampling_parser
+from inference import (
+    batch_that_fits,
+    draw,
+    find_checkpoint,
+    generate,
+    load_for_sampling,
+    noise_source,
+    parse_labels,
+    sample,
+    sampling_parser,
+)
+from measure.classifier import load_classifier
+
+SHIPPED = REPOSITORY / "weights" / "mnist.pth"
+DIGITS = tuple("0123456789")
+
+
+def make_checkpoint(path, seed=0, **settings):
+    """An untrained model whose output is not zero."""
+    config = Config(**dict(dataset="folder", image_size=8, channels=1, num_classes=10, patch_size=4, hidden_size=16,
+                           depth=1, num_heads=2, sample_steps=3) | settings)
+    torch.manual_seed(seed)
+    model = build_model(config)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    save_checkpoint(path, config, 5, 1.0, model.state_dict())
+    return path
 
 
 def size(path):
@@ -24,21 +54,35 @@ def size(path):
 def test_grid_picture(command, trained, tmp_path):
     process = command("inference.py", "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png")
     assert process.returncode == 0, process.stderr
-    assert f"{tmp_path / 'a.png'}: 80 images, dpm with 3 steps, guidance 1.4, seed 0" in process.stdout
+    assert process.stdout == (f"{tmp_path / 'a.png'}: 80 images, dpm with 3 steps, guidance 1.4, seed 0, drawn with "
+                              f"{trained / 'model.pth'}\n")
     assert size(tmp_path / "a.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
 
 
 def test_finds_the_model_just_trained(command, call, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
-    assert command("inference.py", "--count", 1, cwd=tmp_path).returncode == 0
+    process = command("inference.py", "--count", 1, cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout.endswith("drawn with run/model.pth\n")
     assert size(tmp_path / "samples.png")[0] == (2 + 10 * 58, 2 + 58)
     monkeypatch.chdir(tmp_path)
     shutil.move(tmp_path / "run" / "model.pth", tmp_path / "shared.pth")
     monkeypatch.setattr(inference, "CHECKPOINTS", (inference.CHECKPOINTS[0], tmp_path / "shared.pth"))
-    assert call(inference, "--strip")[0] == 0
+    code, out, _ = call(inference, "--strip")
+    assert code == 0 and out.endswith(f"drawn with {tmp_path / 'shared.pth'}\n")
     assert (tmp_path / "strip.png").exists()
     (tmp_path / "shared.pth").unlink()
     assert_refused(call(inference), "no checkpoint", "train.py")
+
+
+def test_a_run_folder_is_its_model(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(inference, "--checkpoint", trained)
+    assert code == 0 and out.endswith(f"drawn with {trained / 'model.pth'}\n")
+    assert draw(checkpoint=trained, count=8).tobytes() == Image.open("samples.png").tobytes()
+    (tmp_path / "run_1").mkdir()
+    assert_refused(call(inference, "--checkpoint", "run_1"), "run_1 holds no model.pth")
+    assert_refused(call(inference, "--checkpoint", ""), "--checkpoint is empty")
+    assert find_checkpoint() == SHIPPED
 
 
 @pytest.mark.parametrize("content", [b"", b"random bytes", b"half"])
@@ -79,14 +123,20 @@ def test_gif(call, trained, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--labels", "10", "11"], ["'10' is no label", "0 to 9"]), (["--labels", "3x"], ["'x' is no label"]),
-    (["--labels", "-1"], ["no label"]),
+    (["--labels", "10", "11"], ["'10' is no label", "0 to 9"]), (["--labels", "3x"], ["'3x' is no label"]),
+    (["--labels", "-1"], ["'-1' is no label", "0 to 9"]), (["--labels", ""], ["'' is no label", "0 to 9"]),
+    (["--labels", " , "], ["'' is no label"]), (["--labels", "3", "cat"], ["'cat' is no label"]),
+    (["--labels", "9" * 5000, "1"], ["is no label"]), (["--labels", "²"], ["'²' is no label"]),
+    (["--labels"], ["--labels"]), (["--labels", "-1,2"], ["--labels"]), (["--eta", "0.5"], ["--eta", "ddim", "dpm"]),
     (["--count", 0], ["--count 0"]), (["--count", 10**9], ["--count"]), (["--sample-steps", 0], ["sample_steps is 0"]),
     (["--sample-steps", 1001], ["T = 1000"]), (["--guidance", "nan"], ["guidance"]), (["--eta", 2], ["eta is 2"]),
-    (["--out", "picture.txt"], ["picture.txt", ".png"]), (["--out", "no/such/folder/a.png"], ["cannot be written"]),
+    (["--out", "picture.txt"], ["picture.txt", ".png"]), (["--out", "no/such/a.png"], ["no folder no/such"]),
+    (["--out", ""], ["cannot be written"]), (["--out", "a.psd"], ["a.psd", "PSD"]), (["--out", "a.bufr"], ["BUFR"]),
+    (["--gif", "--out", "a.jpg"], ["a.jpg", "JPEG cannot be animated", ".gif"]), (["--gif", "--out", "a.pdf"], ["PDF"]),
     (["--checkpoint", "none.pth"], ["there is no checkpoint none.pth"]), (["--device", "abc"], ["--device abc"])])
 def test_bad_flags(call, trained, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "sample", None)  # all is found before anything is drawn
     assert_refused(call(inference, "--checkpoint", trained / "model.pth", *flags), *words)
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +148,7 @@ def test_picture_in_the_way_of_a_folder(call, trained, tmp_path):
     assert (tmp_path / "a.png" / "mine").exists()
 
 
-def test_help_is_quick_and_names_its_flags(command):
+def test_help_names_its_flags(command):
     for script in ("train.py", "inference.py", "generator.py"):
         process = command(script, "--help")
         assert process.returncode == 0
@@ -106,11 +156,137 @@ def test_help_is_quick_and_names_its_flags(command):
             assert flag in process.stdout
 
 
+def test_help_knows_that_a_model_has_its_own_defaults():
+    text = " ".join(sampling_parser("").format_help().split())
+    assert text.count("(default: the model's own)") == 4 and "(default: 6)" not in text and "(default: 1.4)" not in text
+    assert "seed of everything random (default: 0)" in text
+
+
 def test_parse_labels():
-    assert parse_labels(["31415"], 10) == [3, 1, 4, 1, 5]
-    assert parse_labels(["3", "1"], 10) == parse_labels(["3,1"], 10) == [3, 1]
-    assert parse_labels(["31"], 1000) == [31]
-    assert parse_labels(["207", "360"], 1000) == [207, 360]
+    assert parse_labels(["31415"], DIGITS) == parse_labels("31415", DIGITS) == [3, 1, 4, 1, 5]
+    assert parse_labels(["3", "1"], DIGITS) == parse_labels(["3,1"], DIGITS) == parse_labels([3, 1], DIGITS) == [3, 1]
+    assert parse_labels(None, DIGITS) == list(range(10)) and parse_labels(4, DIGITS) == [4]
+    thousand = tuple(map(str, range(1000)))
+    assert parse_labels(["31"], thousand) == [31]
+    assert parse_labels(["207", "360"], thousand) == [207, 360]
+    assert parse_labels(None, thousand) == list(range(10))
+    assert parse_labels(None, ("cat", "dog")) == [0, 1]
+
+
+def test_labels_by_name():
+    names = ("cat", "dog", "great white shark", "1", "a, b")
+    assert parse_labels(["dog", "cat", "cat"], names) == parse_labels(["dog,cat , cat"], names) == [1, 0, 0]
+    assert parse_labels(["great white shark"], names) == [2]
+    assert parse_labels(["great white shark, dog"], names) == [2, 1]
+    assert parse_labels(["a, b"], names) == [4]
+    assert parse_labels(["0", "1", "2"], names) == [0, 3, 2]  # a class that is called 1 is what 1 asks for
+    assert parse_labels(["02"], names) == [0, 2]
+    for words in (["cow"], ["great", "white", "shark"], ["5", "0"]):
+        with pytest.raises(UserError, match=r"is no label; this model knows 'cat', 'dog', 'great white shark', '1', "):
+            parse_labels(words, names)
+    with pytest.raises(UserError) as error:
+        parse_labels("cow", tuple(f"a{i}" for i in range(1234)))
+    assert "'a9' and 1,224 more" in str(error.value) and "'a10'" not in str(error.value)
+
+
+def test_classes_with_names(call, tmp_path):
+    """They are asked for by name, and their columns are captioned."""
+    path = make_checkpoint(tmp_path / "model.pth", num_classes=2, classes=("cat", "dog"))
+    flags = ["--checkpoint", path, "--out", tmp_path / "a.png", "--count", 2]
+    assert_refused(call(inference, *flags, "--labels", "cow"), "'cow' is no label", "'cat', 'dog'")
+    assert call(inference, *flags, "--labels", "dog", "cat", "dog")[0] == 0
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    model, config = load_model(path)
+    plain = np.asarray(grid(to_uint8(generate(model, config, torch.tensor([1, 0, 1] * 2))), 3))
+    assert np.array_equal(picture[-len(plain):], plain)
+    head = picture[:-len(plain)]
+    columns = [head[:, 2 + 58 * i:58 + 58 * i] for i in range(3)]
+    assert np.array_equal(columns[0], columns[2]) and not np.array_equal(columns[0], columns[1])
+    assert head.max() > 200
+    assert call(inference, *flags, "--labels", "1", "0", "1")[0] == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
+
+
+def test_out_of_memory_is_one_line(command, tmp_path):
+    """10,000 images of 16 channels and 1024 x 1024 pixels do not fit into 16 GB."""
+    path = make_checkpoint(tmp_path / "model.pth", image_size=1024, channels=16, patch_size=512)
+    process = command("inference.py", "--checkpoint", path, "--count", 1000, "--out", tmp_path / "a.png", preexec_fn=(
+        lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))))
+    assert_refused(process, "out of memory: lower --count")
+
+
+def test_draw_for_a_notebook():
+    picture = draw("31415", checkpoint=SHIPPED, device="cpu", guidance=2.0, precision="fp32")
+    model, config = load_model(SHIPPED, precision="fp32")
+    y = torch.tensor([3, 1, 4, 1, 5])
+    again = grid(to_uint8(generate(model, dataclasses.replace(config, guidance=2.0), y)), columns=5)
+    assert picture.tobytes() == again.tobytes()
+    assert draw([3, 1], count=2, checkpoint=SHIPPED).size == (2 + 2 * 58, 2 + 2 * 58)
+    for wrong in (dict(labels="cat"), dict(count=0), dict(steps=3), dict(eta=0.5), dict(checkpoint="none.pth")):
+        with pytest.raises(UserError):
+            draw(**wrong)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_memory_does_not_grow_with_the_steps(monkeypatch, sampler):
+    """Of the states that a sampler yields, few are alive at any time."""
+    model, config = load_model(SHIPPED)
+    original, states, most = inference.SAMPLERS[sampler], weakref.WeakSet(), []
+
+    def watched(*args, **options):
+        for x in original(*args, **options):
+            states.add(x)
+            most.append(len(states))
+            yield x
+
+    monkeypatch.setitem(inference.SAMPLERS, sampler, watched)
+    config = dataclasses.replace(config, sampler=sampler, sample_steps=12)
+    images = generate(model, config, torch.arange(16) % 10)
+    assert len(most) == 12 and max(most) <= 2
+    assert images.shape == (16, 1, 28, 28)
+    del images
+    most.clear()
+    shown = inference.draw_states(model, config, [3, 1], 8, shown=4)
+    assert len(most) == 12 and max(most) <= 2
+    assert shown.shape == (4, 16, 1, 28, 28) and shown.dtype == torch.uint8
+
+
+def test_the_states_shown_are_spaced_evenly_and_in_order(monkeypatch):
+    """The first is the noise, and the last one the image, in the strip from left to right, in the animation in time."""
+    model, config = load_model(SHIPPED)
+    config = dataclasses.replace(config, sample_steps=20)
+    states = [to_uint8(x) for x in sample(model, config, torch.tensor([3, 1]))]
+    shown = inference.draw_states(model, config, [3, 1], 1, shown=11)
+    assert torch.equal(shown, torch.stack(states[::2]))
+    assert torch.equal(inference.draw_states(model, config, [3, 1], 1), torch.stack(states[-1:]))
+
+
+def test_strip_and_animation_go_from_noise_to_image(call, tmp_path):
+    model, config = load_model(SHIPPED)
+    config = dataclasses.replace(config, sample_steps=4)
+    states = [to_uint8(x) for x in sample(model, config, torch.tensor([7, 2]))]
+    flags = ["--checkpoint", SHIPPED, "--sample-steps", 4, "--labels", 7, 2, "--count", 1]
+    assert call(inference, *flags, "--strip", "--out", tmp_path / "a.png")[0] == 0
+    strip = np.asarray(Image.open(tmp_path / "a.png"))
+    for row in range(2):
+        for column, state in enumerate(states):
+            tile = strip[2 + 58 * row:58 + 58 * row:2, 2 + 58 * column:58 + 58 * column:2]
+            assert np.array_equal(tile, state[row, 0]), (row, column)
+    assert call(inference, *flags, "--gif", "--out", tmp_path / "a.gif")[0] == 0
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.n_frames == 5
+        for number, state in enumerate(states):
+            animation.seek(number)
+            difference = np.asarray(animation.convert("L")).astype(int) - np.asarray(grid(state, columns=2))
+            assert np.abs(difference).mean() < 2  # of 255: the colours of a GIF are few
+
+
+@pytest.mark.parametrize(("ending", "flags"), [("gif", ["--strip"]), ("gif", []), ("webp", ["--gif"]), ("jpg", []),
+                                               ("png", ["--gif"]), ("TIFF", [])])
+def test_other_formats(call, tmp_path, ending, flags):
+    out = tmp_path / f"a.{ending}"
+    assert call(inference, "--checkpoint", SHIPPED, "--count", 1, "--sample-steps", 3, "--out", out, *flags)[0] == 0
+    assert size(out)[2] == (4 if "--gif" in flags else 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -164,6 +340,52 @@ def test_noise_is_standard_normal_and_fresh():
     assert not torch.equal(noise_source(1, [0], (1, 28, 28), "cpu")(), first[:1])
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 3), (1, 28, 28)])
+def test_noise_drawn_ahead_is_the_noise_of_one_call_after_the_other(shape):
+    streams = [np.random.Generator(np.random.Philox(key=[7, k])) for k in (4, 0, 9)]
+    expected = [np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]) for _ in range(30)]
+    for calls in (1, 2, 10, 30):
+        noise = noise_source(7, [4, 0, 9], shape, "cpu", calls)
+        assert all(np.array_equal(noise(), numbers) for numbers in expected), calls
+    assert not np.array_equal(expected[0][0], expected[0][1]) and not np.array_equal(expected[0], expected[1])
+
+
+def test_noise_is_drawn_ahead_only_when_more_is_asked_for(monkeypatch):
+    class Counting(np.random.Generator):
+        def standard_normal(self, *args, out=None, **options):
+            drawn.append(len(out))
+            return super().standard_normal(*args, out=out, **options)
+
+    monkeypatch.setattr(np.random, "Generator", Counting)
+    model, config = load_model(SHIPPED)
+    for sampler, steps, blocks in (("dpm", 8, [1]), ("ddim", 8, [1]), ("ddpm", 8, [1, 7]), ("ddpm", 20, [1, 8, 8, 3])):
+        drawn = []
+        generate(model, dataclasses.replace(config, sampler=sampler, sample_steps=steps), torch.zeros(16).long())
+        assert drawn == [size for size in blocks for _ in range(16)], sampler
+    drawn = []
+    noise = noise_source(0, range(2), (3, 1024, 1024), "cpu", 50)  # large ones: not many at once
+    noise(), noise()
+    assert drawn == [1, 1, 2, 2]
+
+
+def test_guidance_eta_seed_and_steps_reach_the_sampler(monkeypatch):
+    asked = []
+
+    def sampler(diffusion, denoise, x, steps, noise, bound, eta=None):
+        asked.append((steps, eta, bound))
+        yield denoise(x, 500)
+
+    model, config = load_model(SHIPPED, precision="fp32")
+    monkeypatch.setitem(inference.SAMPLERS, "ddim", sampler)
+    y = torch.arange(16) % 10
+    config = dataclasses.replace(config, sampler="ddim", eta=0.3, sample_steps=7, seed=5, guidance=3.0)
+    x = noise_source(5, range(16), (1, 28, 28), "cpu")()
+    t, null = torch.full((16,), 500), torch.full((16,), 10)
+    expected = model(x, t, null) + 3 * (model(x, t, y) - model(x, t, null))
+    torch.testing.assert_close(generate(model, config, y), expected, rtol=1e-3, atol=1e-3)
+    assert asked == [(7, 0.3, 1.0)]
+
+
 def test_states(trained):
     """The noise first, then every step; the last one within the range of images."""
     model, config = load_model(trained / "model.pth")
@@ -171,6 +393,30 @@ def test_states(trained):
     assert len(states) == config.sample_steps + 1
     assert torch.equal(states[0], noise_source(0, range(4), (1, 8, 8), "cpu")())
     assert states[-1].abs().max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.2])
+def test_the_shipped_weights_draw_what_they_are_asked_for(guidance):
+    """Read by the classifier that comes with the repository, which has never seen a drawn digit. The weights that were
+    drawn as noise, or digits beside those asked for, would be at 10 %."""
+    model, config = load_model(SHIPPED)
+    labels = torch.arange(300) % 10
+    images = generate(model, dataclasses.replace(config, guidance=guidance), labels)
+    assert images.min() >= -1 and images.max() <= 1
+    assert (load_classifier()(images).argmax(dim=1) == labels).float().mean() > (0.94 if guidance == 1 else 0.97)
+
+
+def test_batches_fit_into_memory(monkeypatch):
+    small = Config(image_size=28, channels=1, num_classes=10, patch_size=7)
+    large = Config(image_size=32, channels=4, num_classes=1000, patch_size=2, hidden_size=1152, depth=28, num_heads=16)
+    assert batch_that_fits(small, torch.device("cpu")) == 500
+    assert 8 < batch_that_fits(large, torch.device("cpu")) < 100
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({0: 4e9, 1: 64e9}[device.index], 80e9))
+    few, many = (batch_that_fits(large, torch.device("cuda", index)) for index in (0, 1))
+    assert many == pytest.approx(16 * few, rel=0.05) and few < 100
+    assert batch_that_fits(small, torch.device("cuda", 1)) == 4096
+    huge = Config(image_size=1024, channels=16, num_classes=10, patch_size=4, hidden_size=4096)
+    assert batch_that_fits(huge, torch.device("cpu")) == 1
 
 
 def test_to_uint8():
@@ -184,3 +430,48 @@ def test_grid():
     assert picture[2, 2] == 10 and picture[2, 60] == 20 and picture[60, 2] == 30 and picture[60, 60] == 0
     assert not picture[:2].any() and not picture[58:60].any()
     assert grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), columns=1).mode == "RGB"
+
+
+def test_plain_grids_have_stayed_what_they_were():
+    images = torch.arange(6 * 28 * 28).view(6, 1, 28, 28).byte()
+    digest = hashlib.sha256(grid(images, columns=3).tobytes()).hexdigest()
+    assert digest == "5a0ea2d22f95f8901eee92b675646a18ec277164d3042aa89845d28500406a42"
+    assert grid(images, 3, captions=()).tobytes() == grid(images, 3).tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
+def test_grids_of_any_number_of_channels(channels):
+    images = torch.arange(1, channels + 1, dtype=torch.uint8).view(1, channels, 1, 1).expand(1, channels, 28, 28)
+    pixel = grid(images, columns=1).getpixel((30, 30))
+    assert pixel == {1: 1, 2: (1, 2, 0)}.get(channels, (1, 2, 3))
+
+
+def test_captions_stay_within_their_column():
+    images = torch.zeros(3, 3, 28, 28, dtype=torch.uint8)
+    names = ["a", "a name that is far too long for it", "a\nb \N{CJK UNIFIED IDEOGRAPH-732B}\udcff"]
+    picture = np.asarray(grid(images, 3, captions=names))
+    gap = picture[:, [0, 1, 58, 59, 116, 117, 174, 175]]
+    assert not gap.any() and all(picture[:, left:left + 56].any() for left in (2, 60, 118))
+    assert not picture[pictures.LINE:].any()  # nor does it reach into the images
+    assert grid(images, 3, captions=["i"] * 3).size == (2 + 3 * 58, pictures.LINE + 2 + 58)
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    cut = picture[:, 60:116].any(axis=(0, 2)).nonzero()[0].max()
+    assert 40 < cut <= 56 < draw.textlength(names[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_pictures_that_cannot_be_written(tmp_path):
+    save_picture(tmp_path / "a.PNG", Image.new("L", (2, 2)))
+    wide = Image.new("L", (70_000, 1))
+    for name in ("a.gif", "a.jpg", "a.webp"):  # their sizes end at 65,535, or at 16,383
+        with pytest.raises(UserError, match="cannot be written") as error:
+            save_picture(tmp_path / name, wide)
+        assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
+    for ending in sorted(Image.registered_extensions()):  # none gets past the check and fails after the work
+        try:
+            check_picture(tmp_path / f"b{ending}")
+        except UserError:
+            continue
+        for mode in ("L", "RGB"):
+            save_picture(tmp_path / f"b{ending}", Image.new(mode, (60, 60)))

@@ -3,14 +3,14 @@ import re
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
-from checkpoint import build_model, load_model, save_checkpoint
+from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 from config import Config
-from measure import results
+from measure import results, score
 from measure.classifier import load_classifier
-from measure.score import compare, draw_fakes, embed
+from measure.score import Judge, compare, draw_fakes, embed
 
 CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
                 num_heads=2, sample_steps=2)
@@ -19,7 +19,7 @@ CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patc
 @pytest.fixture
 def checkpoint(monkeypatch, parts, tmp_path):
     """Makes checkpoints of untrained models, in a place where the stand-in digits are MNIST."""
-    monkeypatch.setattr(results, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    monkeypatch.setattr(score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
 
     def checkpoint(name, seconds, **settings):
         config = dataclasses.replace(CONFIG, **settings)
@@ -78,4 +78,29 @@ def test_mistakes(call, checkpoint, tmp_path):
 
 def test_other_images_are_refused(call, checkpoint, tmp_path):
     path = checkpoint("run", 1.0, dataset="digits")
-    assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "reads 'mnist', not 'digits'")
+    assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "1x28x28 of digits cannot be scored")
+    small = checkpoint("small", 1.0, dataset="digits", image_size=8, patch_size=4)
+    assert_refused(call(results, "runs", checkpoint("mnist", 1.0), small, "--count", 10, "--out", tmp_path),
+                   "several kinds of images")
+    (tmp_path / "runs.png").mkdir()
+    assert_refused(call(results, "runs", tmp_path / "mnist", "--out", tmp_path), "runs.png", "folder")
+
+
+def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts, tmp_path):
+    """Each in its own column."""
+    path = REPOSITORY / "weights" / "mnist.pth"
+    code, out, err = call(results, "runs", path, "--count", 100, "--out", tmp_path)
+    assert code == 0, err
+    judge = Judge(parts[0], parts[1], load_classifier())
+    result = judge.score(*draw_fakes(*load_model(path), 100))
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines() if row.startswith("| ")]
+    head, run, real = cells
+    assert head == ["run", "calls per image", "training, s", "read as asked", "Fréchet", "to real", "precision",
+                    "recall", "coverage"]
+    for row, part, ratio in ((run, "fake", f"{result['ratio']:.1f}"), (real, "real", "1.0")):
+        part = result[part]
+        assert row[3:] == [f"{part['accuracy']:.1%}", f"{part['frechet']:.3f}", ratio, f"{part['precision']:.2f}",
+                           f"{part['recall']:.2f}", f"{part['coverage']:.2f}"]
+    assert run[1:3] == ["16", f"{load_checkpoint(path)['seconds']:.0f}"] and len(set(run[6:])) == 3
+    assert judge.brief_real(torch.arange(100) % 10) == {name: result["real"][name] for name in (
+        "frechet", "precision", "recall", "density", "coverage", "accuracy")}

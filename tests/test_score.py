@@ -4,29 +4,32 @@ from support.commands import UserError
 
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused
+from conftest import REPOSITORY, assert_refused
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-import fid_computer
 import measure.score
-from checkpoint import build_model, save_checkpoint
+from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
-from measure.classifier import WEIGHTS, DigitClassifier, load_classifier, train_classifier
+from dataset import CannotDownload, load_dataset, to_uint8
+from inference import generate
+from measure import classifier as classifier_script
+from measure.classifier import WEIGHTS, DigitClassifier, augment, load_classifier, train_classifier
 from measure.score import (
     METRICS,
+    Judge,
     compare,
     draw_reference,
     embed,
     nearest,
     nearest_picture,
     report,
-    score,
     worst_picture,
 )
 
@@ -48,12 +51,15 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def judge(classifier, parts):
-    return lambda images, labels: score(images, labels, parts[0], parts[1], classifier)
+    return Judge(parts[0], parts[1], classifier).score
 
 
 @pytest.fixture(scope="module")
 def good(judge, parts):
     return judge(parts[2].images, parts[2].labels)
+
+
+SHIPPED = REPOSITORY / "weights" / "mnist.pth"
 
 
 def gaussian(n, dims, seed, scale=1.0):
@@ -108,6 +114,15 @@ def test_points_on_a_line_can_be_counted_by_hand():
     assert result["density"] == pytest.approx(4 * 4 / (5 * 6))  # ... and in four of k = 5: those of 0, 10, 20 and 30
     assert result["coverage"] == pytest.approx(4 / 10)
     assert result["recall"] == pytest.approx(9 / 10)  # the third neighbour of 1000 is 5, so its ball ends at 5
+
+
+def test_which_figure_is_which():
+    """Fakes that crowd in one of two places are all precise, and leave half of the real ones out."""
+    real = torch.cat([gaussian(50, 4, 0), gaussian(50, 4, 1) + 100])
+    result = compare(real[:50] + 1e-6, real)
+    assert result["precision"] == 1 and result["recall"] == result["coverage"] == 0.5
+    result = compare(real, real[:50] + 1e-6)  # and the other way round
+    assert result["precision"] == 0.5 and result["recall"] == result["coverage"] == 1
 
 
 def test_a_set_against_itself_is_perfect():
@@ -280,10 +295,28 @@ def test_pictures(classifier, parts):
 
     labels = torch.cat([parts[2].labels[:50], parts[0].labels[3:4]])
     labels[17] = (labels[17] + 1) % 10
-    picture = worst_picture(images, labels, embed(classifier, images)[1], count=12)
+    probs = embed(classifier, images)[1]
+    picture = worst_picture(images, labels, probs, count=12)
     assert picture.mode == "L" and max(picture.size) < 1200
-    worst = np.asarray(picture)[2:2 + 84:3, 2:2 + 84:3]
-    assert any(np.array_equal(worst, images[k, 0]) for k in range(51))
+    order = sorted(range(51), key=lambda k: probs[k, labels[k]].item())
+    assert 17 in order[:2]  # the one that is none of what it should be
+    for place, k in enumerate(order[:12]):  # the worst first, row by row
+        top, left = 2 + place // 10 * (96 + 2), 2 + place % 10 * (84 + 2)
+        assert np.array_equal(np.asarray(picture)[top:top + 84:3, left:left + 84:3], images[k, 0]), place
+
+
+def test_the_nearest_come_first(parts):
+    """In each digit's row, from left to right: each fake left of the training image that it is like."""
+    train = parts[0]
+    zeros = (train.labels == 0).nonzero()[:4, 0]
+    fakes = train.images[zeros].clone()
+    for i, amount in enumerate((30, 0, 20, 10)):
+        fakes[i, 0, 0, :5] = amount  # so far from its training image
+    picture = np.asarray(nearest_picture(fakes, train, each=4))
+    for place, i in enumerate((1, 3, 2, 0)):
+        left = 2 + place * (112 + 2)
+        assert np.array_equal(picture[2:58:2, left:left + 56:2], fakes[i, 0])
+        assert np.array_equal(picture[2:58:2, left + 56:left + 112:2], train.images[zeros[i], 0])
 
 
 # The classifier
@@ -354,22 +387,53 @@ def test_training_learns_and_is_repeatable(parts):
 @pytest.fixture
 def mnist(parts, monkeypatch):
     """The stand-in digits in place of MNIST."""
-    monkeypatch.setattr(measure.score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    monkeypatch.setattr(measure.score, "load_dataset", lambda name, data_dir, train: (
+        parts[0 if train else 1] if name == "mnist" else load_dataset(name, data_dir, train)))
 
 
 def test_folder_of_fakes(call, mnist, parts, tmp_path):
     for i, (image, label) in enumerate(zip(parts[2].images[::6], parts[2].labels[::6], strict=True)):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:06d}_{label}.png")
-    code, out, err = call(fid_computer, "--features", "digits", "--fake", tmp_path)
+    code, out, err = call(measure.score, "--images", tmp_path)
     assert code == 0, err
     assert out.startswith("100 images") and "read as asked" in out and "warning: 100 images are few" in out
+    assert accuracy(out) == pytest.approx(0.96, abs=0.04)
     images, labels = measure.score.read_fakes(tmp_path)
     assert torch.equal(images, parts[2].images[::6]) and torch.equal(labels, parts[2].labels[::6])
     (tmp_path / "000000_0.png").rename(tmp_path / "mine.png")
     assert measure.score.read_fakes(tmp_path)[1] is None
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
-    assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path), "several sizes")
-    assert_refused(call(fid_computer, "--features", "digits", "--fake", tmp_path / "none"), "missing")
+    assert_refused(call(measure.score, "--images", tmp_path), "several sizes")
+    assert_refused(call(measure.score, "--images", tmp_path / "none"), "missing")
+    for flags in (["--checkpoint", "x"], ["--count", 100], ["--guidance", 2], ["--seed", 0]):
+        assert_refused(call(measure.score, "--images", tmp_path, *flags), "--images", "leave out")
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert_refused(call(measure.score, "--images", tmp_path), "no images")
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    assert_refused(call(measure.score, "--images", tmp_path), "1x20x20 cannot be scored", "1x8x8")
+
+
+def accuracy(out):
+    return float(re.search(r"read as the digit asked for +([0-9.]+)", out)[1])
+
+
+def test_what_is_drawn_is_read_as_what_was_asked_for(call, mnist):
+    """The score's own path, on the weights that come with the repository; digits shifted by one would be at 0."""
+    code, out, err = call(measure.score, "--checkpoint", SHIPPED, "--count", 200)
+    assert code == 0, err
+    assert out.startswith(f"{SHIPPED}: dpm, 8 steps, guidance 1.2, seed 0") and accuracy(out) > 0.96
+    model, config = load_model(SHIPPED)
+    fakes, labels = measure.score.draw_fakes(model, config, 25)
+    assert labels.tolist() == [*range(10), *range(10), *range(5)]
+    assert torch.equal(fakes, to_uint8(generate(model, config, labels)))
+
+
+def test_fakes_do_not_depend_on_the_batch(monkeypatch):
+    model, config = load_model(SHIPPED)
+    whole, _ = measure.score.draw_fakes(model, config, 20)
+    monkeypatch.setattr(measure.score, "batch_that_fits", lambda config, device: 7)
+    assert torch.equal(measure.score.draw_fakes(model, config, 20)[0], whole)
 
 
 def test_scores_a_checkpoint(call, mnist, tmp_path):
@@ -379,11 +443,88 @@ def test_scores_a_checkpoint(call, mnist, tmp_path):
     flags = ["--checkpoint", tmp_path / "model.pth", "--count", 100]
     code, out, err = call(measure.score, *flags, "--pictures", tmp_path / "pictures")
     assert code == 0, err
-    assert out.startswith("dpm, 2 steps, guidance") and "100 images" in out
+    assert out.startswith(f"{tmp_path / 'model.pth'}: dpm, 2 steps, guidance") and "100 images" in out
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["nearest.png", "worst.png"]
     assert_refused(call(measure.score, *flags, "--count", 5), "--count 5")
     assert_refused(call(measure.score, *flags, "--pictures", tmp_path / "model.pth"), "cannot be written")
 
 
-def test_refuses_a_checkpoint_of_other_images(call, trained):
-    assert_refused(call(measure.score, "--checkpoint", trained / "model.pth"), "reads 'mnist', not 'digits'")
+@pytest.mark.parametrize("settings", [dict(dataset="folder"), dict(image_size=32), dict(channels=3),
+                                      dict(dataset="digits"), dict(image_size=8)])
+def test_what_cannot_be_scored_is_refused_before_the_work(call, mnist, tmp_path, monkeypatch, settings):
+    config = Config(**dict(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=4, hidden_size=32,
+                           depth=1, num_heads=2) | settings)
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    monkeypatch.setattr(measure.score, "draw_fakes", None)
+    assert_refused(call(measure.score, "--checkpoint", tmp_path / "model.pth"), "cannot be scored", config.dataset)
+
+
+def test_no_mnist_is_found_before_the_work(call, tmp_path, monkeypatch):
+    def missing(*args, **options):
+        raise CannotDownload("MNIST is not there")
+
+    monkeypatch.setattr(measure.score, "load_dataset", missing)
+    monkeypatch.setattr(measure.score, "draw_fakes", None)
+    assert_refused(call(measure.score, "--checkpoint", SHIPPED), "MNIST is not there")
+    (tmp_path / "worst.png").mkdir()
+    assert_refused(call(measure.score, "--checkpoint", SHIPPED, "--pictures", tmp_path), "worst.png", "folder")
+
+
+def test_models_of_small_digits_can_be_scored(call, trained, tmp_path):
+    """Those of scikit-learn: a classifier of its own is trained for them, and reads real ones nearly always right."""
+    code, out, err = call(measure.score, "--checkpoint", trained, "--count", 60, "--pictures", tmp_path / "pictures")
+    assert code == 0, err
+    assert "60 images" in out and 0 <= accuracy(out) < 0.5  # it is hardly trained
+    assert "real: 60 training images" in out
+    data = load_dataset("digits", "", train=False)
+    for i, (image, label) in enumerate(zip(data.images[:200], data.labels, strict=False)):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:06d}_{label}.png")
+    code, out, err = call(measure.score, "--images", tmp_path)
+    assert code == 0, err
+    assert accuracy(out) > 0.95 and "200 images" in out
+    precision = re.search(r"precision +([0-9.]+)", out)
+    assert float(precision[1]) > 0.9
+
+
+def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_script, "load_dataset", None)
+    for out in (tmp_path / "none" / "x.pth", tmp_path):
+        assert_refused(call(classifier_script, "--out", out), out, "cannot be written")
+
+
+def test_a_classifier_is_written(call, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    code, out, err = call(classifier_script, "--out", tmp_path / "x.pth", "--device", "cpu")
+    assert code == 0, err
+    share = torch.load(tmp_path / "x.pth", weights_only=True)["test_accuracy"]
+    reads = embed(load_classifier(path=tmp_path / "x.pth"), parts[1].images)[1].argmax(dim=1)
+    assert share == pytest.approx((reads == parts[1].labels).float().mean().item(), abs=0.01)
+    assert f"reads {share:.2%} of the test images" in out
+
+
+def test_images_are_turned_scaled_and_shifted():
+    """By up to 2 of 28 pixels: the centre of mass of a dot moves by up to that, each image in its own way."""
+    dot = torch.full((200, 1, 28, 28), -1.0)
+    dot[:, :, 12:16, 12:16] = 1
+    moved = augment(dot, torch.Generator().manual_seed(0)) + 1
+    place = torch.arange(28.0) - 13.5
+    for axis in (2, 3):
+        sums = moved.sum(dim=5 - axis)[:, 0]
+        offset = (sums * place).sum(dim=1) / sums.sum(dim=1)
+        assert offset.abs().max() < 2.4 and offset.abs().max() > 1.6 and 0.9 < offset.std() < 1.4
+    line = torch.full((200, 1, 28, 28), -1.0)
+    line[:, :, 4:24, 13:15] = 1
+    turned = augment(line, torch.Generator().manual_seed(1)) + 1
+    heights = turned.sum(dim=(1, 3)).gt(1).sum(dim=1).float()
+    assert heights.min() < 19 and heights.max() > 20
+    columns = turned[:, 0] * place
+    slant = columns[:, 6:10].sum(dim=(1, 2)) / turned[:, 0, 6:10].sum(dim=(1, 2)) - columns[:, 18:22].sum(
+        dim=(1, 2)) / turned[:, 0, 18:22].sum(dim=(1, 2))
+    assert 1.2 < slant.abs().max() < 2.8  # 12 rows at up to 10 degrees
+
+
+def test_training_sees_augmented_images(parts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(classifier_script, "augment", lambda x, generator: seen.append(x) or x * 0 - 1)
+    train_classifier(parts[0].images[:128], parts[0].labels[:128], epochs=2, batch_size=64)
+    assert len(seen) == 4 and all(x.shape == (64, 1, 28, 28) and x.min() == -1 and x.max() == 1 for x in seen)
