@@ -19,25 +19,13 @@ import warnings
 import torch
 
 from config import SAMPLING, Config, add_flags, given_flags
-from diffusion import Diffusion, RectifiedFlow
-from dit import DiT
+from dit import build_model
 
 FORMAT = "dit-checkpoint-2"
 OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
+OLD_SETTINGS = {"time_spacing": "article"}  # what was not a setting yet, as it was then
 TO_TRAIN_ON = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
-
-
-def build_model(config):
-    """The untrained `DiT` of a configuration whose sizes are all known."""
-    return DiT(config.image_size, config.patch_size, config.channels, config.num_classes, config.hidden_size,
-               config.depth, config.num_heads, config.mlp_ratio, config.recompute)
-
-
-def build_diffusion(config, device="cpu"):
-    if config.process == "flow":
-        return RectifiedFlow(config.T, config.shift, device)
-    return Diffusion(config.T, config.beta_start, config.beta_end, device)
 
 
 def save_checkpoint(path, config, step, seconds, ema, **to_train_on):
@@ -68,8 +56,9 @@ def load_checkpoint(path):
     if content["format"] == FORMAT and any(name in content for name in TO_TRAIN_ON):
         names += TO_TRAIN_ON
     try:
+        old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
-        content["config"] = Config(**content["config"])
+        content["config"] = Config(**(OLD_SETTINGS if old else {}) | content["config"])
         check_content(content, os.path.getsize(path))
     except Exception as error:
         raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error):.150}") from None

@@ -5,6 +5,7 @@ from support.commands import UserError
 import argparse
 import dataclasses
 import math
+import re
 
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
@@ -23,19 +24,22 @@ class Config:
                         "or auto: mnist, and digits where mnist cannot be had",
                         choices=("auto", "mnist", "digits", "folder"))
     data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
-    image_size: int = flag(0, "side of the square images, pixels; 0 = as the data set has them", 0, 1024)
+    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them",
+                             1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers
 
     # Model (DiT, arXiv 2212.09748)
-    patch_size: int = flag(0, "side of a square patch, pixels; 0 = a quarter of the image, which makes 16 tokens",
-                           0, 1024)
+    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; 0 = a quarter of the image, which "
+                             "makes 16 tokens", 1, 1024)
     hidden_size: int = flag(128, "width D of a token; a multiple of 4 and of num_heads", 4, 16384)
     depth: int = flag(4, "number of DiT blocks", 1, 256)
     num_heads: int = flag(4, "attention heads in each block", 1, 256)
     mlp_ratio: float = flag(4.0, "width of a block's MLP, as a multiple of hidden_size", 0.25, 16)
+    time_spacing: str = flag("dit", "the frequencies that embed the time: as DiT's official code spaces them, or as "
+                             "the article does", choices=("dit", "article"))
 
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
@@ -83,6 +87,8 @@ class Config:
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
 
     def __post_init__(self):
+        for name in SIZES:
+            object.__setattr__(self, name, as_size(getattr(self, name)))
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
@@ -96,9 +102,10 @@ class Config:
             raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
-        if self.image_size and self.patch_size and self.image_size % self.patch_size:
-            raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}: "
-                            f"choose one of {divisors(self.image_size)}")
+        if self.image_size and self.patch_size and (len(self.patch_size) != len(self.image_size) or any(
+                side % part for side, part in zip(self.image_size, self.patch_size, strict=True))):
+            raise UserError(f"patch_size {show_size(self.patch_size)} does not divide image_size "
+                            f"{show_size(self.image_size)}: choose one of {show_divisors(self.image_size)}")
 
     def log_signal(self):
         """The logarithm of sqrt(alphas_cumprod[T-1]), the share of the image that is left after all steps of ddpm."""
@@ -111,12 +118,14 @@ class Config:
         return self.classes or tuple(map(str, range(self.num_classes)))
 
 
+SIZES = ("image_size", "patch_size")
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
-                    optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0),
+                    optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,
+                    time_spacing="article"),
     # The sizes of the DiT paper (2212.09748, table 1) at its patch of 2, and its optimizer.
     "S": dict(hidden_size=384, depth=12, num_heads=6) | PAPER,
     "B": dict(hidden_size=768, depth=12, num_heads=12) | PAPER,
@@ -127,8 +136,26 @@ PRESETS = {
 SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")  # the fields that say how to draw
 
 
-def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+def show_divisors(size):
+    """What divides each side of a size: [1, 2, 7, 14], or for sides that differ [1, 3] x [1, 5]."""
+    lists = [str([d for d in range(1, side + 1) if side % d == 0]) for side in size]
+    return lists[0] if len(set(size)) == 1 else " x ".join(lists)
+
+
+def as_size(value):
+    """A size as a tuple (H, W): n or "n" stands for a square, "28x20" for (28, 20), 0 for (), not known. What is none
+    of these stays as it is, for `check_value` to refuse."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9})?", value):
+        height, _, width = value.partition("x")
+        value = (int(height), int(width)) if width else int(height)
+    if type(value) is int:
+        return (value, value) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def show_size(size):
+    """28, or 28x20."""
+    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
 
 
 def check_value(field, value):
@@ -138,6 +165,12 @@ def check_value(field, value):
         raise UserError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.80}")
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
+    if field.name in SIZES:
+        if value and (len(value) != 2 or not all(type(side) is int and rule["low"] <= side <= rule["high"]
+                                                 for side in value)):
+            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, each between "
+                            f"{rule['low']} and {rule['high']}")
+        return
     if field.type in (str, bool, tuple):
         return
     if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
@@ -151,9 +184,11 @@ def add_flags(parser, names=None):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=field.type, choices=rule["choices"], metavar=None if rule["choices"] else field.type.__name__)
+                type=as_size if field.name in SIZES else field.type, choices=rule["choices"],
+                metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
+            default = 0 if field.name in SIZES else field.default
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-                                help=f"{rule['help']} (default: {field.default})")
+                                help=f"{rule['help']} (default: {default})")
 
 
 def given_flags(args):

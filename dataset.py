@@ -186,6 +186,9 @@ def square(image, size):
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
+BOUND = 1.0  # to_float's images lie in [-BOUND, BOUND]
+
+
 def to_float(images):
     """Images at rest, uint8 0..255, as the model sees them: floats in [-1, 1]."""
     return images.float() / 127.5 - 1

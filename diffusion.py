@@ -1,162 +1,193 @@
-"""The diffusion process: how images are noised, what the network learns from that, and how noise becomes an image."""
+"""Diffusion processes: how images fade into noise, what the network learns from that, and how noise becomes an image.
+
+    python diffusion.py      writes diffusion.png: a digit that fades into noise, on the path of each process
+"""
 
 import itertools
 import math
 
 import torch
 
-
-def linear_betas(T, beta_start=1e-4, beta_end=0.02):
-    """Variances of the noise added at each step, float64 (T,) (DDPM, 2006.11239, section 4)."""
-    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+MIN_TAU = 0.2  # the velocity's loss is not divided by less: nearly clean images teach little
 
 
-class Diffusion:
-    """The process of DDPM (2006.11239): over T steps an image fades into noise, and the network predicts the noise.
+def per_image(values, x):
+    """values (B,), one for each image of x (B, ...), in a shape that multiplies x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
 
-    x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps      (equation 4)
 
-    The schedule is float64 on the CPU; what training gathers from it by t is float32 on `device`.
+class Process:
+    """A path from image to noise in T steps, and what the network predicts on it.
+
+    x_t = signal[t] x_0 + noise[t] eps,  eps ~ N(0, 1)
+
+    x_0 (B, C, *size) is clean, in [-1, 1] where it holds pixels. t is a step 0..T-1; 0 has the least noise.
+    signal, noise, error_scale (T,), float64: the shares of image and noise in x_t, and what the network's error at t is
+    multiplied by in the loss. What training gathers by t is float32 on `device`.
     """
 
-    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
-        self.T = T
-        self.betas = linear_betas(T, beta_start, beta_end)                    # (T,)
-        self.alphas = 1 - self.betas
-        self.alphas_cumprod = self.alphas.cumprod(0)
-        self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        # The variance of q(x_{t-1} | x_t, x_0) (equation 7)
-        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.set_path(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), torch.ones(T), device)
-
-    def set_path(self, signal, noise, error_scale, device):
-        """What the classes differ in, all (T,), float64: the shares of the image and of the noise in x_t, and what the
-        network's error at t is multiplied with to give the loss."""
+    def __init__(self, signal, noise, error_scale, device="cpu"):
+        self.T = len(signal)
         self.path = [*zip(signal.tolist(), noise.tolist(), strict=True), (1.0, 0.0)]  # t = -1: the clean image
         self.signal, self.noise, self.error_scale = (a.float().to(device) for a in (signal, noise, error_scale))
 
     def forward_add_noise(self, x, t, noise=None):
-        """Noises images to steps t in one go: x (B, C, H, W) in [-1, 1], t (B,) in 0..T-1 -> x_t and its noise."""
+        """Noises images x (B, C, *size) to steps t (B,) in one go. Returns x_t and its noise, both like x."""
         noise = torch.randn_like(x) if noise is None else noise
-        return self.signal[t].view(-1, 1, 1, 1) * x + self.noise[t].view(-1, 1, 1, 1) * noise, noise
+        return per_image(self.signal[t], x) * x + per_image(self.noise[t], x) * noise, noise
+
+    def losses(self, model, x_0, t, y, noise, loss="l2"):
+        """What training minimises: the loss of each image (B,).
+
+        mean over an image's values of |error_scale[t] (model(x_t, t, y) - target)|^2    (DDPM, equation 14)
+
+        loss: l2, or l1 for the absolute value instead of the square.
+        """
+        x_t, _ = self.forward_add_noise(x_0, t, noise)
+        error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
+        return (error.abs() if loss == "l1" else error.square()).flatten(1).mean(dim=1)
+
+    def denoise(self, model, x, t, y, guidance, bound):
+        """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
+
+        guidance: the scale of classifier-free guidance (2207.12598): 0 ignores the labels, 1 follows them, above 1
+            exaggerates them. Both predictions go through the network as one batch.
+        bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
+            never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
+        """
+        t_all, null = torch.full_like(y, t), torch.full_like(y, model.null_label)
+        if guidance in (0, 1):
+            output = model(x, t_all, y if guidance else null)
+        else:
+            cond, uncond = model(torch.cat([x, x]), torch.cat([t_all, t_all]), torch.cat([y, null])).chunk(2)
+            output = uncond + guidance * (cond - uncond)
+        return self.to_x_0(output, x, t).clamp(-bound, bound)
+
+    def descending_steps(self, count):
+        """`count` of the T steps from T-1 on, evenly spaced (2305.08891, "trailing"), for the samplers: a list of
+        (t, (signal, noise) at t, (signal, noise) at the step after it), of which the last leads to the clean image."""
+        steps = [round(self.T - i * self.T / count) - 1 for i in range(count)]
+        return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
+
+
+class DDPM(Process):
+    """The process of DDPM (2006.11239): betas rise linearly, and the network predicts the noise.
+
+    x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps      (equation 4)
+    """
+
+    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
+        self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)  # (T,), of section 4
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        super().__init__(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), torch.ones(T), device)
 
     def random_t(self, u):
         """The steps (B,) to train on, from random numbers u (B,) in [0, 1): each step as often as any other."""
         return (u * self.T).long()
 
-    def target(self, x, noise):
-        """What the network should answer when shown x_t, (B, C, H, W)."""
+    def target(self, x_0, noise):
+        """What the network should answer when shown x_t, like x_0."""
         return noise
 
-    def predict_x_0(self, output, x, t, bound):
-        """The image that a network output for x_t at the one step t stands for, clamped to [-bound, bound].
-
-        x_t itself is never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
-        """
+    def to_x_0(self, output, x, t):
+        """The clean image that the network's output for x at the one step t stands for (equation 4, solved)."""
         signal, noise = self.path[t]
-        return ((x - noise * output) / signal).clamp(-bound, bound)
-
-    def timesteps(self, steps):
-        """A descending subset of `steps` of the T steps, from T-1 on, evenly spaced (2305.08891, "trailing")."""
-        return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+        return (x - noise * output) / signal
 
 
-class RectifiedFlow(Diffusion):
-    """A straight path from image to noise (2209.03003, 2210.02547), on which the network predicts the clean image.
+class RectifiedFlow(Process):
+    """A straight path from image to noise (2209.03003, 2210.02747), on which the network predicts the clean image.
 
-    x_t = (1 - tau) x_0 + tau eps, logit(tau) = logit((t + 1) / (T + 1)) + log(shift)
+    x_t = (1 - tau) x_0 + tau eps,  logit(tau) = logit((t + 1) / (T + 1)) + log(shift)
 
-    A shift above 1 has more of the T steps where there is much noise (2403.03206, equation 23). The steps to train on
-    are logit-normal: most often in the midst of the T (section 3.1 there).
-    The loss is that of the velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0, divided by tau, or by
-    0.2 where tau is smaller: nearly clean images teach little. A network whose tokens are not much wider than a patch
-    has pixels predicts images more easily than velocities (2511.13720).
+    A shift above 1 has more of the T steps where there is much noise (2403.03206, equation 23). The loss is that of the
+    velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0 divided by tau, but not by less than MIN_TAU.
+    A network whose tokens are not much wider than a patch has pixels predicts images more easily than velocities
+    (2511.13720).
     """
 
     def __init__(self, T=1000, shift=2.2, device="cpu"):
-        self.T = T
         tau = (torch.logit(torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)) + math.log(shift)).sigmoid()
-        self.set_path(1 - tau, tau, 1 / tau.clamp(min=0.2), device)
+        super().__init__(1 - tau, tau, 1 / tau.clamp(min=MIN_TAU), device)
 
     def random_t(self, u):
-        return ((math.sqrt(2) * torch.erfinv(2 * u - 1)).sigmoid() * self.T).long().clamp(max=self.T - 1)
+        """The steps (B,) to train on, from random numbers u (B,) in [0, 1): logit-normal, most often in the midst of
+        the T (2403.03206, section 3.1)."""
+        normal = math.sqrt(2) * torch.erfinv(2 * u - 1)
+        return (normal.sigmoid() * self.T).long().clamp(max=self.T - 1)
 
-    def target(self, x, noise):
-        return x
+    def target(self, x_0, noise):
+        """What the network should answer when shown x_t, like x_0."""
+        return x_0
 
-    def predict_x_0(self, output, x, t, bound):
-        return output.clamp(-bound, bound)
+    def to_x_0(self, output, x, t):
+        """The clean image that the network's output stands for: the output."""
+        return output
+
+
+def build_process(config, device="cpu"):
+    """The process of a `Config`."""
+    if config.process == "flow":
+        return RectifiedFlow(config.T, config.shift, device)
+    return DDPM(config.T, config.beta_start, config.beta_end, device)
 
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
 # bars, strips and animations.
-#   denoise(x, t): the network's output for x (B, C, H, W) at the one step t
-#   x: noise (B, C, H, W) to start from         steps: how many of the T steps to take
-#   noise(): fresh noise (B, C, H, W)           bound: images lie in [-bound, bound]; inf for no clamping
+#   denoise(x, t): the clean images x_0 that the network sees in x (B, C, *size) at the one step t
+#   x: noise (B, C, *size) to start from      steps: of `Process.descending_steps`
+#   noise(): fresh noise like x
 
 
-def ddpm(diffusion, denoise, x, steps, noise, bound=1.0):
+def posterior(x_0, x_t, at, after):
+    """Mean and variance of x at the step after t, given x_t and x_0 (DDPM, equation 7).
+
+    at, after: (signal, noise) at the two steps, which need not be neighbours.
+    """
+    (a, s), (a_after, s_after) = at, after
+    beta = s**2 - (a / a_after * s_after) ** 2  # the variance that the one long step adds on the way to t
+    mean = (a_after * beta * x_0 + a / a_after * s_after**2 * x_t) / s**2
+    return mean, beta * s_after**2 / s**2
+
+
+def ddpm(denoise, x, steps, noise):
     """Ancestral sampling (DDPM, 2006.11239, algorithm 2) over all T steps or any subset of them."""
-    timesteps = diffusion.timesteps(steps)
-    for t, t_prev in itertools.pairwise([*timesteps, -1]):
-        x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
-        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
-        beta = s**2 - (a / a_prev * s_prev) ** 2  # the noise that the one long step from t_prev to t adds
-        mean = (a_prev * beta * x_0 + a / a_prev * s_prev**2 * x) / s**2  # equation 7
-        x = mean + math.sqrt(beta) * s_prev / s * noise() if t_prev >= 0 else mean
+    for t, at, after in steps:
+        x, posterior_variance = posterior(denoise(x, t), x, at, after)
+        if posterior_variance:
+            x = x + math.sqrt(posterior_variance) * noise()
         yield x
 
 
-def ddim(diffusion, denoise, x, steps, noise, bound=1.0, eta=0.0):
+def ddim(denoise, x, steps, noise, eta=0.0):
     """DDIM (2010.02502, equation 12): eta = 0 is deterministic, eta = 1 as random as `ddpm`.
 
     With eta = 0 on a `RectifiedFlow` this is Euler's method.
     """
-    timesteps = diffusion.timesteps(steps)
-    for t, t_prev in itertools.pairwise([*timesteps, -1]):
-        x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
-        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
+    for t, (a, s), (a_after, s_after) in steps:
+        x_0 = denoise(x, t)
         eps = (x - a * x_0) / s
-        sigma = eta * s_prev / s * math.sqrt(s**2 - (a / a_prev * s_prev) ** 2)  # equation 16
-        x = a_prev * x_0 + math.sqrt(s_prev**2 - sigma**2) * eps
+        sigma = eta * s_after / s * math.sqrt(s**2 - (a / a_after * s_after) ** 2)  # equation 16
+        x = a_after * x_0 + math.sqrt(s_after**2 - sigma**2) * eps
         if sigma:
             x = x + sigma * noise()
         yield x
 
 
-def dpm(diffusion, denoise, x, steps, noise, bound=1.0):
+def dpm(denoise, x, steps, noise):
     """DPM-Solver++ 2M (2211.01095, algorithm 2): second order, deterministic, one network call a step."""
-    timesteps = diffusion.timesteps(steps)
     x_0_last = h_last = None
-    for t, t_prev in itertools.pairwise([*timesteps, -1]):
-        x_0 = diffusion.predict_x_0(denoise(x, t), x, t, bound)
-        if t_prev < 0:
+    for t, (a, s), (a_after, s_after) in steps:
+        x_0 = denoise(x, t)
+        if not s_after:  # the clean image
             yield x_0
             return
-        (a, s), (a_prev, s_prev) = diffusion.path[t], diffusion.path[t_prev]
-        h = math.log(a_prev / s_prev) - math.log(a / s)  # the step in log signal-to-noise
+        h = math.log(a_after / s_after) - math.log(a / s)  # the step in log signal-to-noise
         D = x_0 if x_0_last is None else x_0 + h / (2 * h_last) * (x_0 - x_0_last)
-        x = s_prev / s * x - a_prev * math.expm1(-h) * D
+        x = s_after / s * x - a_after * math.expm1(-h) * D
         x_0_last, h_last = x_0, h
         yield x
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
-
-
-def guided(model, y, scale):
-    """Classifier-free guidance (2207.12598): a `denoise` for the samplers that follows labels y (B,).
-
-    scale 0 ignores the labels, 1 follows them, above 1 exaggerates them. Both predictions of a step go through the
-    network as one batch.
-    """
-    null = torch.full_like(y, model.null_label)
-
-    def denoise(x, t):
-        t = torch.full_like(y, t)
-        if scale in (0, 1):
-            return model(x, t, y if scale else null)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        return uncond + scale * (cond - uncond)
-
-    return denoise

@@ -1,4 +1,9 @@
-"""The Diffusion Transformer (DiT, arXiv 2212.09748): patches in, blocks, patches out."""
+"""The Diffusion Transformer (DiT, arXiv 2212.09748): patches in, blocks, patches out.
+
+    python dit.py      prints the shapes on the way through the network, its parameters and its Gflops
+"""
+
+import math
 
 import torch
 from torch import nn
@@ -7,50 +12,59 @@ from torch.utils.checkpoint import checkpoint
 from dit_block import DiTBlock, modulate
 from time_emb import TimeEmbedding
 
-
-def patchify(x, patch_size):
-    """Cuts images into square patches, row by row: (B, C, H, W) -> (B, N, p * p * C)."""
-    B, C, H, W = x.shape
-    p = patch_size
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
-    return x.reshape(B, (H // p) * (W // p), p * p * C)
+# The sizes and patches of an input are tuples with a number for each of its axes: (H, W) of an image, (T, H, W) of a
+# clip. Its grid is how many patches there are along each.
 
 
-def unpatchify(x, patch_size, channels):
-    """Lays the patches of a square image out again, the inverse of `patchify`: (B, N, p * p * C) -> (B, C, H, W)."""
-    B, N, _ = x.shape
-    p, side = patch_size, round(N**0.5)
-    x = x.view(B, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
-    return x.reshape(B, channels, side * p, side * p)
+def patchify(x, patch):
+    """Cuts x (B, C, *size) into patches, row by row -> (B, N, prod(patch) * C)."""
+    B, C, *size = x.shape
+    axes = len(size)
+    grid = [s // p for s, p in zip(size, patch, strict=True)]
+    x = x.reshape(B, C, *[n for pair in zip(grid, patch, strict=True) for n in pair])   # (B, C, H/p, p, W/p, p)
+    outer, inner = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+    return x.permute(0, *outer, *inner, 1).reshape(B, math.prod(grid), math.prod(patch) * C)
 
 
-def sincos_positions(side, hidden_size):
-    """Fixed 2-D positions (1, side * side, D), as in the paper's code: half of D for the column, half for the row."""
-    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies               # (side, D/4)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)                                # (side, D/2)
-    columns, rows = waves.expand(side, -1, -1), waves[:, None].expand(-1, side, -1)       # (side, side, D/2)
-    return torch.cat([columns, rows], dim=2).reshape(1, side * side, hidden_size).float()
+def unpatchify(x, patch, grid):
+    """Lays the patches x (B, N, prod(patch) * C) of a grid out again, the inverse of `patchify` -> (B, C, *size)."""
+    axes = len(grid)
+    x = x.view(len(x), *grid, *patch, -1)                                               # (B, H/p, W/p, p, p, C)
+    pairs = [axis for i in range(axes) for axis in (1 + i, 1 + axes + i)]
+    x = x.permute(0, -1, *pairs)                                                        # (B, C, H/p, p, W/p, p)
+    return x.reshape(*x.shape[:2], *[n * p for n, p in zip(grid, patch, strict=True)])
+
+
+def sincos_positions(grid, hidden_size):
+    """Fixed positions of a grid's patches (1, N, D): an equal share of D for each axis, the last axis first, as in the
+    paper's code. Channels that cannot be shared equally (three axes of a width such as 128) are zero."""
+    half = hidden_size // len(grid) // 2
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
+    angles = [place.flatten()[:, None] * frequencies for place in reversed(places)]                  # each (N, half)
+    waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+    positions = torch.cat(waves, dim=1)                                                              # (N, 2 half axes)
+    return nn.functional.pad(positions, (0, hidden_size - positions.shape[1]))[None].float()
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch of an image as a token that knows its place. forward: (B, C, H, W) -> (B, N, D)"""
+    """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D)"""
 
-    def __init__(self, image_size, patch_size, channels, hidden_size):
+    def __init__(self, grid, patch, channels, hidden_size):
         super().__init__()
-        self.patch_size = patch_size
-        self.linear = nn.Linear(patch_size * patch_size * channels, hidden_size)
-        self.register_buffer("positions", sincos_positions(image_size // patch_size, hidden_size), persistent=False)
+        self.patch = patch
+        self.linear = nn.Linear(math.prod(patch) * channels, hidden_size)
+        self.register_buffer("positions", sincos_positions(grid, hidden_size), persistent=False)
 
     def forward(self, x):
-        x = patchify(x, self.patch_size).to(self.linear.weight.dtype)
+        x = patchify(x, self.patch).to(self.linear.weight.dtype)
         return self.linear(x) + self.positions
 
 
 class FinalLayer(nn.Module):
     """Tokens back to patches, behind one more modulated LayerNorm.
 
-    forward: x (B, N, D), c (B, D) -> (B, N, p * p * C)
+    forward: x (B, N, D), c (B, D) -> (B, N, out_size)
     """
 
     def __init__(self, hidden_size, out_size):
@@ -60,36 +74,38 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_size)
 
     def forward(self, x, c):
-        shift, scale = self.modulation(c).chunk(2, dim=1)       # (B, D)
+        shift, scale = self.modulation(c).chunk(2, dim=1)       # each (B, D)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class DiT(nn.Module):
-    """Predicts from a noisy image, its step and its label what `Diffusion.target` says, computed in the type of its
-    weights.
+    """Predicts a process's target from x_t, t and the label, in the type of its weights.
 
-    forward: x (B, C, H, W) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
-    label (no label) -> (B, C, H, W), of the type of x. A plain number as t or y holds for all images. Raises TypeError
-    when x holds integers.
+    forward: x (B, C, *input_size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the
+    null label (no label) -> like x. A plain number as t or y holds for all of the batch. Raises TypeError when x holds
+    integers.
 
+    input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
+    time_spacing: see `time_emb.sinusoids`.
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
-    def __init__(self, image_size=28, patch_size=7, channels=1, num_classes=10, hidden_size=128, depth=4, num_heads=4,
-                 mlp_ratio=4.0, recompute=False):
+    def __init__(self, input_size=(28, 28), patch_size=(7, 7), channels=1, num_classes=10, hidden_size=128, depth=4,
+                 num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+        size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
+        if len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
+            raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4 and of num_heads {num_heads}")
-        self.patch_size, self.channels, self.null_label = patch_size, channels, num_classes
-        self.recompute = recompute
-        self.patch_embedding = PatchEmbedding(image_size, patch_size, channels, hidden_size)
-        self.time_embedding = TimeEmbedding(hidden_size)
+        self.null_label, self.recompute = num_classes, recompute
+        self.patch, self.grid = patch, [s // p for s, p in zip(size, patch, strict=True)]
+        self.patch_embedding = PatchEmbedding(self.grid, patch, channels, hidden_size)
+        self.time_embedding = TimeEmbedding(hidden_size, spacing=time_spacing)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * channels)
+        self.final_layer = FinalLayer(hidden_size, math.prod(patch) * channels)
         self.initialize()
 
     def initialize(self):
@@ -109,10 +125,43 @@ class DiT(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
         t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
-        x = self.patch_embedding(x)                               # (B, N, D)
-        c = self.time_embedding(t) + self.label_embedding(y)      # (B, D)
-        for block in self.blocks:                                 # (B, N, D)
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
-        x = self.final_layer(x, c)                                # (B, N, p * p * C)
-        return unpatchify(x, self.patch_size, self.channels).to(dtype)  # (B, C, H, W)
+        x = self.patch_embedding(x)                                    # (B, N, D)
+        c = self.time_embedding(t) + self.label_embedding(y)           # (B, D)
+        for block in self.blocks:
+            x = self.run_block(block, x, c)                            # (B, N, D)
+        x = self.final_layer(x, c)                                     # (B, N, prod(patch) * C)
+        return unpatchify(x, self.patch, self.grid).to(dtype)          # (B, C, *size)
+
+    def run_block(self, block, x, c):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
+
+
+def build_model(config):
+    """The untrained `DiT` of a `Config` whose sizes are all known."""
+    return DiT(config.image_size, config.patch_size, config.channels, config.num_classes, config.hidden_size,
+               config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute)
+
+
+def main():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x, t, y = DiT(), torch.randn(1, 1, 28, 28), torch.tensor([5]), torch.tensor([1])
+    parts = {"patch embedding": model.patch_embedding, "time embedding": model.time_embedding,
+             "label embedding": model.label_embedding, "blocks": model.blocks, "final layer": model.final_layer}
+    print(f"x (B, C, H, W)        {tuple(x.shape)}")
+    print(f"patches (B, N, ppC)   {tuple(patchify(x, model.patch).shape)}")
+    print(f"tokens (B, N, D)      {tuple(model.patch_embedding(x).shape)}")
+    print(f"c (B, D)              {tuple((model.time_embedding(t) + model.label_embedding(y)).shape)}")
+    with FlopCounterMode(display=False) as counter:
+        output = model(x, t, y)
+    print(f"output (B, C, H, W)   {tuple(output.shape)}, all {output.unique().item():g} before training\n")
+    for name, part in parts.items():
+        print(f"{name:16} {sum(p.numel() for p in part.parameters()):10,} parameters")
+    print(f"{'in all':16} {sum(p.numel() for p in model.parameters()):10,} parameters, "
+          f"{counter.get_total_flops() / 1e9:.4f} Gflops for an image")
+
+
+if __name__ == "__main__":
+    main()

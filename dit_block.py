@@ -1,4 +1,7 @@
-"""One transformer block, steered by the time and the label through adaLN-Zero."""
+"""One transformer block, steered by time and label through adaLN-Zero.
+
+    python dit_block.py      shows that an untrained block is the identity, and what a gate lets through
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +9,21 @@ from torch import nn
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D) scaled and shifted per image by shift and scale (B, D); both zero leave x as it is."""
+    """x (B, N, D) scaled and shifted per image by shift and scale (B, D): x * (1 + scale) + shift."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def add_gated(x, gate, update):
+    """x + gate * update, for x and update (B, N, D) and gate (B, D)."""
+    return torch.addcmul(x, gate[:, None], update)
+
+
+def attend(q, k, v):
+    """Scaled dot-product attention (1706.03762, equation 1) of q, k, v, each (B, h, N, D/h) -> (B, h, N, D/h)."""
+    if q.is_cpu and q.dtype == torch.bfloat16:  # which torch's own attention computes in fp32 there, or slowly
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -23,17 +39,13 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, h, N, D/h)
-        if x.is_cpu and x.dtype == torch.bfloat16:  # which torch's own attention computes in fp32 there, or slowly
-            weights = (q @ k.mT * (D // self.num_heads) ** -0.5).softmax(dim=-1, dtype=torch.float32)
-            x = weights.to(x.dtype) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)                       # (B, h, N, D/h)
+        x = attend(q, k, v)                                                   # (B, h, N, D/h)
         return self.out(x.transpose(1, 2).reshape(B, N, D))                   # (B, N, D)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm whose shift and scale, and each before a gate that, are computed from
-    the conditioning c (DiT, 2212.09748, figure 3). The gates start at zero: an untrained block is the identity.
+    """Attention and MLP, each between a LayerNorm with a shift and a scale, and a gate: all computed from the
+    conditioning c (DiT, 2212.09748, figure 3). The gates start at zero: an untrained block is the identity.
 
     forward: x (B, N, D), c (B, D) -> (B, N, D)
     """
@@ -48,7 +60,21 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).chunk(6, dim=1)               # (B, D)
-        x = torch.addcmul(x, gate_1[:, None], self.attention(modulate(self.norm_1(x), shift_1, scale_1)))  # (B, N, D)
-        x = torch.addcmul(x, gate_2[:, None], self.mlp(modulate(self.norm_2(x), shift_2, scale_2)))        # (B, N, D)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).chunk(6, dim=1)       # each (B, D)
+        x = add_gated(x, gate_1, self.attention(modulate(self.norm_1(x), shift_1, scale_1)))          # (B, N, D)
+        x = add_gated(x, gate_2, self.mlp(modulate(self.norm_2(x), shift_2, scale_2)))                # (B, N, D)
         return x
+
+
+if __name__ == "__main__":
+    block, x, c = DiTBlock(128, 4), torch.randn(2, 16, 128), torch.randn(2, 128)
+    print(f"x {tuple(x.shape)}: 2 images of 16 tokens of 128;  c {tuple(c.shape)}: time and label of each")
+    print(f"parameters: attention {sum(p.numel() for p in block.attention.parameters()):,}, MLP "
+          f"{sum(p.numel() for p in block.mlp.parameters()):,}, modulation "
+          f"{sum(p.numel() for p in block.modulation.parameters()):,}")
+    for layer in (block.modulation[1],):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    print(f"gates at zero, as at the start of training: the block changes x by {(block(x, c) - x).abs().max():.3g}")
+    nn.init.ones_(block.modulation[1].bias[2 * 128:3 * 128])
+    print(f"gate of the attention at one: the block changes x by {(block(x, c) - x).abs().max():.3g}")

@@ -121,7 +121,7 @@ def main():
         print(f"{config.dataset} has only {count:,} training images: {args.real} gets them all", file=sys.stderr)
     # Both folders are looked at before either is filled
     real = open_folder(args.real, count, {"dataset": config.dataset, "data": data.fingerprint, "seed": 0,
-                                          "image_size": config.image_size, "channels": config.channels})
+                                          "image_size": list(config.image_size), "channels": config.channels})
     fake = open_folder(args.fake, args.count, {
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
         **{name: getattr(config, name) for name in SAMPLING}})

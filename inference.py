@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build_diffusion, load_model
+from checkpoint import load_model
 from config import SAMPLING, add_flags, given_flags
-from dataset import to_uint8
-from diffusion import SAMPLERS, guided
+from dataset import BOUND, to_uint8
+from diffusion import SAMPLERS, build_process
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
@@ -50,7 +50,7 @@ def noise_source(seed, indices, shape, device, calls=1):
 
 
 @torch.no_grad()
-def sample(model, config, labels, indices=None, bound=1.0):
+def sample(model, config, labels, indices=None):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
@@ -60,15 +60,16 @@ def sample(model, config, labels, indices=None, bound=1.0):
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    shape = (config.channels, config.image_size, config.image_size)
+    shape = (config.channels, *config.image_size)
     noise = noise_source(config.seed, indices, shape, labels.device, config.sample_steps)
-    sampler = SAMPLERS[config.sampler]
-    if config.sampler == "ddim":
-        sampler = functools.partial(sampler, eta=config.eta)
-    start = noise()
-    yield start[:B]
-    denoise = guided(model, labels, config.guidance)
-    for x in sampler(build_diffusion(config), denoise, start, config.sample_steps, noise, bound):
+    process, options = build_process(config), {"eta": config.eta} if config.sampler == "ddim" else {}
+
+    def denoise(x, t):
+        return process.denoise(model, x, t, labels, config.guidance, BOUND)
+
+    x = noise()
+    yield x[:B]
+    for x in SAMPLERS[config.sampler](denoise, x, process.descending_steps(config.sample_steps), noise, **options):
         yield x[:B]
 
 
@@ -80,11 +81,11 @@ def generate(model, config, labels, indices=None):
 def batch_that_fits(config, device):
     """How many images to draw at once: an estimate, on the safe side, of what half of a GPU's free memory, or 2 GB of
     any other, holds; at most 4,096 on a GPU, and elsewhere 500, beyond which nothing gets quicker."""
-    tokens = (config.image_size // config.patch_size) ** 2
+    tokens = math.prod(config.image_size) // math.prod(config.patch_size)
     # What a block keeps for a token: qkv, its output and the MLP's two, in fp32; with guidance for two images
     floats = 2 * tokens * config.hidden_size * (8 + 2 * config.mlp_ratio)
     floats += 2 * tokens**2 * config.num_heads  # where attention has no kernel of its own
-    floats += 20 * config.channels * config.image_size**2  # the states, and noise drawn ahead
+    floats += 20 * config.channels * math.prod(config.image_size)  # the states, and noise drawn ahead
     free, most = (torch.cuda.mem_get_info(device)[0] / 2, 4096) if device.type == "cuda" else (2e9, 500)
     return int(min(max(free / (4 * floats), 1), most))
 

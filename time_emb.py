@@ -1,4 +1,7 @@
-"""The diffusion step t as a vector: sinusoids of many frequencies, then a small MLP."""
+"""The diffusion step t as a vector: sinusoids of many frequencies, then a small MLP.
+
+    python time_emb.py      writes time_emb.png: the sinusoids of every step
+"""
 
 import math
 
@@ -6,23 +9,27 @@ import torch
 from torch import nn
 
 
-class TimeEmbedding(nn.Module):
-    """Embeds diffusion steps, as "Attention is all you need" (1706.03762, section 3.5) embeds positions.
+def sinusoids(t, count, spacing="dit"):
+    """`count` sinusoids of each t (B,): sines, then cosines, (B, count), float32 (1706.03762, section 3.5).
 
-    Frequencies fall geometrically from 1 to 1/10000, spaced by log(10000) / (half - 1). They suit t in 0..1000: a t in
-    0..1 would leave most of the sinusoids flat.
-
-    forward: t (B,), integers or floats in 0..1000 -> (B, hidden_size)
+    Frequencies fall geometrically from 1 to about 1/10000. They suit t in 0..1000: a t in 0..1 would leave most of them
+    flat. spacing of their logarithms: "dit", log(10000) / half, of DiT's official code, or "article",
+    log(10000) / (half - 1).
     """
+    half = count // 2
+    gap = math.log(10000) / (half if spacing == "dit" else half - 1)
+    angles = t[:, None].float() * torch.exp(-gap * torch.arange(half, device=t.device))  # (B, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)                                # (B, 2 half)
 
-    def __init__(self, hidden_size, num_sinusoids=256):
+
+class TimeEmbedding(nn.Module):
+    """Embeds diffusion steps by their sinusoids and an MLP. forward: t (B,), integers or floats in 0..1000 -> (B, D)"""
+
+    def __init__(self, hidden_size, num_sinusoids=256, spacing="dit"):
         super().__init__()
-        self.num_sinusoids = num_sinusoids
+        self.num_sinusoids, self.spacing = num_sinusoids, spacing
         self.mlp = nn.Sequential(nn.Linear(num_sinusoids, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        half = self.num_sinusoids // 2
-        frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))  # (half,)
-        angles = t[:, None].float() * frequencies                                                     # (B, half)
-        waves = torch.cat([angles.sin(), angles.cos()], dim=1)                                        # (B, 2 half)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))                                           # (B, D)
+        waves = sinusoids(t, self.num_sinusoids, self.spacing)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))

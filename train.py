@@ -18,6 +18,7 @@ from support.run_log import RunLog, draw_loss
 import contextlib
 import copy
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -27,14 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import build_diffusion, build_model, load_checkpoint, save_checkpoint
-from config import PRESETS, Config, add_flags, divisors, given_flags
+from checkpoint import load_checkpoint, save_checkpoint
+from config import PRESETS, SIZES, Config, add_flags, as_size, given_flags, show_divisors, show_size
 from dataset import load_dataset, to_float, to_uint8
+from diffusion import Process, build_process
+from dit import build_model
 from inference import sample
 
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
               "guidance", "eta", "compile", "recompute", "shard")
+ADAMW_BETAS = (0.9, 0.99)
+EMA_WARMUP = 10  # steps, about
 AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size")  # "auto" or 0: as resolved at the start
 
 
@@ -47,10 +52,10 @@ class Run:
     worker: Any                     # computes the gradients: the model, or its bfloat16 copy; perhaps wrapped
     ema: torch.nn.Module            # the moving average of the weights, which draws every sample
     optimizers: list
-    diffusion: Any
+    process: Process
 
 
-def make_batch(images, labels, diffusion, config, step, part=slice(None)):
+def make_batch(images, labels, process, config, step, part=slice(None)):
     """What step `step` learns from: images x_0 (B, C, H, W) in [-1, 1], labels y (B,) some of which are the null label,
     times t (B,) and noise, all made on the device of `images`. part: this process's share of the B images."""
     device, B = images.device, config.batch_size
@@ -59,7 +64,7 @@ def make_batch(images, labels, diffusion, config, step, part=slice(None)):
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(seed))
     index = torch.randint(len(images), (B,), generator=generator, device=device)
-    t = diffusion.random_t(torch.rand(B, generator=generator, device=device))
+    t = process.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *images.shape[1:]), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
     y = torch.where(dropped[part], config.num_classes, labels[index[part]])
@@ -92,20 +97,19 @@ def start_run(config, device, saved=None):
             worker.compile(mode="reduce-overhead" if device.type == "cuda" else None)
         worker = parallel.share_gradients(worker)
     others, matrices = split_parameters(model, config.optimizer == "muon")
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(others, betas=ADAMW_BETAS, weight_decay=config.weight_decay, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype))
     if saved:
         for optimizer, state, weights in zip(optimizers, saved["optimizers"], (others, matrices), strict=False):
             state = parallel.shard_state(state, weights) if config.shard else state
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return Run(config, model, worker, ema, optimizers, build_diffusion(config, device))
+    return Run(config, model, worker, ema, optimizers, build_process(config, device))
 
 
 def train_step(run, batch, step):
     """One optimizer step on a batch of `make_batch`. Returns the loss of each image (B,), not averaged."""
-    config, diffusion = run.config, run.diffusion
-    x_0, y, t, noise = batch
+    config, (x_0, y, t, noise) = run.config, batch
     weights, copies = list(run.model.parameters()), list(run.worker.parameters())
     copied = copies[0] is not weights[0]
     if copied:  # round the weights anew: nothing is then cast within the network, where autocast casts at every layer
@@ -113,9 +117,7 @@ def train_step(run, batch, step):
             torch._foreach_copy_(copies, weights)
 
     # Compute the gradients.
-    x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
-    error = (run.worker(x_t, t, y) - diffusion.target(x_0, noise)) * diffusion.error_scale[t].view(-1, 1, 1, 1)
-    losses = (error.abs() if config.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
     # The mean over the whole batch, once the processes' gradients are averaged
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     if copied:
@@ -132,7 +134,7 @@ def train_step(run, batch, step):
         optimizer.zero_grad()
 
     # Update the averages.
-    decay = min(config.ema_decay, (step + 1) / (step + 10))  # the first, useless weights are soon forgotten
+    decay = min(config.ema_decay, (step + 1) / (step + EMA_WARMUP))  # the first, useless weights are soon forgotten
     with torch.no_grad():
         torch._foreach_lerp_(parallel.own_shards(run.ema.parameters()), parallel.own_shards(weights), 1 - decay)
     return losses.detach()
@@ -182,12 +184,14 @@ def can_compile(device):
 
 def resolve(config, data, device):
     """The configuration with all filled in that the data set and the device decide."""
-    C, H = data.images.shape[1:3]
-    if not config.patch_size and H % 4:
-        raise UserError(f"image_size {H} cannot be cut into 4 x 4 patches: set --patch-size to one of {divisors(H)}, "
-                        f"or --image-size to {round(H / 4) * 4 or 4}")
-    return dataclasses.replace(config, dataset=data.name, image_size=H, channels=C, num_classes=len(data.classes),
-                               classes=tuple(data.classes), patch_size=config.patch_size or H // 4,
+    C, *size = data.images.shape[1:]
+    if not config.patch_size and any(side % 4 for side in size):
+        near = show_size([round(side / 4) * 4 or 4 for side in size])
+        raise UserError(f"image_size {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size to one of "
+                        f"{show_divisors(size)}, or --image-size to {near}")
+    return dataclasses.replace(config, dataset=data.name, image_size=tuple(size), channels=C,
+                               num_classes=len(data.classes), classes=tuple(data.classes),
+                               patch_size=config.patch_size or tuple(side // 4 for side in size),
                                precision=resolve_precision(config.precision, device),
                                compile=config.compile and can_compile(device))
 
@@ -201,8 +205,8 @@ def configure(settings, path, resume):
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
     config = saved["config"]
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in CHANGEABLE and value != getattr(config, name)
-                   and not (name in AUTOMATIC and value in ("auto", 0))]
+                   if name not in CHANGEABLE and (as_size(value) if name in SIZES else value) != getattr(config, name)
+                   and not (name in AUTOMATIC and value in ("auto", 0, ()))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
     config = dataclasses.replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings})
@@ -216,10 +220,11 @@ def announce(config, data, model, device, start, run_dir):
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
     colour = {1: "grey", 3: "colour"}.get(config.channels, f"{config.channels} channels")
-    print(f"data      {config.dataset}: {len(data.images):,} images of {config.image_size} x {config.image_size}, "
+    height, width = config.image_size
+    print(f"data      {config.dataset}: {len(data.images):,} images of {height} x {width}, "
           f"{colour}, classes {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
-          f"{config.hidden_size}, {(config.image_size // config.patch_size) ** 2} tokens")
+          f"{config.hidden_size}, {math.prod(model.grid)} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
           f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
     print(f"results   {run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
@@ -281,7 +286,7 @@ def train_on(config, data, saved, run_dir, device):
         if saved and due(config.sample_every) and not samples().exists():  # it was killed before it could
             draw_samples(run, samples(), device, stop)
         for step in range(start, config.steps):
-            batch = make_batch(images, labels, run.diffusion, config, step, parallel.share(config.batch_size))
+            batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
             done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
             log_now, save_now = due(config.log_every), due(config.checkpoint_every) or stopped

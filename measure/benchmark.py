@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -27,8 +28,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint import build_model
 from config import PRESETS, Config, add_flags, given_flags
+from dit import build_model
 from inference import CHECKPOINTS, sample, say_default
 from train import make_batch, start_run, train_step
 
@@ -40,7 +41,7 @@ DIGITS = dict(image_size=28, channels=1, num_classes=10)
 def configuration(preset, flags):
     sizes = DIGITS if preset in ("default", "article") else LATENTS
     config = Config(**sizes | PRESETS[preset] | flags)
-    return config if config.patch_size else dataclasses.replace(config, patch_size=config.image_size // 4)
+    return config if config.patch_size else dataclasses.replace(config, patch_size=config.image_size[0] // 4)
 
 
 def seconds_per_call(call, device, at_least):
@@ -82,7 +83,7 @@ def flops(call):
 def matrix_rate(config, device, dtype, batch_size, at_least):
     """FLOP/s of plain matrix products of this network's most frequent shape: tokens by D by 4 D, forward and
     backward."""
-    rows, D, M = (batch_size * (config.image_size // config.patch_size) ** 2, config.hidden_size,
+    rows, D, M = (batch_size * math.prod(config.image_size) // math.prod(config.patch_size), config.hidden_size,
                   int(config.hidden_size * config.mlp_ratio))
     x, w, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, D), (D, M), (rows, M)))
     seconds = seconds_per_call(lambda _: (x @ w, g @ w.T, x.T @ g), device, at_least)
@@ -95,13 +96,13 @@ def measure(what, config, device, at_least):
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     torch.manual_seed(config.seed)
     count, steps = config.batch_size, 1
-    images = torch.randint(256, (4096, config.channels, config.image_size, config.image_size), dtype=torch.uint8)
+    images = torch.randint(256, (4096, config.channels, *config.image_size), dtype=torch.uint8)
     images, labels = images.to(device), torch.randint(config.num_classes, (4096,)).to(device)
     if what == "train":
         training = start_run(config, device)
 
         def call(i):
-            train_step(training, make_batch(images, labels, training.diffusion, config, i), i)
+            train_step(training, make_batch(images, labels, training.process, config, i), i)
     elif what == "draw":
         model = build_model(config).to(device, dtype).eval()
         y = labels[:count]
@@ -117,8 +118,8 @@ def measure(what, config, device, at_least):
     operations = flops(lambda: call(1)) * steps
     seconds = seconds_per_call(call, device, at_least) * (steps + 1 if what == "draw" else 1)
     rate = matrix_rate(config, device, dtype, count, at_least / 5)
-    return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate, "memory": peak_memory(device),
-            "precision": str(dtype).removeprefix("torch."), "count": count}
+    return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate,
+            "memory": peak_memory(device), "precision": str(dtype).removeprefix("torch."), "count": count}
 
 
 def diffusers_step(config, device, images, labels):
@@ -128,7 +129,8 @@ def diffusers_step(config, device, images, labels):
     model = DiTTransformer2DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.channels, out_channels=config.channels, num_layers=config.depth,
-        sample_size=config.image_size, patch_size=config.patch_size, num_embeds_ada_norm=config.num_classes).to(device)
+        sample_size=config.image_size[0], patch_size=config.patch_size[0],
+        num_embeds_ada_norm=config.num_classes).to(device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scheduler = DDPMScheduler(config.T)

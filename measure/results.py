@@ -11,6 +11,7 @@ from support.pictures import check_picture, grid
 
 import dataclasses
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def runs(args, judge, real):
             cells.append(format(statistics.mean(values), form))
             if len(values) > 1:
                 cells[-1] += f" ± {format(statistics.stdev(values), form)}"
-        tokens = (config.image_size // config.patch_size) ** 2
+        tokens = math.prod(config.image_size) // math.prod(config.patch_size)
         network = f"{config.process}, {config.depth} blocks, {tokens} tokens of {config.hidden_size}"
         print(f"| {network}, {config.steps:,} steps | {network_calls(config)} | {' | '.join(cells)} |")
         point = (statistics.mean(result[name] for result in results) for name in ("seconds", "accuracy", "frechet"))
@@ -146,7 +147,7 @@ def main():
         check_picture(args.out / name)
     args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     configs = [load_checkpoint(path)["config"] for path in args.paths]
-    kinds = {((config.channels, config.image_size, config.image_size), config.dataset) for config in configs}
+    kinds = {((config.channels, *config.image_size), config.dataset) for config in configs}
     if len(kinds) > 1:
         raise UserError(f"runs of several kinds of images do not compare: {', '.join(sorted(map(str, kinds))):.150}")
     (shape, dataset), = kinds

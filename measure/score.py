@@ -321,7 +321,7 @@ def main():
         judge = open_judge(fakes.shape[1:], getattr(args, "data_dir", "."), pick_device(args.device))
     else:
         model, config = load_for_sampling(args)
-        judge = open_judge((config.channels, config.image_size, config.image_size), config.data_dir,
+        judge = open_judge((config.channels, *config.image_size), config.data_dir,
                            next(model.parameters()).device, config.dataset)
         fakes, labels = draw_fakes(model, config, args.count or min(10_000, len(judge.train.images)))
         print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "

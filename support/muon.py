@@ -4,6 +4,8 @@ from collections import defaultdict
 
 import torch
 
+ADAMW_RMS = 0.2  # the root mean square of AdamW's updates, which ours are scaled to
+
 
 def orthogonalize(matrices, steps=4):
     """The nearest matrices with all singular values near 1: (K, M, N) -> (K, M, N), by the quintic Newton-Schulz
@@ -47,7 +49,7 @@ class Muon(torch.optim.Optimizer):
                 looked_ahead = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov's
                 updates = orthogonalize(looked_ahead.to(self.dtype)).to(weights[0].dtype)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(M, N) ** 0.5 * group["lr"])
+                torch._foreach_add_(weights, updates.unbind(), alpha=-ADAMW_RMS * max(M, N) ** 0.5 * group["lr"])
 
 
 def split_parameters(network, muon):

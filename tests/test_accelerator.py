@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import inference
 import train
-from checkpoint import build_diffusion, build_model
 from config import Config
-from diffusion import SAMPLERS
+from diffusion import SAMPLERS, build_process
+from dit import build_model
 from train import start_run, train_step
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
@@ -38,14 +38,14 @@ def fake(monkeypatch):
     def make_process(config, device="cpu"):
         """The process computes with the values of its schedule, so it is made of real tensors, and they made fake."""
         with unset_fake_temporarily():
-            diffusion = build_diffusion(config)
+            diffusion = build_process(config)
         for name in ("signal", "noise", "error_scale"):
             setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
         return diffusion
 
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
     for module in (train, inference):
-        monkeypatch.setattr(module, "build_diffusion", make_process)
+        monkeypatch.setattr(module, "build_process", make_process)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield
 
@@ -64,7 +64,7 @@ def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypa
             weight.grad = torch.zeros_like(weight)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    t = run.diffusion.random_t(torch.rand(4, device=CUDA))
+    t = run.process.random_t(torch.rand(4, device=CUDA))
     x_0, noise = torch.randn(2, 4, 1, 8, 8, device=CUDA)
     losses = train_step(run, (x_0, torch.arange(4, device=CUDA), t, noise), 0)
     with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
@@ -91,7 +91,7 @@ def test_sampling(process, sampler, fake, monkeypatch):
 
 @pytest.mark.parametrize("process", ["flow", "ddpm"])
 def test_schedules_are_gathered_from_where_the_images_are(process):
-    diffusion = build_diffusion(dataclasses.replace(CONFIG, process=process), torch.device("meta"))
+    diffusion = build_process(dataclasses.replace(CONFIG, process=process), torch.device("meta"))
     assert {diffusion.signal.device.type, diffusion.noise.device.type, diffusion.error_scale.device.type} == {"meta"}
     assert diffusion.signal.dtype == torch.float32  # MPS has no float64
 
@@ -104,7 +104,7 @@ def test_numbers_for_times_and_labels(fake):
 def test_times_to_train_on_have_a_kernel_everywhere():
     """The normal quantile by erfinv, which MPS has, is that of ndtri, which it has not."""
     u = (torch.arange(10_000) + 0.5) / 10_000
-    t = build_diffusion(CONFIG).random_t(u)
+    t = build_process(CONFIG).random_t(u)
     exact = (torch.special.ndtri(u.double()).sigmoid() * CONFIG.T).long()
     assert (t - exact).abs().max() <= 1 and (t == exact).float().mean() > 0.999
     assert np.array_equal(np.sort(t), t)

@@ -15,8 +15,9 @@ from conftest import TINY, assert_refused, same
 import checkpoint
 import inference
 import train
-from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
+from dit import build_model
 
 CONFIG = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
                 num_heads=2)

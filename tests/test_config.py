@@ -10,7 +10,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from config import PRESETS, Config, add_flags, given_flags
+from config import PRESETS, SIZES, Config, add_flags, given_flags
+from diffusion import DDPM
 
 
 def parse(*words, names=None):
@@ -28,7 +29,7 @@ def test_article_preset():
     article = Config(**PRESETS["article"])
     assert (article.T, article.process, article.beta_start, article.beta_end) == (1000, "ddpm", 1e-4, 0.02)
     assert (article.loss, article.sampler, article.sample_steps) == ("l1", "ddpm", 1000)
-    assert (article.patch_size, article.hidden_size, article.depth, article.num_heads) == (4, 64, 3, 4)
+    assert (article.patch_size, article.hidden_size, article.depth, article.num_heads) == ((4, 4), 64, 3, 4)
 
 
 def test_flags_are_the_fields_and_hold_only_what_was_given():
@@ -39,6 +40,8 @@ def test_flags_are_the_fields_and_hold_only_what_was_given():
         name = field.name.replace("_", "-")
         if field.type is bool:
             assert parse("--" + name) == {field.name: True} and parse("--no-" + name) == {field.name: False}
+        elif field.name in SIZES:
+            assert parse("--" + name, "28x20") == {field.name: (28, 20)} and parse("--" + name, "0") == {field.name: ()}
         elif "help" in field.metadata:
             assert parse("--" + name, str(field.default)) == {field.name: field.default}
 
@@ -61,6 +64,38 @@ def test_bad_values(values):
         Config(**values)
     message = str(caught.value)
     assert any(name in message for name in values) and "\n" not in message
+
+
+@pytest.mark.parametrize(("given", "size"), [(28, (28, 28)), ("28", (28, 28)), ("28x20", (28, 20)),
+                                             ([28, 20], (28, 20)), ((28, 20), (28, 20)), (0, ()), ("0", ()), ((), ())])
+def test_sizes(given, size):
+    assert Config(image_size=given, patch_size=()).image_size == size
+
+
+@pytest.mark.parametrize("given", [-1, 1025, "x", "28x", "28x20x3", "x28", (28,), (28, 20, 3), (28, 0), (28.0, 28),
+                                   None, True, "2000", 2.5])
+def test_sizes_that_are_none(given):
+    with pytest.raises(UserError, match="image_size") as caught:
+        Config(image_size=given)
+    assert "\n" not in str(caught.value)
+
+
+def test_patches_that_do_not_divide_name_what_does():
+    with pytest.raises(UserError, match=r"5 does not divide image_size 28: choose one of \[1, 2, 4, 7, 14, 28\]"):
+        Config(image_size=28, patch_size=5)
+    with pytest.raises(UserError, match=r"7 does not divide image_size 28x20: .*\[1, 2, 4, 7, 14, 28\] x \[1, 2, 4, 5"):
+        Config(image_size=(28, 20), patch_size=7)
+    assert Config(image_size=(28, 20), patch_size=(7, 5)).patch_size == (7, 5)
+
+
+def test_a_signal_too_small_for_a_float():
+    with pytest.raises(UserError, match="beta_end"):
+        Config(process="ddpm", beta_end=0.999)
+    with pytest.raises(UserError, match="T"):
+        Config(process="ddpm", T=100_000)
+    config = Config(process="ddpm", beta_end=0.03)
+    assert config.log_signal() == pytest.approx(DDPM(beta_end=0.03).alphas_cumprod[-1].log().item() / 2)
+    Config(process="flow", beta_end=0.999)  # which has no betas
 
 
 def test_whole_numbers_are_floats_too():

@@ -4,36 +4,48 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion import SAMPLERS, Diffusion, RectifiedFlow, ddim, ddpm, dpm, guided
+from diffusion import DDPM, SAMPLERS, RectifiedFlow, ddim, ddpm, dpm, per_image, posterior
 
-PROCESSES = {"ddpm": Diffusion, "flow": RectifiedFlow}
+PROCESSES = {"ddpm": DDPM, "flow": RectifiedFlow}
 
 
 def scheduler(kind, **options):
     return kind(1000, 1e-4, 0.02, "linear", **options)
 
 
-def exact_denoiser(diffusion, mean, std):
-    """What a perfect network answers on data that are N(mean, std^2), pixel by pixel."""
+def exact_denoiser(process, mean, std):
+    """The denoiser of a perfect network on data that are N(mean, std^2), pixel by pixel: E[x_0 | x_t]."""
 
     def denoise(x, t):
-        a, s = diffusion.path[t]
-        x_0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)  # E[x_0 | x_t]
-        return diffusion.target(x_0, (x - a * x_0) / s)
+        a, s = process.path[t]
+        return mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
 
     return denoise
 
 
-def each_step(sampler, diffusion, x, steps, noise, bound=1.0, **options):
+class Network(torch.nn.Module):
+    """A made-up network of one value, that keeps what it was asked and its answers."""
+
+    null_label = 10
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((t[0].item(), torch.sin(3 * x + t[0].item() / 100), x))
+        return self.calls[-1][1]
+
+
+def each_step(sampler, process, x, steps, noise, bound=1.0, **options):
     """The sampler's (t, output, x before, x after) at each of its steps, for a made-up network."""
-    calls = []
+    network, y = Network(), torch.zeros(len(x), dtype=torch.long)
 
     def denoise(x, t):
-        calls.append((t, torch.sin(3 * x + t / 100), x))
-        return calls[-1][1]
+        return process.denoise(network, x, t, y, 1, bound)
 
-    states = list(sampler(diffusion, denoise, x, steps, noise, bound, **options))
-    return [(*call, state) for call, state in zip(calls, states, strict=True)]
+    states = list(sampler(denoise, x, process.descending_steps(steps), noise, **options))
+    return [(*call, state) for call, state in zip(network.calls, states, strict=True)]
 
 
 def set_trailing_timesteps(theirs, steps):
@@ -42,25 +54,26 @@ def set_trailing_timesteps(theirs, steps):
 
 
 def test_schedule_equals_diffusers():
-    ours, theirs = Diffusion(), scheduler(DDPMScheduler)
+    ours, theirs = DDPM(), scheduler(DDPMScheduler)
     torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
     for t in (0, 1, 500, 999):
-        assert ours.posterior_variance[t].item() == pytest.approx(theirs._get_variance(t).item(), rel=1e-3, abs=1e-19)
+        _, variance = posterior(torch.zeros(1), torch.zeros(1), ours.path[t], ours.path[t - 1])
+        assert variance == pytest.approx(theirs._get_variance(t).item(), rel=1e-3, abs=1e-19)
 
 
 def test_schedule_of_the_article():
-    diffusion = Diffusion(T=1000)
+    diffusion = DDPM(T=1000)
     assert diffusion.betas.dtype == torch.float64
     assert diffusion.betas[0].item() == pytest.approx(1e-4) and diffusion.betas[-1].item() == pytest.approx(0.02)
-    assert diffusion.alphas_cumprod_prev[0] == 1
-    assert torch.equal(diffusion.alphas_cumprod_prev[1:], diffusion.alphas_cumprod[:-1])
+    torch.testing.assert_close(diffusion.alphas_cumprod[1:] / diffusion.alphas_cumprod[:-1], 1 - diffusion.betas[1:])
+    assert diffusion.alphas_cumprod[0] == 1 - diffusion.betas[0]
     assert diffusion.alphas_cumprod[-1] < 1e-4
 
 
 def test_moments_of_the_forward_process_at_every_t():
     """One step at a time, x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps, has the moments of the direct jump."""
-    diffusion = Diffusion(T=100, beta_end=0.1)
+    diffusion = DDPM(T=100, beta_end=0.1)
     mean, variance = 1.0, 0.0
     x_0, samples = torch.full((1, 1, 100, 100), 0.5), torch.randn(100, 1, 100, 100)
     for t in range(100):
@@ -94,7 +107,7 @@ def test_path_of_the_flow_is_straight():
 def test_times_to_train_on():
     """Uniform for ddpm; for flow the logit of the time is normal around the logarithm of the shift."""
     u = (torch.arange(100_000) + 0.5) / 100_000
-    t = Diffusion(T=10).random_t(u)
+    t = DDPM(T=10).random_t(u)
     assert t.bincount().tolist() == [10_000] * 10
     for shift in (0.5, 1, 3):
         flow = RectifiedFlow(shift=shift)
@@ -108,7 +121,7 @@ def test_times_to_train_on():
 
 def test_forward_noise_is_drawn_when_none_is_given():
     x = torch.zeros(4, 1, 50, 50)
-    x_t, noise = Diffusion().forward_add_noise(x, torch.full((4,), 999))
+    x_t, noise = DDPM().forward_add_noise(x, torch.full((4,), 999))
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     torch.testing.assert_close(x_t, noise, atol=1e-3, rtol=1e-3)
 
@@ -121,7 +134,7 @@ def test_target_leads_back_to_the_image(process):
     x_t, _ = diffusion.forward_add_noise(x_0, t, noise)
     target = diffusion.target(x_0, noise)
     for i in range(5):
-        recovered = diffusion.predict_x_0(target[i], x_t[i], t[i].item(), bound=2.0)
+        recovered = diffusion.to_x_0(target[i], x_t[i], t[i].item())
         torch.testing.assert_close(recovered, x_0[i], atol=2e-4, rtol=1e-3)
     if process == "ddpm":
         torch.testing.assert_close(x_t, scheduler(DDPMScheduler).add_noise(x_0, noise, t), atol=1e-5, rtol=1e-4)
@@ -137,7 +150,7 @@ def test_ddpm_steps_equal_diffusers(steps, monkeypatch):
         draws.append(torch.randn(1, 1, 4, 4))
         return draws[-1]
 
-    ours = each_step(ddpm, Diffusion(), torch.randn(1, 1, 4, 4), steps, noise)
+    ours = each_step(ddpm, DDPM(), torch.randn(1, 1, 4, 4), steps, noise)
     assert [t for t, *_ in ours] == timesteps
     for i in (0, 1, steps // 2, steps - 2, steps - 1):
         t, output, before, after = ours[i]
@@ -158,7 +171,7 @@ def test_ddim_steps_equal_diffusers(eta, steps):
         draws.append(torch.randn(1, 1, 4, 4))
         return draws[-1]
 
-    ours = each_step(ddim, Diffusion(), torch.randn(1, 1, 4, 4), steps, noise, eta=eta)
+    ours = each_step(ddim, DDPM(), torch.randn(1, 1, 4, 4), steps, noise, eta=eta)
     assert [t for t, *_ in ours] == timesteps
     for i in (0, 1, steps // 2, steps - 2, steps - 1):
         t, output, before, after = ours[i]
@@ -173,7 +186,7 @@ def test_dpm_equals_diffusers(steps):
                        algorithm_type="dpmsolver++", solver_order=2)
     theirs.set_timesteps(steps)
     x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
-    ours = each_step(dpm, Diffusion(), x, steps, None, bound=math.inf)
+    ours = each_step(dpm, DDPM(), x, steps, None, bound=math.inf)
     assert [t for t, *_ in ours] == theirs.timesteps.tolist()
     for t, output, before, after in ours:
         expected = theirs.step(output, t, before).prev_sample
@@ -183,7 +196,7 @@ def test_dpm_equals_diffusers(steps):
 def test_ddim_on_a_flow_is_euler_as_in_diffusers():
     flow = RectifiedFlow()
     theirs = FlowMatchEulerDiscreteScheduler()
-    theirs.set_timesteps(sigmas=[flow.path[t][1] for t in flow.timesteps(8)])
+    theirs.set_timesteps(sigmas=[s for _, (_, s), _ in flow.descending_steps(8)])
     x = torch.randn(1, 1, 4, 4)
     steps = each_step(ddim, flow, x, 8, None, bound=math.inf)
     for (t, output, before, after), their_t in zip(steps, theirs.timesteps, strict=True):
@@ -212,8 +225,8 @@ def test_samplers_recover_a_gaussian(name, process):
     diffusion = PROCESSES[process]()
     x = torch.randn(1, 1, 200, 200, dtype=torch.float64)
     steps = 1000 if name == "ddpm" else 100
-    *_, x = SAMPLERS[name](diffusion, exact_denoiser(diffusion, 0.3, 0.4), x, steps, lambda: torch.randn_like(x),
-                           bound=math.inf)
+    *_, x = SAMPLERS[name](exact_denoiser(diffusion, 0.3, 0.4), x, diffusion.descending_steps(steps),
+                           lambda: torch.randn_like(x))
     assert x.mean().item() == pytest.approx(0.3, abs=0.02)
     assert x.std().item() == pytest.approx(0.4, rel=0.03)
 
@@ -225,7 +238,7 @@ def test_second_order_is_more_exact(process):
 
     def error(sampler, steps):
         x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        *_, x = sampler(diffusion, exact_denoiser(diffusion, 0.0, 0.4), x, steps, None, math.inf)
+        *_, x = sampler(exact_denoiser(diffusion, 0.0, 0.4), x, diffusion.descending_steps(steps), None)
         return abs(x.item() - 0.4)
 
     assert 1.5 < error(ddim, 25) / error(ddim, 50) < 2.5
@@ -234,16 +247,32 @@ def test_second_order_is_more_exact(process):
 
 def test_x_t_is_never_clamped():
     """Half of the noise lies outside of [-1, 1]; only the predicted image is cut there."""
-    diffusion = Diffusion()
     for sampler in SAMPLERS.values():
-        states = list(sampler(diffusion, lambda x, t: x, torch.full((1, 1, 2, 2), 3.0), 10, lambda: torch.zeros(1)))
+        x = torch.full((1, 1, 2, 2), 3.0)
+        states = [after for *_, after in each_step(sampler, DDPM(), x, 10, lambda: torch.zeros(1))]
         assert states[0].abs().max() > 1
         assert states[-1].abs().max() <= 1
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+def test_data_without_bounds_are_not_clamped(process):
+    """Those of latents; and where there is a bound, the clean image ends just there."""
+    process, network, x = PROCESSES[process](), LabelEcho(), torch.full((2, 4, 1, 1), 50.0)
+    y = torch.tensor([2, 7])
+    free = process.denoise(network, x, 900, y, 1, math.inf)
+    torch.testing.assert_close(free, process.to_x_0(network(x, None, y), x, 900))
+    for bound in (1.0, 3.0):
+        assert torch.equal(process.denoise(network, x, 900, y, 1, bound), free.clamp(-bound, bound))
+    assert free.abs().max() > 100
+
+
 @pytest.mark.parametrize(("T", "steps"), [(1000, 1000), (1000, 1), (1000, 7), (10, 10), (10, 3)])
 def test_timesteps(T, steps):
-    timesteps = Diffusion(T=T).timesteps(steps)
+    process = DDPM(T=T)
+    timesteps = [t for t, *_ in process.descending_steps(steps)]
+    assert [at for _, at, _ in process.descending_steps(steps)] == [process.path[t] for t in timesteps]
+    afters = [after for *_, after in process.descending_steps(steps)]
+    assert afters == [*(process.path[t] for t in timesteps[1:]), (1.0, 0.0)]
     assert len(set(timesteps)) == steps and timesteps == sorted(timesteps, reverse=True)
     assert timesteps[0] == T - 1 and timesteps[-1] >= 0
     if steps == T:
@@ -263,7 +292,51 @@ class LabelEcho(torch.nn.Module):
 def test_guidance(scale):
     """0 is unconditional, 1 conditional, beyond it extrapolates, over all channels."""
     y = torch.tensor([2, 7])
-    output = guided(LabelEcho(), y, scale)(torch.randn(2, 4, 3, 3), 5)
+    output = RectifiedFlow().denoise(LabelEcho(), torch.randn(2, 4, 3, 3), 5, y, scale, math.inf)
     expected = 10 + scale * (y - 10)
     torch.testing.assert_close(output[:, 0, 0, 0], expected.float())
     torch.testing.assert_close(output[:, 3, 0, 0], 1000.0 * expected)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_losses_by_hand(process, loss):
+    """Of each image alone, with the weights of its own step, on images and on clips."""
+    diffusion = PROCESSES[process]()
+    for shape in ((3, 1, 4, 4), (3, 2, 2, 4, 6)):
+        x_0, noise, t, y = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.tensor([3, 500, 999]), torch.arange(3)
+        seen = []
+
+        def network(x, t, y, seen=seen):
+            seen.append((x, t, y))
+            return 0.5 * x
+
+        losses = diffusion.losses(network, x_0, t, y, noise, loss)
+        (x_t, t_seen, y_seen), = seen
+        assert torch.equal(t_seen, t) and torch.equal(y_seen, y) and losses.shape == (3,)
+        for i in range(3):
+            a, s = diffusion.path[t[i]]
+            expected_x_t = a * x_0[i] + s * noise[i]
+            torch.testing.assert_close(x_t[i], expected_x_t)
+            target, scale = (noise[i], 1) if process == "ddpm" else (x_0[i], 1 / max(s, 0.2))
+            error = scale * (0.5 * expected_x_t - target)
+            torch.testing.assert_close(losses[i], (error.abs() if loss == "l1" else error**2).mean())
+
+
+def test_posterior_is_that_of_gaussians():
+    """Equation 7 against Bayes' rule for x_{t-1}: its prior given x_0 times the likelihood of x_t."""
+    process = DDPM()
+    for t in (1, 10, 500, 999):
+        at, after = process.path[t], process.path[t - 1]
+        prior_mean, prior_variance = after[0] * 0.7, after[1] ** 2
+        alpha, beta = process.alphas[t].item(), process.betas[t].item()
+        precision = 1 / prior_variance + alpha / beta
+        mean = (prior_mean / prior_variance + math.sqrt(alpha) * -1.3 / beta) / precision
+        ours_mean, ours_variance = posterior(torch.tensor(0.7).double(), torch.tensor(-1.3).double(), at, after)
+        assert ours_variance == pytest.approx(1 / precision, rel=1e-6)
+        assert ours_mean.item() == pytest.approx(mean, rel=1e-6)
+
+
+def test_per_image():
+    x, values = torch.randn(3, 2, 4, 5, 6), torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(per_image(values, x) * x, torch.stack([x[0], 2 * x[1], 3 * x[2]]))

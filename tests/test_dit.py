@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def diffusers_twin(model, image_size, patch_size, channels, num_classes, hidden_
 @pytest.mark.parametrize("sizes", [(28, 7, 1, 10, 64, 2, 4), (16, 4, 3, 5, 48, 3, 2), (8, 2, 4, 3, 32, 1, 1)])
 def test_output_equals_diffusers(sizes):
     image_size, _, channels, num_classes, *_ = sizes
-    model = randomize(DiT(*sizes)).eval()
+    model = randomize(DiT(*sizes, time_spacing="article")).eval()  # which is diffusers' too
     twin = diffusers_twin(model, *sizes)
     x = torch.randn(6, channels, image_size, image_size)
     t = torch.tensor([0, 1, 17, 500, 998, 999])
@@ -73,14 +74,14 @@ def test_output_equals_diffusers(sizes):
 
 def test_patchify_and_back():
     x = torch.randn(2, 3, 12, 12)
-    patches = patchify(x, 4)
+    patches = patchify(x, (4, 4))
     assert patches.shape == (2, 9, 48)
-    assert torch.equal(unpatchify(patches, 4, 3), x)
+    assert torch.equal(unpatchify(patches, (4, 4), (3, 3)), x)
     assert torch.equal(patches[1, 5].view(4, 4, 3), x[1, :, 4:8, 8:12].permute(1, 2, 0))  # row by row
 
 
 def test_untrained_block_is_the_identity_and_output_is_zero():
-    model = DiT(image_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    model = DiT(8, 2, hidden_size=32, depth=2, num_heads=2)
     x, c = torch.randn(3, 16, 32), torch.randn(3, 32)
     for block in model.blocks:
         assert torch.equal(block(x, c), x)
@@ -89,7 +90,7 @@ def test_untrained_block_is_the_identity_and_output_is_zero():
 
 def test_all_weights_learn():
     """After a few steps every weight has a gradient: the zeros do not cut a part of the network off."""
-    model = DiT(image_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    model = DiT(8, 2, hidden_size=32, depth=2, num_heads=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -134,19 +135,21 @@ def test_block_is_steered_per_image():
     torch.testing.assert_close(block(x.flip(0), c.flip(0)), block(x, c).flip(0))
 
 
-def test_time_embedding_is_sin_then_cos_with_the_articles_spacing():
-    embedding = TimeEmbedding(16, num_sinusoids=8)
+@pytest.mark.parametrize(("spacing", "gaps"), [("dit", 4), ("article", 3)])
+def test_time_embedding_is_sin_then_cos(spacing, gaps):
+    """The frequencies of DiT's official code, log(10000) / half apart, and of the article."""
+    embedding = TimeEmbedding(16, num_sinusoids=8, spacing=spacing)
     seen = []
     embedding.mlp[0].register_forward_hook(lambda module, args, output: seen.append(args[0]))
     embedding(torch.tensor([3, 700]))
     for row, t in zip(seen[0], (3, 700), strict=True):
-        angles = [t * math.exp(-math.log(10000) * i / 3) for i in range(4)]
+        angles = [t * math.exp(-math.log(10000) * i / gaps) for i in range(4)]
         expected = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
 
 
 def test_positions_differ_and_name_their_row_and_column():
-    positions = sincos_positions(4, 16)[0].view(4, 4, 16)
+    positions = sincos_positions((4, 4), 16)[0].view(4, 4, 16)
     assert torch.equal(positions[:, 0, :8], positions[:, 0, :8][:1].expand(4, -1))  # first half: the column
     assert torch.equal(positions[0, :, 8:], positions[0, :, 8:][:1].expand(4, -1))  # second half: the row
     assert torch.pdist(positions.view(16, 16)).min() > 0.1
@@ -184,3 +187,55 @@ def test_recomputed_blocks_have_the_same_gradients():
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert kept[1] < kept[0] / 3
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_plain_numbers_hold_for_all_images():
+    """As in a notebook: DiT()(x, 5, 1)."""
+    model = randomize(DiT())
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        expected = model(x, torch.tensor([5, 5, 5]), torch.tensor([1, 1, 1]))
+        for t, y in ((5, 1), (torch.tensor(5), torch.tensor([1]))):
+            assert torch.equal(model(x, t, y), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_images_of_integers_are_refused(dtype):
+    with pytest.raises(TypeError, match="floats in"):
+        DiT()(torch.zeros(1, 1, 28, 28, dtype=dtype), 5, 1)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((6, 8), (2, 4)), ((4, 6, 8), (2, 3, 4)), ((12,), (3,)), ((8, 4), (8, 1))])
+def test_patchify_on_any_grid(size, patch):
+    """Against slices: patch number i holds what lies at its place, channels last."""
+    x = torch.randn(2, 3, *size)
+    grid = [s // p for s, p in zip(size, patch, strict=True)]
+    patches = patchify(x, patch)
+    for i, place in enumerate(itertools.product(*map(range, grid))):
+        window = tuple(slice(k * p, (k + 1) * p) for k, p in zip(place, patch, strict=True))
+        assert torch.equal(patches[:, i], x[(slice(None), slice(None), *window)].movedim(1, -1).reshape(2, -1))
+    assert torch.equal(unpatchify(patches, patch, grid), x)
+
+
+def test_positions_on_any_grid():
+    """Each axis has its own channels, the last axis first; what is left over is zero."""
+    frames, rows, columns = 2, 3, 4
+    positions = sincos_positions((frames, rows, columns), 32)[0].view(frames, rows, columns, 32)
+    for axis, channels in enumerate([slice(20, 30), slice(10, 20), slice(0, 10)]):
+        first = positions.select(axis, 0)
+        assert not torch.equal(first, positions.select(axis, 1))
+        changed = (positions.select(axis, 1) != first).any(dim=1).any(dim=0)
+        assert changed[channels].any() and not changed.clone().index_fill_(0, torch.arange(32)[channels], 0).any()
+    assert not positions[..., 30:].any()
+    assert torch.pdist(positions.reshape(-1, 32)).min() > 0.1
+
+
+@pytest.mark.parametrize(("size", "patch"), [((28, 20), (7, 5)), ((4, 8, 8), (2, 4, 4))])
+def test_images_that_are_not_square_and_clips(size, patch):
+    model = randomize(DiT(size, patch, channels=2, hidden_size=32, depth=1, num_heads=2))
+    x = torch.randn(2, 2, *size)
+    assert model(x, 5, 1).shape == x.shape and model.grid == [s // p for s, p in zip(size, patch, strict=True)]
+    assert DiT(8, 2, hidden_size=32, num_heads=2).grid == [4, 4]  # a number stands for a square
+    for wrong in ((7, 7), (7, 5, 1), (3, 4)):
+        with pytest.raises(ValueError, match="does not divide"):
+            DiT((28, 20), wrong)

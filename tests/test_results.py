@@ -6,8 +6,9 @@ import torch
 from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
-from checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
+from dit import build_model
 from measure import results, score
 from measure.classifier import load_classifier
 from measure.score import Judge, compare, draw_fakes, embed

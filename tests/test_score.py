@@ -15,9 +15,10 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 import measure.score
-from checkpoint import build_model, load_model, save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from config import Config
 from dataset import CannotDownload, load_dataset, to_uint8
+from dit import build_model
 from inference import generate
 from measure import classifier as classifier_script
 from measure.classifier import WEIGHTS, DigitClassifier, augment, load_classifier, train_classifier
