@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from dataset import list_images, load_dataset, read_image
+from dataset import is_grey, list_images, load_dataset, read_image, square, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -96,10 +97,15 @@ def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys):
 
 
 def test_digits():
+    images, labels = load_digits(return_X_y=True)
+    greys = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+    images = torch.from_numpy(greys[images.astype(int)]).view(-1, 1, 8, 8)  # 255 / 16 times 0 to 16
     train, test = load_dataset("digits", "nowhere"), load_dataset("digits", "nowhere", train=False)
-    assert train.images.shape == (1500, 1, 8, 8) and test.images.shape == (297, 1, 8, 8)
-    assert train.images.max() == 255 and train.images.dtype == torch.uint8
-    assert train.labels.unique().tolist() == test.labels.unique().tolist() == list(range(10))
+    for data, part in ((train, slice(0, 1500)), (test, slice(1500, 1797))):
+        assert data.name == "digits" and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
+        assert torch.equal(data.images, images[part]) and data.labels.tolist() == labels[part].tolist()
+    colours = load_dataset("digits", "nowhere", channels=3)
+    assert torch.equal(colours.images, train.images.repeat(1, 3, 1, 1))
 
 
 def test_folder_of_classes(tmp_path):
@@ -107,6 +113,16 @@ def test_folder_of_classes(tmp_path):
     assert data.images.shape == (6, 1, 7, 7) and data.classes == ["a", "b"]
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.images[:, 0, 3, 3].tolist() == [0, 1, 2, 40, 41, 42]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_pixels_are_where_they_were(tmp_path, shape):
+    array = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+    (tmp_path / "class").mkdir()
+    for i in range(5):
+        Image.fromarray(array[i]).save(tmp_path / "class" / f"{i}.png")
+    images = load_dataset("folder", tmp_path).images
+    assert np.array_equal(images.numpy(), array.reshape(5, 8, 8, -1).transpose(0, 3, 1, 2))
 
 
 def test_folder_of_the_article(tmp_path):
@@ -150,6 +166,18 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
     assert len(data.images) == 9 and data.classes == ["\u0663", "10", "\u00b2"]
 
 
+@pytest.mark.parametrize("size", [(40, 32), (41, 32), (32, 40), (32, 45), (32, 32)])
+def test_squares_are_cut_from_the_centre(size):
+    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
+    exact = array[top:top + 32, left:left + 32]
+    assert np.array_equal(square(Image.fromarray(array), 32), exact)
+    # Against torch's bicubic filter with antialiasing, but where the border is handled in another way
+    twin = torch.nn.functional.interpolate(torch.from_numpy(exact).permute(2, 0, 1)[None].double(), size=(12, 12),
+                                           mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    assert abs(np.asarray(square(Image.fromarray(array), 12)) - twin)[2:-2, 2:-2].max() < 1.5
+
+
 def test_list_images(tmp_path):
     for name in ("b.png", "a.JPG", "notes.txt", "settings.json"):
         (tmp_path / name).touch()
@@ -177,12 +205,106 @@ def test_kinds_of_images(tmp_path):
     assert read_image(tmp_path / "cmyk.jpg").mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+@pytest.mark.parametrize(("name", "mode", "grey"), [
+    ("x.png", "1", True), ("x.png", "L", True), ("x.png", "LA", True), ("x.png", "I;16", True), ("x.tif", "I", True),
+    ("x.tif", "F", True), ("x.tif", "I;16B", True), ("x.png", "RGB", False), ("x.png", "RGBA", False),
+    ("x.png", "P", False), ("x.jpg", "CMYK", False)])
+def test_what_is_grey(tmp_path, name, mode, grey):
+    Image.new(mode, (4, 4)).save(tmp_path / name)
+    assert is_grey(tmp_path / name) == grey and read_image(tmp_path / name).mode == ("L" if grey else "RGB")
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_sixteen_bits(tmp_path, dtype):
+    """All of 0..65535 is scaled to 0..255, whatever it holds; a PGM's of 16 bits, which PIL reads as 32, too."""
+    values = np.random.default_rng(0).permutation(65536).reshape(256, 256)
+    for array in values, values // 257:
+        Image.fromarray(array.astype(dtype)).save(tmp_path / "x.tif")
+        Image.fromarray(array.astype("<u2")).save(tmp_path / "x.png")
+        (tmp_path / "x.pgm").write_bytes(b"P5 256 256 65535\n" + array.astype(">u2").tobytes())
+        for name in ("x.tif", "x.png", "x.pgm"):
+            assert abs(np.asarray(read_image(tmp_path / name)) - array / 65535 * 255).max() < 0.501, name
+
+
+@pytest.mark.parametrize(("values", "greys"), [
+    (np.float32([0, 0.25, 0.5, 1]), [0, 64, 128, 255]), (np.float32([0, 0.5, 1, 1.1]), [0, 0, 1, 1]),
+    (np.float32([0, 64.4, 64.6, 255]), [0, 64, 65, 255]), (np.float32([-5, 0.5, 200, 1e9]), [0, 0, 200, 255]),
+    (np.float32([-0.1, 0, 1, 1]), [0, 0, 1, 1]), (np.int32([0, 1, 64, 255]), [0, 1, 64, 255]),
+    (np.int32([-9, 0, 3, 200]), [0, 0, 3, 200]), (np.int32([0, 256, 25700, 65535]), [0, 1, 100, 255]),
+    (np.int32([-9, 0, 10**6, -2**31]), [0, 0, 255, 0])])
+def test_greys_of_four_bytes(tmp_path, values, greys):
+    Image.fromarray(values.reshape(2, 2)).save(tmp_path / "x.tif")
+    assert np.asarray(read_image(tmp_path / "x.tif")).ravel().tolist() == greys
+    assert np.asarray(read_image(tmp_path / "x.tif", "RGB"))[..., 1].ravel().tolist() == greys
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_no_numbers(tmp_path, value):
+    Image.fromarray(np.float32([[0, value], [1, 1]])).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif cannot be read .* NaN or infinite"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_transparency_is_laid_on_black(tmp_path):
+    for mode, pixel, grey in (("RGBA", (200, 200, 200, 128), 100), ("LA", (200, 128), 100), ("LA", (200, 0), 0)):
+        Image.new(mode, (2, 2), pixel).save(tmp_path / "x.png")
+        assert np.unique(read_image(tmp_path / "x.png", "L")).tolist() == [grey]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([10, 20, 30, 255, 255, 255])
+    palette.save(tmp_path / "x.png", transparency=1)
+    assert not np.asarray(read_image(tmp_path / "x.png")).any()
+
+
+ORIENTED = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
+            6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize(("name", "mode"), [*((name, "RGB") for name in ("x.png", "x.jpg", "x.webp", "x.tif")),
+                                            ("x.jpg", "L"), ("x.tif", "L"), ("x.tif", "I;16"), ("x.tif", "F")])
+def test_photographs_are_turned_upright(tmp_path, orientation, name, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(3, 2) * 50, 16, 0), 16, 1)
+    stored = {"RGB": np.stack([array] * 3, 2), "I;16": array.astype(np.uint16) * 257, "F": array.astype(np.float32)}
+    Image.fromarray(stored.get(mode, array)).save(tmp_path / name, exif=exif, quality=100)
+    read = np.asarray(read_image(tmp_path / name, "L")).astype(int)
+    exact = ORIENTED[orientation](array)
+    assert read.shape == exact.shape and abs(read - exact).max() < 5
+
+
+@pytest.mark.parametrize(("tail", "turned"), [
+    (b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHHHHIIIQQ", 0x112, 3, 1, 6, 0, 0x10e, 5, 1, 26, 0, 0, 0), True),
+    (b"nonsense" * 8, False)])
+def test_damaged_exif_data_are_no_damaged_image(tmp_path, tail, turned):
+    """The first says how to turn the image, and has a description that is a number."""
+    for name in ("x.png", "x.jpg", "x.webp"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name, exif=b"Exif\0\0" + tail)
+        assert read_image(tmp_path / name).size == ((4, 6) if turned else (6, 4))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"P5 0 0 255\n"])
 def test_broken_image_is_named(tmp_path, content):
     (tmp_path / "x y.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"x y\.png cannot be read") as caught:
-        read_image(tmp_path / "x y.png")
-    assert "\n" not in str(caught.value)
+    for read in (read_image, is_grey):
+        with pytest.raises(UserError, match=r"x y\.png cannot be read") as caught:
+            read(tmp_path / "x y.png")
+        assert "\n" not in str(caught.value) and str(caught.value).count("x y.png") == 1
+
+
+def test_an_image_that_breaks_the_library_is_named_too(tmp_path, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "x.tif")
+
+    def load(image):
+        raise error
+
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", load)
+    error = TypeError("'float' object cannot be interpreted as an integer")
+    with pytest.raises(UserError, match=r"x\.tif cannot be read as an image \('float'"):
+        read_image(tmp_path / "x.tif")
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "x.tif")
 
 
 def test_truncated_image_is_named(tmp_path):
@@ -210,3 +332,39 @@ def test_fingerprint_is_of_names_labels_and_pixels():
               data._replace(images=data.images.flip(0), labels=data.labels.flip(0))]
     assert len({other.fingerprint for other in [data, *others]}) == 6
     assert load_dataset("digits", "").fingerprint == data.fingerprint and len(data.fingerprint) == 16
+
+
+def test_fingerprint_of_folders(tmp_path):
+    def fingerprint():
+        return load_dataset("folder", tmp_path / "own").fingerprint
+
+    root = write_classes(tmp_path / "own")
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    for old, new in (("a", "z"), ("b", "a"), ("z", "b")):  # the last of these steps swaps the classes' names
+        (root / old).rename(root / new)
+        seen.append(fingerprint())
+    Image.new("L", (9, 7), 99).save(root / "a" / "1.png")
+    seen.append(fingerprint())
+    (root / "a" / "1.png").unlink()
+    seen.append(fingerprint())
+    assert len(set(seen)) == 6
+
+
+def test_fingerprint_does_not_depend_on_strides():
+    data = load_dataset("digits", "", channels=3)
+    strided = data._replace(images=data.images.to(memory_format=torch.channels_last),
+                            labels=data.labels.repeat_interleave(2)[::2])
+    assert strided.images.stride() != data.images.stride() and strided.labels.stride() != data.labels.stride()
+    assert strided.fingerprint == data.fingerprint
+    assert data._replace(images=data.images.transpose(2, 3)).fingerprint != data.fingerprint
+
+
+def test_pixels_become_floats_and_pixels_again():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(pixels)
+    assert torch.allclose(floats, torch.linspace(-1, 1, 256), atol=1e-6, rtol=0) and floats.dtype == torch.float32
+    assert torch.equal(to_uint8(floats), pixels)
+    for shift in (-0.0038, 0.0038):  # a little less than half a pixel
+        assert torch.equal(to_uint8(floats + shift), pixels)
+    assert to_uint8(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
