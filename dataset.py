@@ -5,7 +5,9 @@ from support.commands import UserError
 import contextlib
 import hashlib
 import io
+import math
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -16,8 +18,11 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from config import Config
+
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
 
 
 class CannotDownload(UserError):
@@ -44,9 +49,10 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
 
     name: mnist (downloaded into `data_dir` when it is not there), digits, folder, or auto: mnist, and where it cannot
         be had, digits, after saying so on standard error.
-    image_size, channels: what to convert the images to; 0 = as they are.
+    image_size: what to resize the images to; 0 = as they are.
+    channels: 1 (grey), 3 (RGB), or 0 = as they are.
 
-    Returns a `Dataset`. Raises `UserError` when the data cannot be had or is damaged.
+    Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
     if name == "auto":
         try:
@@ -59,11 +65,14 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
         return Dataset(name, images, labels, classes)
     images, labels = read_mnist(Path(data_dir), train) if name == "mnist" else read_digits(train)
     images = torch.from_numpy(images)[:, None]  # (N, 1, H, W)
-    if image_size and image_size != images.shape[-1]:
-        images = torch.nn.functional.interpolate(images.float(), size=(image_size, image_size), mode="bilinear",
-                                                 antialias=True, align_corners=False).round().byte()
-    if channels not in (0, 1):
-        images = images.expand(-1, channels, -1, -1).contiguous()
+    image_size = image_size or images.shape[-1]
+    demand_memory(len(images), channels or 1, image_size)
+    if image_size != images.shape[-1]:
+        images = torch.cat([torch.nn.functional.interpolate(
+            part.float(), size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False,
+        ).round().byte() for part in images.split(1000)])  # all at once, their floats would take four times the memory
+    if channels == 3:
+        images = images.expand(-1, 3, -1, -1).contiguous()
     return Dataset(name, images, torch.from_numpy(labels).long(), [str(digit) for digit in range(10)])
 
 
@@ -124,23 +133,30 @@ def read_folder(root, train, image_size, channels):
     """One folder per class: `root`/train/<class>/* and `root`/test/<class>/*, as in the article, or `root`/<class>/*.
 
     Every image becomes a square of `image_size` (0: the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if the first image is grey, else 3).
+    `channels` channels (0: 1 if all images are grey, else 3).
     Returns images (N, C, H, W), labels (N,) and the names of the classes.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    if (root / "train").is_dir():
-        root = root / ("train" if train else "test")
-    names = sorted((path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else (),
-                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    files = [(file, label) for label, name in enumerate(names) for file in list_images(root / name)]
-    if not files:
-        raise UserError(f"no images in {root}/<class>/: it must hold one folder per class, with images in each")
-    first = read_image(files[0][0])
-    image_size = image_size or min(first.size)
-    channels = channels or (1 if first.mode == "L" else 3)
-    if channels not in (1, 3):
+    part = training_part(root)
+    found = find_classes(part)
+    names = list(found)
+    if not train and part != root:
+        part = root / "test"
+        if not part.is_dir():
+            raise UserError(f"{root} holds train/ but no test/: put the images to test on into {part}/<class>/")
+        found = find_classes(part)
+        strange = [name for name in found if name not in names]
+        if strange:
+            raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
+    files = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
+    if channels not in (0, 1, 3):
         raise UserError(f"channels is {channels}, but a folder's images have 1 (grey) or 3 (RGB)")
+    if not image_size:
+        with opened(files[0][0]) as image:
+            image_size = min(image.size)
+    channels = channels or (1 if all(is_grey(file) for file, _ in files) else 3)
+    demand_memory(len(files), channels, image_size)
     images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
         image = square(read_image(file, "L" if channels == 1 else "RGB"), image_size)
@@ -148,15 +164,61 @@ def read_folder(root, train, image_size, channels):
     return images, torch.tensor([label for _, label in files]), names
 
 
+def training_part(root):
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def find_classes(folder):
+    """The images of each class: a dict from the names of the folders in `folder` that hold any, numbers in their order
+    and then words, to lists of files. Raises `UserError` when there are none, or images lie deeper."""
+    found = {path.name: list_images(path) for path in visible(folder) if path.is_dir()}
+    for name, images in found.items():
+        for deeper in () if images else visible(folder / name):
+            if deeper.is_dir() and list_images(deeper):
+                raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
+                                f"/<class>/, or point --data-dir at {folder / name}")
+    names = sorted((name for name, images in found.items() if images),
+                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    if not names:
+        raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
+                        + (f"; those in {folder} itself have no class" if list_images(folder) else ""))
+    return {name: found[name] for name in names}
+
+
+def visible(folder):
+    """What lies in `folder`, sorted by name, but for what systems and tools hide there. Raises `UserError`."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+
+
 def list_images(folder):
     """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+
+
+def demand_memory(count, channels, size):
+    """Raises `UserError` unless `count` images (channels, size, size) of bytes fit into half of the memory there is:
+    training needs some as well."""
+    needed, free = count * channels * size**2, available_memory()
+    if size > LARGEST or needed > free / 2:
+        limit = f"{LARGEST} x {LARGEST} is the largest size" if size > LARGEST else (
+            f"more than half of the {free / 1e9:.3g} GB that are free")
+        raise UserError(f"{count:,} images of {size} x {size} pixels would take {needed / 1e9:.3g} GB of memory, and "
+                        f"{limit}: make them smaller, for example with --image-size {min(64, size // 2)}")
+
+
+def available_memory():
+    """The bytes of memory that can still be had or, where the system does not say, that there are (or infinity)."""
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ from support.commands import UserError
 import os
 import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dataset import is_grey, list_images, load_dataset, read_image, square, to_float, to_uint8
+import dataset
+from dataset import available_memory, is_grey, list_images, load_dataset, read_image, square, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -110,9 +112,11 @@ def test_digits():
 
 def test_folder_of_classes(tmp_path):
     data = load_dataset("folder", write_classes(tmp_path / "own"))
-    assert data.images.shape == (6, 1, 7, 7) and data.classes == ["a", "b"]
-    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.images[:, 0, 3, 3].tolist() == [0, 1, 2, 40, 41, 42]
+    assert data.images.shape == (6, 1, 7, 7) and data.classes == ["a", "b"] and data.name == "folder"
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.labels.dtype == torch.int64
+    assert data.images[:, 0, 3, 3].tolist() == [0, 1, 2, 40, 41, 42] and data.images.dtype == torch.uint8
+    for folder in write_classes(tmp_path / "dots", size=(1, 1)), write_classes(tmp_path / "bars", size=(1, 50)):
+        assert load_dataset("folder", folder).images.shape == (6, 1, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
@@ -127,10 +131,18 @@ def test_pixels_are_where_they_were(tmp_path, shape):
 
 def test_folder_of_the_article(tmp_path):
     """MNIST/train/<label>/*.png and MNIST/test/<label>/*.png, and labels in the order of numbers."""
-    write_classes(tmp_path / "MNIST/train", names=("10", "9", "0"))
-    write_classes(tmp_path / "MNIST/test", names=("10", "9", "0"), count=2)
-    assert load_dataset("folder", tmp_path / "MNIST").classes == ["0", "9", "10"]
-    assert len(load_dataset("folder", tmp_path / "MNIST", train=False).images) == 6
+    write_classes(tmp_path / "MNIST/train", names=("10", "9", "0", "B", "a"))
+    write_classes(tmp_path / "MNIST/test", names=("9", "10"), count=2)
+    train, test = (load_dataset("folder", tmp_path / "MNIST", train=part) for part in (True, False))
+    assert train.classes == test.classes == ["0", "9", "10", "B", "a"]
+    assert train.images[::3, 0, 0, 0].tolist() == [80, 40, 0, 120, 160]
+    assert test.labels.tolist() == [1, 1, 2, 2] and test.images[:, 0, 0, 0].tolist() == [0, 1, 40, 41]
+    write_classes(tmp_path / "MNIST/test", names=("11",))
+    with pytest.raises(UserError, match=r"test/11 has no counterpart in .*train"):
+        load_dataset("folder", tmp_path / "MNIST", train=False)
+    write_classes(tmp_path / "half/train")
+    with pytest.raises(UserError, match=r"half holds train/ but no test/"):
+        load_dataset("folder", tmp_path / "half", train=False)
 
 
 def test_folder_of_colours_and_sizes(tmp_path):
@@ -140,18 +152,65 @@ def test_folder_of_colours_and_sizes(tmp_path):
     assert data.images.shape == (7, 3, 8, 8)
     assert data.images[0, :, 0, 0].tolist() == [0, 100, 200]
     assert data.images[-1].unique().tolist() == [77]
+    assert load_dataset("folder", tmp_path / "own").images.shape == (7, 3, 10, 10)
     assert load_dataset("folder", tmp_path / "own", image_size=8, channels=1).images.shape == (7, 1, 8, 8)
 
 
-def test_folder_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize("odd", range(6))
+def test_one_image_of_colour_makes_all_of_colour(tmp_path, odd):
+    write_classes(tmp_path / "own")
+    assert load_dataset("folder", tmp_path / "own").images.shape[1] == 1
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(tmp_path / "own" / "ab"[odd // 3] / f"{odd % 3}.png")
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.images.shape == (6, 3, 7, 7) and data.images[odd, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a folder"):
         load_dataset("folder", tmp_path / "missing")
     with pytest.raises(UserError, match="no images"):
         load_dataset("folder", tmp_path)
     write_classes(tmp_path / "own")
-    (tmp_path / "own" / "a" / "1.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
-        load_dataset("folder", tmp_path / "own")
+    for flags in ({}, {"image_size": 4}, {"image_size": 4, "channels": 1}):
+        (tmp_path / "own" / "a" / "1.png").write_bytes(b"not a picture")
+        with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
+            load_dataset("folder", tmp_path / "own", **flags)
+    with pytest.raises(UserError, match=r"1\.png is not a folder"):
+        load_dataset("folder", tmp_path / "own" / "a" / "1.png")
+
+    listed = Path.iterdir  # root may list every folder, so a refusal is played
+    for refused in ("own", "own/a"):
+        def refuse(path, refused=tmp_path / refused):
+            if path == refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(UserError, match=f"{tmp_path / refused} cannot be read: Permission denied"):
+            load_dataset("folder", tmp_path / "own")
+
+
+def test_images_that_lie_too_deep_or_too_high(tmp_path):
+    """No class is left out, or made up, without a word."""
+    write_classes(tmp_path / "zip" / "own")
+    with pytest.raises(UserError, match=f"own/a holds images, .* point --data-dir at {tmp_path}/zip/own"):
+        load_dataset("folder", tmp_path / "zip")
+    write_classes(tmp_path / "zip", names=("others",))
+    with pytest.raises(UserError, match=r"own/a holds images, .* move them up"):
+        load_dataset("folder", tmp_path / "zip")
+    with pytest.raises(UserError, match=r"those in .*own/a itself have no class"):
+        load_dataset("folder", tmp_path / "zip/own/a")
+
+
+def test_folders_and_files_that_are_hidden_or_empty(tmp_path):
+    write_classes(tmp_path / "own", names=("__MACOSX", ".ipynb_checkpoints", "b", "c"))
+    (tmp_path / "own" / "a").mkdir()
+    (tmp_path / "own" / "notes").mkdir()
+    (tmp_path / "own" / "notes" / "read me.txt").touch()
+    (tmp_path / "own" / "b" / "._1.png").write_bytes(b"not a picture")
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.classes == ["b", "c"] and data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [path.name for path in list_images(tmp_path / "own" / "b")] == ["0.png", "1.png", "2.png"]
 
 
 def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
@@ -164,6 +223,49 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
     (tmp_path / "own" / "circle").symlink_to(tmp_path / "own" / "circle")
     data = load_dataset("folder", tmp_path / "own")
     assert len(data.images) == 9 and data.classes == ["\u0663", "10", "\u00b2"]
+    (tmp_path / "own" / "self").symlink_to(tmp_path / "own")
+    with pytest.raises(UserError, match="own/self does not"):
+        load_dataset("folder", tmp_path / "own")
+
+
+def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
+    """They are refused before a pixel is read, at one byte above half of the memory."""
+    folder = write_classes(tmp_path / "own", size=(400, 300), mode="RGB")
+    for flags, needed, words in (({}, 6 * 3 * 300 * 300, "6 images of 300 x 300 pixels would take 0.00162 GB"),
+                                 ({"channels": 1}, 6 * 300 * 300, "--image-size 64"),
+                                 ({"image_size": 100}, 6 * 3 * 100 * 100, "--image-size 50")):
+        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed)
+        load_dataset("folder", folder, **flags)
+        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed - 1)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=words) as caught:
+            patch.setattr(dataset, "read_image", None)
+            load_dataset("folder", folder, **flags)
+        assert "more than half of the" in str(caught.value)
+    monkeypatch.setattr(dataset, "available_memory", lambda: 8.1e9)
+    with pytest.raises(UserError, match=r"10,000 images of 1000 x 1000 pixels would take 30 GB .* the 8.1 GB that are"):
+        load_dataset("mnist", mnist, train=False, image_size=1000, channels=3)
+    monkeypatch.setattr(dataset, "available_memory", lambda: 2 * 297 * 3 * 9**2)
+    load_dataset("digits", "", train=False, image_size=9, channels=3)
+    with pytest.raises(UserError, match="297 images of 10 x 10 "):
+        load_dataset("digits", "", train=False, image_size=10, channels=3)
+
+
+def test_images_above_the_largest_size(tmp_path):
+    folder = write_classes(tmp_path / "own", size=(1100, 1025), count=1)
+    with pytest.raises(UserError, match=r"2 images of 1025 x 1025 .* 1024 x 1024 is the largest .*--image-size 64"):
+        load_dataset("folder", folder)
+    assert load_dataset("folder", folder, image_size=1024).images.shape == (2, 1, 1024, 1024)
+
+
+def test_available_memory(monkeypatch):
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= everything
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal:  9 kB\nMemAvailable:      123 kB\nCached: 7 kB\n")
+    assert available_memory() == 123 * 1024
+    monkeypatch.setattr(Path, "read_text", lambda path: "another system's")
+    assert available_memory() == everything
+    monkeypatch.delattr(os, "sysconf")
+    assert available_memory() == float("inf")
 
 
 @pytest.mark.parametrize("size", [(40, 32), (41, 32), (32, 40), (32, 45), (32, 32)])
@@ -179,7 +281,7 @@ def test_squares_are_cut_from_the_centre(size):
 
 
 def test_list_images(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt", "settings.json"):
+    for name in ("b.png", "a.JPG", "notes.txt", "settings.json", ".hidden.png", "._b.png"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png"]
