@@ -4,12 +4,14 @@ from support.commands import UserError
 
 import contextlib
 import hashlib
+import http.client
 import io
 import math
 import os
 import re
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from config import Config
 
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
@@ -48,12 +51,17 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
     """Reads the training or the test part of a data set.
 
     name: mnist (downloaded into `data_dir` when it is not there), digits, folder, or auto: mnist, and where it cannot
-        be had, digits, after saying so on standard error.
+        be had, digits, after saying so on standard error. Only in the default `data_dir`: whoever names another one
+        wants what is in it, and when that is not MNIST, auto is a `UserError`.
     image_size: what to resize the images to; 0 = as they are.
     channels: 1 (grey), 3 (RGB), or 0 = as they are.
 
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
+    if channels not in (0, 1, 3):
+        raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the data set has them)")
+    if name in ("auto", "mnist") and Path(data_dir) != Path(Config.data_dir):
+        check_data_dir(name, Path(data_dir))
     if name == "auto":
         try:
             return load_dataset("mnist", data_dir, train, image_size, channels)
@@ -76,12 +84,38 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
     return Dataset(name, images, torch.from_numpy(labels).long(), [str(digit) for digit in range(10)])
 
 
+def check_data_dir(name, data_dir):
+    """Raises `UserError` when `data_dir`, named by the user, does not hold MNIST and is not meant to get it."""
+    if mnist_files(data_dir / "MNIST" / "raw"):
+        return
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"{data_dir} is not a folder: point --data-dir at the folder that holds MNIST/raw")
+    classes = []
+    with contextlib.suppress(UserError):
+        classes = list(find_classes(training_part(data_dir)))
+    if classes:
+        raise UserError(f"{data_dir} holds no MNIST/raw, but folders of images ({', '.join(classes[:3])}"
+                        f"{' ...' if len(classes) > 3 else ''}): --dataset folder trains on those")
+    if name == "auto":
+        raise UserError(f"{data_dir} holds no MNIST/raw: point --data-dir at the folder that does, download MNIST into "
+                        "this one with --dataset mnist, or train on folders of images with --dataset folder")
+
+
+def mnist_files(raw):
+    """Which of MNIST's four files `raw` holds, unpacked or not."""
+    return [name for name in MNIST_FILES if (raw / name).exists() or (raw / f"{name}.gz").exists()]
+
+
 def read_mnist(data_dir, train):
     """MNIST as arrays, images (N, 28, 28) and labels (N,), from torchvision's layout `data_dir`/MNIST/raw."""
     raw = data_dir / "MNIST" / "raw"
-    part = "train" if train else "t10k"
-    files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
-    if not all(file.is_file() for file in files):
+    files = [raw / name for name in MNIST_FILES[slice(0, 2) if train else slice(2, 4)]]
+    missing = next((file.name for file in files if not file.is_file()), None)
+    if missing and mnist_files(raw):  # a download would write over the others
+        packed = (raw / f"{missing}.gz").exists()
+        raise UserError(f"{missing} is missing in {raw}: {'unpack it (gunzip)' if packed else 'put it there'}, or move "
+                        "that folder away to have MNIST downloaded anew")
+    if missing:
         download_mnist(data_dir)
     images, labels = read_idx(files[0], (60000 if train else 10000, 28, 28)), read_idx(files[1], None)
     if len(labels) != len(images) or labels.max() > 9:
@@ -90,22 +124,31 @@ def read_mnist(data_dir, train):
 
 
 def download_mnist(data_dir):
-    """Downloads MNIST through torchvision, which checks the files' MD5 sums."""
+    """Downloads MNIST through torchvision, which checks the files' MD5 sums. Unless all of it came, nothing stays."""
     from torchvision.datasets import MNIST  # imported here: it takes a second that no other path needs
 
+    raw = data_dir / "MNIST" / "raw"
     print(f"downloading MNIST into {data_dir / 'MNIST'} ...", file=sys.stderr)
+    made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a network that swallows packets must not hang the first run
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
-            MNIST(data_dir, download=True)
-    except (OSError, RuntimeError):
-        raise CannotDownload(f"MNIST is not in {data_dir / 'MNIST' / 'raw'} and cannot be downloaded; put "
-                             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-                             "t10k-labels-idx1-ubyte there, or point --data-dir at the folder that holds MNIST/raw"
-                             ) from None
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw) as temporary:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
+                whole = Path(MNIST(temporary, download=True).raw_folder)
+            for name in MNIST_FILES:
+                os.replace(whole / name, raw / name)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None)
+        raise CannotDownload(f"MNIST is not in {raw} and cannot be downloaded{f' ({reason})' if reason else ''}; put "
+                             f"{', '.join(MNIST_FILES[:3])} and {MNIST_FILES[3]} there, or point --data-dir at the "
+                             "folder that holds MNIST/raw") from None
     finally:
         socket.setdefaulttimeout(timeout)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # none but an empty one
 
 
 def read_idx(file, shape):
@@ -150,8 +193,6 @@ def read_folder(root, train, image_size, channels):
         if strange:
             raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
     files = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
-    if channels not in (0, 1, 3):
-        raise UserError(f"channels is {channels}, but a folder's images have 1 (grey) or 3 (RGB)")
     if not image_size:
         with opened(files[0][0]) as image:
             image_size = min(image.size)

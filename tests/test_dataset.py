@@ -1,5 +1,6 @@
 from support.commands import UserError
 
+import http.client
 import os
 import socket
 import struct
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -23,11 +25,12 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """A folder with the test files of a made-up MNIST of the real size."""
+    """A folder with a made-up MNIST of the real size."""
     folder = tmp_path_factory.mktemp("mnist")
-    images = np.arange(10000 * 784, dtype=np.uint32).reshape(10000, 28, 28) % 251
-    write_idx(folder / "MNIST/raw/t10k-images-idx3-ubyte", images)
-    write_idx(folder / "MNIST/raw/t10k-labels-idx1-ubyte", np.arange(10000) % 10)
+    for part, count, period in (("train", 60000, 241), ("t10k", 10000, 251)):
+        images = (np.arange(count * 784, dtype=np.uint32) % period).astype(np.uint8).reshape(count, 28, 28)
+        write_idx(folder / f"MNIST/raw/{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(count) * 7 % period % 10)
     return folder
 
 
@@ -39,23 +42,46 @@ def write_classes(root, names=("a", "b"), size=(9, 7), count=3, mode="L"):
     return root
 
 
-def test_mnist(mnist):
-    data = load_dataset("mnist", mnist, train=False)
-    assert (data.name, data.images.shape, data.images.dtype) == ("mnist", (10000, 1, 28, 28), torch.uint8)
-    assert data.labels.dtype == torch.int64 and torch.equal(data.labels, torch.arange(10000) % 10)
-    assert data.images[1, 0, 2, 3] == (784 + 2 * 28 + 3) % 251
-    assert load_dataset("auto", mnist, train=False).name == "mnist"
+def tree(folder):
+    """All that lies in a folder: names and contents."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_mnist_is_what_torchvision_reads(mnist, train):
+    data, twin = load_dataset("mnist", mnist, train=train), torchvision.datasets.MNIST(mnist, train=train)
+    assert (data.name, data.images.dtype, data.labels.dtype) == ("mnist", torch.uint8, torch.int64)
+    assert torch.equal(data.images, twin.data[:, None]) and torch.equal(data.labels, twin.targets)
+    assert data.classes == [*"0123456789"]
+    if not train:
+        assert load_dataset("auto", mnist, train=False).fingerprint == data.fingerprint
 
 
 def test_mnist_of_another_size(mnist):
+    """Against a triangle filter in double precision, of which every grey is the nearest whole number."""
     data = load_dataset("mnist", mnist, train=False, image_size=14, channels=3)
-    assert data.images.shape == (10000, 3, 14, 14)
-    assert torch.equal(data.images[:, 0], data.images[:, 2])
+    assert data.images.shape == (10000, 3, 14, 14) and data.images.is_contiguous()
+    assert torch.equal(data.images[:, 0], data.images[:, 1]) and torch.equal(data.images[:, 0], data.images[:, 2])
+    distance = abs(np.arange(28)[None] + 0.5 - 2 * (np.arange(14)[:, None] + 0.5)) / 2
+    weights = np.clip(1 - distance, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    originals = load_dataset("mnist", mnist, train=False).images[::999, 0].double().numpy()
+    assert abs(weights @ originals @ weights.T - data.images[::999, 0].numpy()).max() < 0.501
+
+
+@pytest.mark.parametrize("name", ["mnist", "digits", "folder"])
+@pytest.mark.parametrize("channels", [2, 4, -1])
+def test_channels_that_no_image_has(mnist, tmp_path, name, channels):
+    folder = write_classes(tmp_path / "own") if name == "folder" else mnist
+    with pytest.raises(UserError, match=f"channels is {channels}, but must be 1"):
+        load_dataset(name, folder, train=False, channels=channels)
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", lambda data: b"\0\0\x09\x03" + data[4:],
-    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10], lambda data: b"\x1f\x8b" + data[2:]])
+    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10], lambda data: b"\x1f\x8b" + data[2:],
+    lambda data: data[:8] + struct.pack(">II", 14, 56) + data[16:]])
 def test_damaged_mnist_images(mnist, tmp_path, damage):
     good = mnist / "MNIST/raw/t10k-images-idx3-ubyte"
     raw = tmp_path / "MNIST/raw"
@@ -85,17 +111,120 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def download(mnist, monkeypatch):
+    """Stands in for the network: a function that sets how many of MNIST's files arrive before `error` is raised."""
+    arriving = [4, None]
+
+    def fetch(url, download_root, filename, md5):
+        if not arriving[0]:
+            raise arriving[1]
+        arriving[0] -= 1
+        name = filename.removesuffix(".gz")
+        (Path(download_root) / filename).write_bytes(b"packed")
+        os.link(mnist / "MNIST/raw" / name, Path(download_root) / name)
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    return lambda *what: arriving.__setitem__(slice(None), what)
+
+
 def test_mnist_that_cannot_be_had(tmp_path, no_network):
     with pytest.raises(UserError, match="put train-images-idx3-ubyte") as caught:
+        load_dataset("mnist", tmp_path / "new" / "folder")
+    assert str(tmp_path / "new" / "folder" / "MNIST" / "raw") in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mnist_that_cannot_be_had_leaves_what_was_there(tmp_path, no_network):
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    (tmp_path / "MNIST/notes").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="cannot be downloaded"):
         load_dataset("mnist", tmp_path)
-    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
+    assert tree(tmp_path) == before
 
 
-def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys):
-    data = load_dataset("auto", tmp_path)
-    assert data.name == "digits"
+def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_dataset("auto", ".")
+    assert data.name == "digits" and data.images.shape == (1500, 1, 8, 8)
     said = capsys.readouterr()
-    assert said.out == "" and "8x8 digits instead" in said.err
+    assert said.out == "" and "cannot be downloaded: using scikit-learn's 8x8 digits instead" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mnist_is_downloaded(tmp_path, monkeypatch, mnist, download, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("auto", "."), ("mnist", tmp_path / "new")):
+        download(4, None)
+        assert torch.equal(load_dataset(name, folder, train=False).images, load_dataset("mnist", mnist, False).images)
+        assert f"downloading MNIST into {Path(folder) / 'MNIST'} ..." in capsys.readouterr().err
+        assert sorted(os.listdir(Path(folder) / "MNIST/raw")) == sorted(os.listdir(mnist / "MNIST/raw"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the MD5 sum is another"), OSError(28, "No space left on device"),
+                                   http.client.IncompleteRead(b""), KeyboardInterrupt()])
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, download, error):
+    download(3, error)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError) as caught:
+        load_dataset("mnist", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert isinstance(error, OSError) == ("cannot be downloaded (No space left on device)" in str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+@pytest.mark.parametrize("train", [True, False])
+def test_mnist_that_is_there_in_part(mnist, tmp_path, monkeypatch, download, name, train):
+    """One of four files is missing, or packed: it is named, nothing is downloaded over the other three."""
+    monkeypatch.chdir(tmp_path)
+    download(0, AssertionError("nothing must be downloaded"))
+    raw, lacking = Path("MNIST/raw"), f"{'train' if train else 't10k'}-labels-idx1-ubyte"
+    raw.mkdir(parents=True)
+    for file in (mnist / "MNIST/raw").iterdir():
+        if file.name != lacking:
+            os.link(file, raw / file.name)
+    before = sorted(raw.iterdir())
+    for folder in (".", tmp_path):
+        with pytest.raises(UserError, match=f"{lacking} is missing in {Path(folder) / raw}: put it there"):
+            load_dataset(name, folder, train=train)
+    assert sorted(raw.iterdir()) == before
+    for file in before:
+        file.rename(f"{file}.gz")
+    (raw / f"{lacking}.gz").write_bytes(b"packed")
+    with pytest.raises(UserError, match=r"images-idx3-ubyte is missing in .*raw: unpack it \(gunzip\)"):
+        load_dataset(name, tmp_path, train=train)
+    assert len(list(raw.glob("*.gz"))) == len(list(raw.iterdir())) == 4
+
+
+def test_auto_takes_nothing_else_for_a_folder_that_was_named(tmp_path, download, capsys):
+    download(0, AssertionError("nothing must be downloaded"))
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = tree(tmp_path)
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"^{folder} holds no MNIST/raw: .*--dataset mnist.*--dataset folder"):
+            load_dataset("auto", folder)
+    for name in ("auto", "mnist"):
+        with pytest.raises(UserError, match="file is not a folder"):
+            load_dataset(name, tmp_path / "file")
+    assert tree(tmp_path) == before and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_folders_of_images_are_recognised(tmp_path, download, name, inner):
+    download(0, AssertionError("nothing must be downloaded"))
+    write_classes(tmp_path / "own" / inner, names=("cat", "dog", "emu", "fox"), count=1)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"of images \(cat, dog, emu \.\.\.\): --dataset folder trains on those"):
+        load_dataset(name, tmp_path / "own")
+    assert tree(tmp_path) == before
+
+
+def test_mnist_beside_folders_of_images(mnist, tmp_path):
+    write_classes(tmp_path)
+    (tmp_path / "MNIST").symlink_to(mnist / "MNIST")
+    assert len(load_dataset("auto", tmp_path, train=False).images) == 10000
 
 
 def test_digits():
