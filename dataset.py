@@ -25,6 +25,7 @@ from config import Config
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+ANEW = "move the folder MNIST/raw away to have MNIST downloaded anew"
 LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
 
 
@@ -86,7 +87,7 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
 
 def check_data_dir(name, data_dir):
     """Raises `UserError` when `data_dir`, named by the user, does not hold MNIST and is not meant to get it."""
-    if mnist_files(data_dir / "MNIST" / "raw"):
+    if holds_mnist(data_dir / "MNIST" / "raw"):
         return
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"{data_dir} is not a folder: point --data-dir at the folder that holds MNIST/raw")
@@ -101,9 +102,9 @@ def check_data_dir(name, data_dir):
                         "this one with --dataset mnist, or train on folders of images with --dataset folder")
 
 
-def mnist_files(raw):
-    """Which of MNIST's four files `raw` holds, unpacked or not."""
-    return [name for name in MNIST_FILES if (raw / name).exists() or (raw / f"{name}.gz").exists()]
+def holds_mnist(raw):
+    """Whether `raw` holds any of MNIST's four files, unpacked or not."""
+    return any((raw / f"{name}{ending}").exists() for name in MNIST_FILES for ending in ("", ".gz"))
 
 
 def read_mnist(data_dir, train):
@@ -111,15 +112,14 @@ def read_mnist(data_dir, train):
     raw = data_dir / "MNIST" / "raw"
     files = [raw / name for name in MNIST_FILES[slice(0, 2) if train else slice(2, 4)]]
     missing = next((file.name for file in files if not file.is_file()), None)
-    if missing and mnist_files(raw):  # a download would write over the others
-        packed = (raw / f"{missing}.gz").exists()
-        raise UserError(f"{missing} is missing in {raw}: {'unpack it (gunzip)' if packed else 'put it there'}, or move "
-                        "that folder away to have MNIST downloaded anew")
+    if missing and holds_mnist(raw):  # a download would write over the others
+        remedy = "unpack it (gunzip)" if (raw / f"{missing}.gz").exists() else "put it there"
+        raise UserError(f"{missing} is missing in {raw}: {remedy}, or {ANEW}")
     if missing:
         download_mnist(data_dir)
     images, labels = read_idx(files[0], (60000 if train else 10000, 28, 28)), read_idx(files[1], None)
     if len(labels) != len(images) or labels.max() > 9:
-        raise UserError(f"{files[1]} does not hold {len(images)} labels from 0 to 9: delete it and download MNIST anew")
+        raise UserError(f"{files[1]} does not hold {len(images)} labels from 0 to 9: {ANEW}")
     return images, labels
 
 
@@ -158,7 +158,7 @@ def read_idx(file, shape):
     header = 4 + 4 * dims
     sizes = tuple(int(n) for n in data[4:header].view(">u4")) if len(data) >= header else ()
     if bytes(data[:4]) != bytes([0, 0, 8, dims]) or sizes != (shape or sizes) or len(data) != header + np.prod(sizes):
-        raise UserError(f"{file} is damaged (not the IDX file that it should be): delete it and download MNIST anew")
+        raise UserError(f"{file} is damaged (not the IDX file that it should be): {ANEW}")
     return data[header:].reshape(sizes)
 
 
