@@ -4,20 +4,29 @@ from support.commands import UserError
 
 import contextlib
 import hashlib
+import http.client
 import io
+import math
 import os
+import re
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
+from config import Config
+
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+ANEW = "move the folder MNIST/raw away to have MNIST downloaded anew"
+LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
 
 
 class CannotDownload(UserError):
@@ -43,11 +52,17 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
     """Reads the training or the test part of a data set.
 
     name: mnist (downloaded into `data_dir` when it is not there), digits, folder, or auto: mnist, and where it cannot
-        be had, digits, after saying so on standard error.
-    image_size, channels: what to convert the images to; 0 = as they are.
+        be had, digits, after saying so on standard error. Only in the default `data_dir`: whoever names another one
+        wants what is in it, and when that is not MNIST, auto is a `UserError`.
+    image_size: what to resize the images to; 0 = as they are.
+    channels: 1 (grey), 3 (RGB), or 0 = as they are.
 
-    Returns a `Dataset`. Raises `UserError` when the data cannot be had or is damaged.
+    Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
+    if channels not in (0, 1, 3):
+        raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the data set has them)")
+    if name in ("auto", "mnist") and Path(data_dir) != Path(Config.data_dir):
+        check_data_dir(name, Path(data_dir))
     if name == "auto":
         try:
             return load_dataset("mnist", data_dir, train, image_size, channels)
@@ -59,44 +74,81 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
         return Dataset(name, images, labels, classes)
     images, labels = read_mnist(Path(data_dir), train) if name == "mnist" else read_digits(train)
     images = torch.from_numpy(images)[:, None]  # (N, 1, H, W)
-    if image_size and image_size != images.shape[-1]:
-        images = torch.nn.functional.interpolate(images.float(), size=(image_size, image_size), mode="bilinear",
-                                                 antialias=True, align_corners=False).round().byte()
-    if channels not in (0, 1):
-        images = images.expand(-1, channels, -1, -1).contiguous()
+    image_size = image_size or images.shape[-1]
+    demand_memory(len(images), channels or 1, image_size)
+    if image_size != images.shape[-1]:
+        images = torch.cat([torch.nn.functional.interpolate(
+            part.float(), size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False,
+        ).round().byte() for part in images.split(1000)])  # all at once, their floats would take four times the memory
+    if channels == 3:
+        images = images.expand(-1, 3, -1, -1).contiguous()
     return Dataset(name, images, torch.from_numpy(labels).long(), [str(digit) for digit in range(10)])
+
+
+def check_data_dir(name, data_dir):
+    """Raises `UserError` when `data_dir`, named by the user, does not hold MNIST and is not meant to get it."""
+    if holds_mnist(data_dir / "MNIST" / "raw"):
+        return
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"{data_dir} is not a folder: point --data-dir at the folder that holds MNIST/raw")
+    classes = []
+    with contextlib.suppress(UserError):
+        classes = list(find_classes(training_part(data_dir)))
+    if classes:
+        raise UserError(f"{data_dir} holds no MNIST/raw, but folders of images ({', '.join(classes[:3])}"
+                        f"{' ...' if len(classes) > 3 else ''}): --dataset folder trains on those")
+    if name == "auto":
+        raise UserError(f"{data_dir} holds no MNIST/raw: point --data-dir at the folder that does, download MNIST into "
+                        "this one with --dataset mnist, or train on folders of images with --dataset folder")
+
+
+def holds_mnist(raw):
+    """Whether `raw` holds any of MNIST's four files, unpacked or not."""
+    return any((raw / f"{name}{ending}").exists() for name in MNIST_FILES for ending in ("", ".gz"))
 
 
 def read_mnist(data_dir, train):
     """MNIST as arrays, images (N, 28, 28) and labels (N,), from torchvision's layout `data_dir`/MNIST/raw."""
     raw = data_dir / "MNIST" / "raw"
-    part = "train" if train else "t10k"
-    files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
-    if not all(file.is_file() for file in files):
+    files = [raw / name for name in MNIST_FILES[slice(0, 2) if train else slice(2, 4)]]
+    missing = next((file.name for file in files if not file.is_file()), None)
+    if missing and holds_mnist(raw):  # a download would write over the others
+        remedy = "unpack it (gunzip)" if (raw / f"{missing}.gz").exists() else "put it there"
+        raise UserError(f"{missing} is missing in {raw}: {remedy}, or {ANEW}")
+    if missing:
         download_mnist(data_dir)
     images, labels = read_idx(files[0], (60000 if train else 10000, 28, 28)), read_idx(files[1], None)
     if len(labels) != len(images) or labels.max() > 9:
-        raise UserError(f"{files[1]} does not hold {len(images)} labels from 0 to 9: delete it and download MNIST anew")
+        raise UserError(f"{files[1]} does not hold {len(images)} labels from 0 to 9: {ANEW}")
     return images, labels
 
 
 def download_mnist(data_dir):
-    """Downloads MNIST through torchvision, which checks the files' MD5 sums."""
+    """Downloads MNIST through torchvision, which checks the files' MD5 sums. Unless all of it came, nothing stays."""
     from torchvision.datasets import MNIST  # imported here: it takes a second that no other path needs
 
+    raw = data_dir / "MNIST" / "raw"
     print(f"downloading MNIST into {data_dir / 'MNIST'} ...", file=sys.stderr)
+    made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a network that swallows packets must not hang the first run
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
-            MNIST(data_dir, download=True)
-    except (OSError, RuntimeError):
-        raise CannotDownload(f"MNIST is not in {data_dir / 'MNIST' / 'raw'} and cannot be downloaded; put "
-                             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-                             "t10k-labels-idx1-ubyte there, or point --data-dir at the folder that holds MNIST/raw"
-                             ) from None
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw) as temporary:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror that fails
+                whole = Path(MNIST(temporary, download=True).raw_folder)
+            for name in MNIST_FILES:
+                os.replace(whole / name, raw / name)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None)
+        raise CannotDownload(f"MNIST is not in {raw} and cannot be downloaded{f' ({reason})' if reason else ''}; put "
+                             f"{', '.join(MNIST_FILES[:3])} and {MNIST_FILES[3]} there, or point --data-dir at the "
+                             "folder that holds MNIST/raw") from None
     finally:
         socket.setdefaulttimeout(timeout)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # none but an empty one
 
 
 def read_idx(file, shape):
@@ -106,7 +158,7 @@ def read_idx(file, shape):
     header = 4 + 4 * dims
     sizes = tuple(int(n) for n in data[4:header].view(">u4")) if len(data) >= header else ()
     if bytes(data[:4]) != bytes([0, 0, 8, dims]) or sizes != (shape or sizes) or len(data) != header + np.prod(sizes):
-        raise UserError(f"{file} is damaged (not the IDX file that it should be): delete it and download MNIST anew")
+        raise UserError(f"{file} is damaged (not the IDX file that it should be): {ANEW}")
     return data[header:].reshape(sizes)
 
 
@@ -124,23 +176,28 @@ def read_folder(root, train, image_size, channels):
     """One folder per class: `root`/train/<class>/* and `root`/test/<class>/*, as in the article, or `root`/<class>/*.
 
     Every image becomes a square of `image_size` (0: the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if the first image is grey, else 3).
+    `channels` channels (0: 1 if all images are grey, else 3).
     Returns images (N, C, H, W), labels (N,) and the names of the classes.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    if (root / "train").is_dir():
-        root = root / ("train" if train else "test")
-    names = sorted((path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else (),
-                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    files = [(file, label) for label, name in enumerate(names) for file in list_images(root / name)]
-    if not files:
-        raise UserError(f"no images in {root}/<class>/: it must hold one folder per class, with images in each")
-    first = read_image(files[0][0])
-    image_size = image_size or min(first.size)
-    channels = channels or (1 if first.mode == "L" else 3)
-    if channels not in (1, 3):
-        raise UserError(f"channels is {channels}, but a folder's images have 1 (grey) or 3 (RGB)")
+    part = training_part(root)
+    found = find_classes(part)
+    names = list(found)
+    if not train and part != root:
+        part = root / "test"
+        if not part.is_dir():
+            raise UserError(f"{root} holds train/ but no test/: put the images to test on into {part}/<class>/")
+        found = find_classes(part)
+        strange = [name for name in found if name not in names]
+        if strange:
+            raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
+    files = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
+    if not image_size:
+        with opened(files[0][0]) as image:
+            image_size = min(image.size)
+    channels = channels or (1 if all(is_grey(file) for file, _ in files) else 3)
+    demand_memory(len(files), channels, image_size)
     images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
         image = square(read_image(file, "L" if channels == 1 else "RGB"), image_size)
@@ -148,35 +205,110 @@ def read_folder(root, train, image_size, channels):
     return images, torch.tensor([label for _, label in files]), names
 
 
+def training_part(root):
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def find_classes(folder):
+    """The images of each class: a dict from the names of the folders in `folder` that hold any, numbers in their order
+    and then words, to lists of files. Raises `UserError` when there are none, or images lie deeper."""
+    found = {path.name: list_images(path) for path in visible(folder) if path.is_dir()}
+    for name, images in found.items():
+        for deeper in () if images else visible(folder / name):
+            if deeper.is_dir() and list_images(deeper):
+                raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
+                                f"/<class>/, or point --data-dir at {folder / name}")
+    names = sorted((name for name, images in found.items() if images),
+                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    if not names:
+        raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
+                        + (f"; those in {folder} itself have no class" if list_images(folder) else ""))
+    return {name: found[name] for name in names}
+
+
+def visible(folder):
+    """What lies in `folder`, sorted by name, but for what systems and tools hide there. Raises `UserError`."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+
+
 def list_images(folder):
     """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
+    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+
+
+def demand_memory(count, channels, size):
+    """Raises `UserError` unless `count` images (channels, size, size) of bytes fit into half of the memory there is:
+    training needs some as well."""
+    needed, free = count * channels * size**2, available_memory()
+    if size > LARGEST or needed > free / 2:
+        limit = f"{LARGEST} x {LARGEST} is the largest size" if size > LARGEST else (
+            f"more than half of the {free / 1e9:.3g} GB that are free")
+        raise UserError(f"{count:,} images of {size} x {size} pixels would take {needed / 1e9:.3g} GB of memory, and "
+                        f"{limit}: make them smaller, for example with --image-size {min(64, size // 2)}")
+
+
+def available_memory():
+    """The bytes of memory that can still be had or, where the system does not say, that there are (or infinity)."""
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
+    names the file."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+        with Image.open(path) as image:
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in too many ways to list
+        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
+        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+
+
+def is_grey(path):
+    """Whether an image file is of greys, as its header says. Raises `UserError` as `opened` does."""
+    with opened(path) as image:
+        return image.mode in GREY_MODES
 
 
 def read_image(path, mode=None):
-    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), transparency laid on black.
+    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), turned as its EXIF data says,
+    transparency laid on black.
 
+    Greys deeper than a byte are scaled: 16 bits from 0..65535; 32 bits too, unless none is above 255; floats from 0..1,
+    unless one lies outside, when they are taken to be 0..255. What lies outside is cut off.
     Raises `UserError` that names the file when it cannot be read as an image.
     """
-    try:
-        with Image.open(path) as image:
-            mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
-            if image.mode in ("I;16", "I;16B", "I", "F"):  # PIL clips these at 255 instead of scaling them
-                array = np.asarray(image, dtype=np.float64) / (1 if image.mode == "F" else 257)
-                image = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
-            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-            return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
-        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+    with opened(path) as image:
+        image.filename = ""  # else Pillow maps plain TIFFs into memory, and shears those that it has to turn
+        image.load()
+        mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+        with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
+            array = np.asarray(image, dtype=np.float64)
+            if not np.isfinite(array).all():
+                raise ValueError("some of its pixels are NaN or infinite")
+            if image.mode == "F":
+                scale = 255 if array.min() >= 0 and array.max() <= 1 else 1
+            else:  # "I" of other formats than TIFF comes from 16 bits
+                scale = 1 if image.mode == "I" and image.format == "TIFF" and array.max() <= 255 else 1 / 257
+            image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+        return image.convert(mode)
 
 
 def square(image, size):

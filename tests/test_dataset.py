@@ -1,15 +1,20 @@
 from support.commands import UserError
 
+import http.client
 import os
 import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from dataset import list_images, load_dataset, read_image
+import dataset
+from dataset import available_memory, is_grey, list_images, load_dataset, read_image, square, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -20,11 +25,12 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """A folder with the test files of a made-up MNIST of the real size."""
+    """A folder with a made-up MNIST of the real size."""
     folder = tmp_path_factory.mktemp("mnist")
-    images = np.arange(10000 * 784, dtype=np.uint32).reshape(10000, 28, 28) % 251
-    write_idx(folder / "MNIST/raw/t10k-images-idx3-ubyte", images)
-    write_idx(folder / "MNIST/raw/t10k-labels-idx1-ubyte", np.arange(10000) % 10)
+    for part, count, period in (("train", 60000, 241), ("t10k", 10000, 251)):
+        images = (np.arange(count * 784, dtype=np.uint32) % period).astype(np.uint8).reshape(count, 28, 28)
+        write_idx(folder / f"MNIST/raw/{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(count) * 7 % period % 10)
     return folder
 
 
@@ -36,23 +42,46 @@ def write_classes(root, names=("a", "b"), size=(9, 7), count=3, mode="L"):
     return root
 
 
-def test_mnist(mnist):
-    data = load_dataset("mnist", mnist, train=False)
-    assert (data.name, data.images.shape, data.images.dtype) == ("mnist", (10000, 1, 28, 28), torch.uint8)
-    assert data.labels.dtype == torch.int64 and torch.equal(data.labels, torch.arange(10000) % 10)
-    assert data.images[1, 0, 2, 3] == (784 + 2 * 28 + 3) % 251
-    assert load_dataset("auto", mnist, train=False).name == "mnist"
+def tree(folder):
+    """All that lies in a folder: names and contents."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_mnist_is_what_torchvision_reads(mnist, train):
+    data, twin = load_dataset("mnist", mnist, train=train), torchvision.datasets.MNIST(mnist, train=train)
+    assert (data.name, data.images.dtype, data.labels.dtype) == ("mnist", torch.uint8, torch.int64)
+    assert torch.equal(data.images, twin.data[:, None]) and torch.equal(data.labels, twin.targets)
+    assert data.classes == [*"0123456789"]
+    if not train:
+        assert load_dataset("auto", mnist, train=False).fingerprint == data.fingerprint
 
 
 def test_mnist_of_another_size(mnist):
+    """Against a triangle filter in double precision, of which every grey is the nearest whole number."""
     data = load_dataset("mnist", mnist, train=False, image_size=14, channels=3)
-    assert data.images.shape == (10000, 3, 14, 14)
-    assert torch.equal(data.images[:, 0], data.images[:, 2])
+    assert data.images.shape == (10000, 3, 14, 14) and data.images.is_contiguous()
+    assert torch.equal(data.images[:, 0], data.images[:, 1]) and torch.equal(data.images[:, 0], data.images[:, 2])
+    distance = abs(np.arange(28)[None] + 0.5 - 2 * (np.arange(14)[:, None] + 0.5)) / 2
+    weights = np.clip(1 - distance, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    originals = load_dataset("mnist", mnist, train=False).images[::999, 0].double().numpy()
+    assert abs(weights @ originals @ weights.T - data.images[::999, 0].numpy()).max() < 0.501
+
+
+@pytest.mark.parametrize("name", ["mnist", "digits", "folder"])
+@pytest.mark.parametrize("channels", [2, 4, -1])
+def test_channels_that_no_image_has(mnist, tmp_path, name, channels):
+    folder = write_classes(tmp_path / "own") if name == "folder" else mnist
+    with pytest.raises(UserError, match=f"channels is {channels}, but must be 1"):
+        load_dataset(name, folder, train=False, channels=channels)
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", lambda data: b"\0\0\x09\x03" + data[4:],
-    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10], lambda data: b"\x1f\x8b" + data[2:]])
+    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10], lambda data: b"\x1f\x8b" + data[2:],
+    lambda data: data[:8] + struct.pack(">II", 14, 56) + data[16:]])
 def test_damaged_mnist_images(mnist, tmp_path, damage):
     good = mnist / "MNIST/raw/t10k-images-idx3-ubyte"
     raw = tmp_path / "MNIST/raw"
@@ -60,7 +89,7 @@ def test_damaged_mnist_images(mnist, tmp_path, damage):
     (raw / good.name).write_bytes(damage(good.read_bytes()))
     os.link(mnist / "MNIST/raw/t10k-labels-idx1-ubyte", raw / "t10k-labels-idx1-ubyte")
     for name in ("mnist", "auto"):
-        with pytest.raises(UserError, match="t10k-images-idx3-ubyte is damaged"):
+        with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is damaged .*: move the folder MNIST/raw away"):
             load_dataset(name, tmp_path, train=False)
 
 
@@ -69,7 +98,7 @@ def test_damaged_mnist_labels(mnist, tmp_path, labels):
     raw = tmp_path / "MNIST/raw"
     write_idx(raw / "t10k-labels-idx1-ubyte", labels)
     os.link(mnist / "MNIST/raw/t10k-images-idx3-ubyte", raw / "t10k-images-idx3-ubyte")
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte"):
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte .*: move the folder MNIST/raw away"):
         load_dataset("mnist", tmp_path, train=False)
 
 
@@ -82,39 +111,167 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def download(mnist, monkeypatch):
+    """Stands in for the network: a function that sets how many of MNIST's files arrive before `error` is raised."""
+    arriving = [4, None]
+
+    def fetch(url, download_root, filename, md5):
+        if not arriving[0]:
+            raise arriving[1]
+        arriving[0] -= 1
+        name = filename.removesuffix(".gz")
+        (Path(download_root) / filename).write_bytes(b"packed")
+        os.link(mnist / "MNIST/raw" / name, Path(download_root) / name)
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    return lambda *what: arriving.__setitem__(slice(None), what)
+
+
 def test_mnist_that_cannot_be_had(tmp_path, no_network):
     with pytest.raises(UserError, match="put train-images-idx3-ubyte") as caught:
+        load_dataset("mnist", tmp_path / "new" / "folder")
+    assert str(tmp_path / "new" / "folder" / "MNIST" / "raw") in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mnist_that_cannot_be_had_leaves_what_was_there(tmp_path, no_network):
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    (tmp_path / "MNIST/notes").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="cannot be downloaded"):
         load_dataset("mnist", tmp_path)
-    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
+    assert tree(tmp_path) == before
 
 
-def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys):
-    data = load_dataset("auto", tmp_path)
-    assert data.name == "digits"
+def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_dataset("auto", ".")
+    assert data.name == "digits" and data.images.shape == (1500, 1, 8, 8)
     said = capsys.readouterr()
-    assert said.out == "" and "8x8 digits instead" in said.err
+    assert said.out == "" and "cannot be downloaded: using scikit-learn's 8x8 digits instead" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mnist_is_downloaded(tmp_path, monkeypatch, mnist, download, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("auto", "."), ("mnist", tmp_path / "new")):
+        download(4, None)
+        assert torch.equal(load_dataset(name, folder, train=False).images, load_dataset("mnist", mnist, False).images)
+        assert f"downloading MNIST into {Path(folder) / 'MNIST'} ..." in capsys.readouterr().err
+        assert sorted(os.listdir(Path(folder) / "MNIST/raw")) == sorted(os.listdir(mnist / "MNIST/raw"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the MD5 sum is another"), OSError(28, "No space left on device"),
+                                   http.client.IncompleteRead(b""), KeyboardInterrupt()])
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, download, error):
+    download(3, error)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError) as caught:
+        load_dataset("mnist", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert isinstance(error, OSError) == ("cannot be downloaded (No space left on device)" in str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+@pytest.mark.parametrize("train", [True, False])
+def test_mnist_that_is_there_in_part(mnist, tmp_path, monkeypatch, download, name, train):
+    """One of four files is missing, or packed: it is named, nothing is downloaded over the other three."""
+    monkeypatch.chdir(tmp_path)
+    download(0, AssertionError("nothing must be downloaded"))
+    raw, lacking = Path("MNIST/raw"), f"{'train' if train else 't10k'}-labels-idx1-ubyte"
+    raw.mkdir(parents=True)
+    for file in (mnist / "MNIST/raw").iterdir():
+        if file.name != lacking:
+            os.link(file, raw / file.name)
+    before = sorted(raw.iterdir())
+    for folder in (".", tmp_path):
+        with pytest.raises(UserError, match=f"{lacking} is missing in {Path(folder) / raw}: put it there"):
+            load_dataset(name, folder, train=train)
+    assert sorted(raw.iterdir()) == before
+    for file in before:
+        file.rename(f"{file}.gz")
+    (raw / f"{lacking}.gz").write_bytes(b"packed")
+    with pytest.raises(UserError, match=r"images-idx3-ubyte is missing in .*raw: unpack it \(gunzip\)"):
+        load_dataset(name, tmp_path, train=train)
+    assert len(list(raw.glob("*.gz"))) == len(list(raw.iterdir())) == 4
+
+
+def test_auto_takes_nothing_else_for_a_folder_that_was_named(tmp_path, download, capsys):
+    download(0, AssertionError("nothing must be downloaded"))
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = tree(tmp_path)
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"^{folder} holds no MNIST/raw: .*--dataset mnist.*--dataset folder"):
+            load_dataset("auto", folder)
+    for name in ("auto", "mnist"):
+        with pytest.raises(UserError, match="file is not a folder"):
+            load_dataset(name, tmp_path / "file")
+    assert tree(tmp_path) == before and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_folders_of_images_are_recognised(tmp_path, download, name, inner):
+    download(0, AssertionError("nothing must be downloaded"))
+    write_classes(tmp_path / "own" / inner, names=("cat", "dog", "emu", "fox"), count=1)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"of images \(cat, dog, emu \.\.\.\): --dataset folder trains on those"):
+        load_dataset(name, tmp_path / "own")
+    assert tree(tmp_path) == before
+
+
+def test_mnist_beside_folders_of_images(mnist, tmp_path):
+    write_classes(tmp_path)
+    (tmp_path / "MNIST").symlink_to(mnist / "MNIST")
+    assert len(load_dataset("auto", tmp_path, train=False).images) == 10000
 
 
 def test_digits():
+    images, labels = load_digits(return_X_y=True)
+    greys = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+    images = torch.from_numpy(greys[images.astype(int)]).view(-1, 1, 8, 8)  # 255 / 16 times 0 to 16
     train, test = load_dataset("digits", "nowhere"), load_dataset("digits", "nowhere", train=False)
-    assert train.images.shape == (1500, 1, 8, 8) and test.images.shape == (297, 1, 8, 8)
-    assert train.images.max() == 255 and train.images.dtype == torch.uint8
-    assert train.labels.unique().tolist() == test.labels.unique().tolist() == list(range(10))
+    for data, part in ((train, slice(0, 1500)), (test, slice(1500, 1797))):
+        assert data.name == "digits" and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
+        assert torch.equal(data.images, images[part]) and data.labels.tolist() == labels[part].tolist()
+    colours = load_dataset("digits", "nowhere", channels=3)
+    assert torch.equal(colours.images, train.images.repeat(1, 3, 1, 1))
 
 
 def test_folder_of_classes(tmp_path):
     data = load_dataset("folder", write_classes(tmp_path / "own"))
-    assert data.images.shape == (6, 1, 7, 7) and data.classes == ["a", "b"]
-    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.images[:, 0, 3, 3].tolist() == [0, 1, 2, 40, 41, 42]
+    assert data.images.shape == (6, 1, 7, 7) and data.classes == ["a", "b"] and data.name == "folder"
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.labels.dtype == torch.int64
+    assert data.images[:, 0, 3, 3].tolist() == [0, 1, 2, 40, 41, 42] and data.images.dtype == torch.uint8
+    for folder in write_classes(tmp_path / "dots", size=(1, 1)), write_classes(tmp_path / "bars", size=(1, 50)):
+        assert load_dataset("folder", folder).images.shape == (6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_pixels_are_where_they_were(tmp_path, shape):
+    array = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+    (tmp_path / "class").mkdir()
+    for i in range(5):
+        Image.fromarray(array[i]).save(tmp_path / "class" / f"{i}.png")
+    images = load_dataset("folder", tmp_path).images
+    assert np.array_equal(images.numpy(), array.reshape(5, 8, 8, -1).transpose(0, 3, 1, 2))
 
 
 def test_folder_of_the_article(tmp_path):
     """MNIST/train/<label>/*.png and MNIST/test/<label>/*.png, and labels in the order of numbers."""
-    write_classes(tmp_path / "MNIST/train", names=("10", "9", "0"))
-    write_classes(tmp_path / "MNIST/test", names=("10", "9", "0"), count=2)
-    assert load_dataset("folder", tmp_path / "MNIST").classes == ["0", "9", "10"]
-    assert len(load_dataset("folder", tmp_path / "MNIST", train=False).images) == 6
+    write_classes(tmp_path / "MNIST/train", names=("10", "9", "0", "B", "a"))
+    write_classes(tmp_path / "MNIST/test", names=("9", "10"), count=2)
+    train, test = (load_dataset("folder", tmp_path / "MNIST", train=part) for part in (True, False))
+    assert train.classes == test.classes == ["0", "9", "10", "B", "a"]
+    assert train.images[::3, 0, 0, 0].tolist() == [80, 40, 0, 120, 160]
+    assert test.labels.tolist() == [1, 1, 2, 2] and test.images[:, 0, 0, 0].tolist() == [0, 1, 40, 41]
+    write_classes(tmp_path / "MNIST/test", names=("11",))
+    with pytest.raises(UserError, match=r"test/11 has no counterpart in .*train"):
+        load_dataset("folder", tmp_path / "MNIST", train=False)
+    write_classes(tmp_path / "half/train")
+    with pytest.raises(UserError, match=r"half holds train/ but no test/"):
+        load_dataset("folder", tmp_path / "half", train=False)
 
 
 def test_folder_of_colours_and_sizes(tmp_path):
@@ -124,18 +281,65 @@ def test_folder_of_colours_and_sizes(tmp_path):
     assert data.images.shape == (7, 3, 8, 8)
     assert data.images[0, :, 0, 0].tolist() == [0, 100, 200]
     assert data.images[-1].unique().tolist() == [77]
+    assert load_dataset("folder", tmp_path / "own").images.shape == (7, 3, 10, 10)
     assert load_dataset("folder", tmp_path / "own", image_size=8, channels=1).images.shape == (7, 1, 8, 8)
 
 
-def test_folder_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize("odd", range(6))
+def test_one_image_of_colour_makes_all_of_colour(tmp_path, odd):
+    write_classes(tmp_path / "own")
+    assert load_dataset("folder", tmp_path / "own").images.shape[1] == 1
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(tmp_path / "own" / "ab"[odd // 3] / f"{odd % 3}.png")
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.images.shape == (6, 3, 7, 7) and data.images[odd, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a folder"):
         load_dataset("folder", tmp_path / "missing")
     with pytest.raises(UserError, match="no images"):
         load_dataset("folder", tmp_path)
     write_classes(tmp_path / "own")
-    (tmp_path / "own" / "a" / "1.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
-        load_dataset("folder", tmp_path / "own")
+    for flags in ({}, {"image_size": 4}, {"image_size": 4, "channels": 1}):
+        (tmp_path / "own" / "a" / "1.png").write_bytes(b"not a picture")
+        with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
+            load_dataset("folder", tmp_path / "own", **flags)
+    with pytest.raises(UserError, match=r"1\.png is not a folder"):
+        load_dataset("folder", tmp_path / "own" / "a" / "1.png")
+
+    listed = Path.iterdir  # root may list every folder, so a refusal is played
+    for refused in ("own", "own/a"):
+        def refuse(path, refused=tmp_path / refused):
+            if path == refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(UserError, match=f"{tmp_path / refused} cannot be read: Permission denied"):
+            load_dataset("folder", tmp_path / "own")
+
+
+def test_images_that_lie_too_deep_or_too_high(tmp_path):
+    """No class is left out, or made up, without a word."""
+    write_classes(tmp_path / "zip" / "own")
+    with pytest.raises(UserError, match=f"own/a holds images, .* point --data-dir at {tmp_path}/zip/own"):
+        load_dataset("folder", tmp_path / "zip")
+    write_classes(tmp_path / "zip", names=("others",))
+    with pytest.raises(UserError, match=r"own/a holds images, .* move them up"):
+        load_dataset("folder", tmp_path / "zip")
+    with pytest.raises(UserError, match=r"those in .*own/a itself have no class"):
+        load_dataset("folder", tmp_path / "zip/own/a")
+
+
+def test_folders_and_files_that_are_hidden_or_empty(tmp_path):
+    write_classes(tmp_path / "own", names=("__MACOSX", ".ipynb_checkpoints", "b", "c"))
+    (tmp_path / "own" / "a").mkdir()
+    (tmp_path / "own" / "notes").mkdir()
+    (tmp_path / "own" / "notes" / "read me.txt").touch()
+    (tmp_path / "own" / "b" / "._1.png").write_bytes(b"not a picture")
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.classes == ["b", "c"] and data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [path.name for path in list_images(tmp_path / "own" / "b")] == ["0.png", "1.png", "2.png"]
 
 
 def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
@@ -148,10 +352,65 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
     (tmp_path / "own" / "circle").symlink_to(tmp_path / "own" / "circle")
     data = load_dataset("folder", tmp_path / "own")
     assert len(data.images) == 9 and data.classes == ["\u0663", "10", "\u00b2"]
+    (tmp_path / "own" / "self").symlink_to(tmp_path / "own")
+    with pytest.raises(UserError, match="own/self does not"):
+        load_dataset("folder", tmp_path / "own")
+
+
+def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
+    """They are refused before a pixel is read, at one byte above half of the memory."""
+    folder = write_classes(tmp_path / "own", size=(400, 300), mode="RGB")
+    for flags, needed, words in (({}, 6 * 3 * 300 * 300, "6 images of 300 x 300 pixels would take 0.00162 GB"),
+                                 ({"channels": 1}, 6 * 300 * 300, "--image-size 64"),
+                                 ({"image_size": 100}, 6 * 3 * 100 * 100, "--image-size 50")):
+        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed)
+        load_dataset("folder", folder, **flags)
+        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed - 1)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=words) as caught:
+            patch.setattr(dataset, "read_image", None)
+            load_dataset("folder", folder, **flags)
+        assert "more than half of the" in str(caught.value)
+    monkeypatch.setattr(dataset, "available_memory", lambda: 8.1e9)
+    with pytest.raises(UserError, match=r"10,000 images of 1000 x 1000 pixels would take 30 GB .* the 8.1 GB that are"):
+        load_dataset("mnist", mnist, train=False, image_size=1000, channels=3)
+    monkeypatch.setattr(dataset, "available_memory", lambda: 2 * 297 * 3 * 9**2)
+    load_dataset("digits", "", train=False, image_size=9, channels=3)
+    with pytest.raises(UserError, match="297 images of 10 x 10 "):
+        load_dataset("digits", "", train=False, image_size=10, channels=3)
+
+
+def test_images_above_the_largest_size(tmp_path):
+    folder = write_classes(tmp_path / "own", size=(1100, 1025), count=1)
+    with pytest.raises(UserError, match=r"2 images of 1025 x 1025 .* 1024 x 1024 is the largest .*--image-size 64"):
+        load_dataset("folder", folder)
+    assert load_dataset("folder", folder, image_size=1024).images.shape == (2, 1, 1024, 1024)
+
+
+def test_available_memory(monkeypatch):
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= everything
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal:  9 kB\nMemAvailable:      123 kB\nCached: 7 kB\n")
+    assert available_memory() == 123 * 1024
+    monkeypatch.setattr(Path, "read_text", lambda path: "another system's")
+    assert available_memory() == everything
+    monkeypatch.delattr(os, "sysconf")
+    assert available_memory() == float("inf")
+
+
+@pytest.mark.parametrize("size", [(40, 32), (41, 32), (32, 40), (32, 45), (32, 32)])
+def test_squares_are_cut_from_the_centre(size):
+    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
+    exact = array[top:top + 32, left:left + 32]
+    assert np.array_equal(square(Image.fromarray(array), 32), exact)
+    # Against torch's bicubic filter with antialiasing, but where the border is handled in another way
+    twin = torch.nn.functional.interpolate(torch.from_numpy(exact).permute(2, 0, 1)[None].double(), size=(12, 12),
+                                           mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    assert abs(np.asarray(square(Image.fromarray(array), 12)) - twin)[2:-2, 2:-2].max() < 1.5
 
 
 def test_list_images(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt", "settings.json"):
+    for name in ("b.png", "a.JPG", "notes.txt", "settings.json", ".hidden.png", "._b.png"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png"]
@@ -177,12 +436,106 @@ def test_kinds_of_images(tmp_path):
     assert read_image(tmp_path / "cmyk.jpg").mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+@pytest.mark.parametrize(("name", "mode", "grey"), [
+    ("x.png", "1", True), ("x.png", "L", True), ("x.png", "LA", True), ("x.png", "I;16", True), ("x.tif", "I", True),
+    ("x.tif", "F", True), ("x.tif", "I;16B", True), ("x.png", "RGB", False), ("x.png", "RGBA", False),
+    ("x.png", "P", False), ("x.jpg", "CMYK", False)])
+def test_what_is_grey(tmp_path, name, mode, grey):
+    Image.new(mode, (4, 4)).save(tmp_path / name)
+    assert is_grey(tmp_path / name) == grey and read_image(tmp_path / name).mode == ("L" if grey else "RGB")
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_sixteen_bits(tmp_path, dtype):
+    """All of 0..65535 is scaled to 0..255, whatever it holds; a PGM's of 16 bits, which PIL reads as 32, too."""
+    values = np.random.default_rng(0).permutation(65536).reshape(256, 256)
+    for array in values, values // 257:
+        Image.fromarray(array.astype(dtype)).save(tmp_path / "x.tif")
+        Image.fromarray(array.astype("<u2")).save(tmp_path / "x.png")
+        (tmp_path / "x.pgm").write_bytes(b"P5 256 256 65535\n" + array.astype(">u2").tobytes())
+        for name in ("x.tif", "x.png", "x.pgm"):
+            assert abs(np.asarray(read_image(tmp_path / name)) - array / 65535 * 255).max() < 0.501, name
+
+
+@pytest.mark.parametrize(("values", "greys"), [
+    (np.float32([0, 0.25, 0.5, 1]), [0, 64, 128, 255]), (np.float32([0, 0.5, 1, 1.1]), [0, 0, 1, 1]),
+    (np.float32([0, 64.4, 64.6, 255]), [0, 64, 65, 255]), (np.float32([-5, 0.5, 200, 1e9]), [0, 0, 200, 255]),
+    (np.float32([-0.1, 0, 1, 1]), [0, 0, 1, 1]), (np.int32([0, 1, 64, 255]), [0, 1, 64, 255]),
+    (np.int32([-9, 0, 3, 200]), [0, 0, 3, 200]), (np.int32([0, 256, 25700, 65535]), [0, 1, 100, 255]),
+    (np.int32([-9, 0, 10**6, -2**31]), [0, 0, 255, 0])])
+def test_greys_of_four_bytes(tmp_path, values, greys):
+    Image.fromarray(values.reshape(2, 2)).save(tmp_path / "x.tif")
+    assert np.asarray(read_image(tmp_path / "x.tif")).ravel().tolist() == greys
+    assert np.asarray(read_image(tmp_path / "x.tif", "RGB"))[..., 1].ravel().tolist() == greys
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_no_numbers(tmp_path, value):
+    Image.fromarray(np.float32([[0, value], [1, 1]])).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif cannot be read .* NaN or infinite"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_transparency_is_laid_on_black(tmp_path):
+    for mode, pixel, grey in (("RGBA", (200, 200, 200, 128), 100), ("LA", (200, 128), 100), ("LA", (200, 0), 0)):
+        Image.new(mode, (2, 2), pixel).save(tmp_path / "x.png")
+        assert np.unique(read_image(tmp_path / "x.png", "L")).tolist() == [grey]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([10, 20, 30, 255, 255, 255])
+    palette.save(tmp_path / "x.png", transparency=1)
+    assert not np.asarray(read_image(tmp_path / "x.png")).any()
+
+
+ORIENTED = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
+            6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize(("name", "mode"), [*((name, "RGB") for name in ("x.png", "x.jpg", "x.webp", "x.tif")),
+                                            ("x.jpg", "L"), ("x.tif", "L"), ("x.tif", "I;16"), ("x.tif", "F")])
+def test_photographs_are_turned_upright(tmp_path, orientation, name, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(3, 2) * 50, 16, 0), 16, 1)
+    stored = {"RGB": np.stack([array] * 3, 2), "I;16": array.astype(np.uint16) * 257, "F": array.astype(np.float32)}
+    Image.fromarray(stored.get(mode, array)).save(tmp_path / name, exif=exif, quality=100)
+    read = np.asarray(read_image(tmp_path / name, "L")).astype(int)
+    exact = ORIENTED[orientation](array)
+    assert read.shape == exact.shape and abs(read - exact).max() < 5
+
+
+@pytest.mark.parametrize(("tail", "turned"), [
+    (b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHHHHIIIQQ", 0x112, 3, 1, 6, 0, 0x10e, 5, 1, 26, 0, 0, 0), True),
+    (b"nonsense" * 8, False)])
+def test_damaged_exif_data_are_no_damaged_image(tmp_path, tail, turned):
+    """The first says how to turn the image, and has a description that is a number."""
+    for name in ("x.png", "x.jpg", "x.webp"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name, exif=b"Exif\0\0" + tail)
+        assert read_image(tmp_path / name).size == ((4, 6) if turned else (6, 4))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"P5 0 0 255\n"])
 def test_broken_image_is_named(tmp_path, content):
     (tmp_path / "x y.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"x y\.png cannot be read") as caught:
-        read_image(tmp_path / "x y.png")
-    assert "\n" not in str(caught.value)
+    for read in (read_image, is_grey):
+        with pytest.raises(UserError, match=r"x y\.png cannot be read") as caught:
+            read(tmp_path / "x y.png")
+        assert "\n" not in str(caught.value) and str(caught.value).count("x y.png") == 1
+
+
+def test_an_image_that_breaks_the_library_is_named_too(tmp_path, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "x.tif")
+
+    def load(image):
+        raise error
+
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", load)
+    error = TypeError("'float' object cannot be interpreted as an integer")
+    with pytest.raises(UserError, match=r"x\.tif cannot be read as an image \('float'"):
+        read_image(tmp_path / "x.tif")
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "x.tif")
 
 
 def test_truncated_image_is_named(tmp_path):
@@ -210,3 +563,39 @@ def test_fingerprint_is_of_names_labels_and_pixels():
               data._replace(images=data.images.flip(0), labels=data.labels.flip(0))]
     assert len({other.fingerprint for other in [data, *others]}) == 6
     assert load_dataset("digits", "").fingerprint == data.fingerprint and len(data.fingerprint) == 16
+
+
+def test_fingerprint_of_folders(tmp_path):
+    def fingerprint():
+        return load_dataset("folder", tmp_path / "own").fingerprint
+
+    root = write_classes(tmp_path / "own")
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    for old, new in (("a", "z"), ("b", "a"), ("z", "b")):  # the last of these steps swaps the classes' names
+        (root / old).rename(root / new)
+        seen.append(fingerprint())
+    Image.new("L", (9, 7), 99).save(root / "a" / "1.png")
+    seen.append(fingerprint())
+    (root / "a" / "1.png").unlink()
+    seen.append(fingerprint())
+    assert len(set(seen)) == 6
+
+
+def test_fingerprint_does_not_depend_on_strides():
+    data = load_dataset("digits", "", channels=3)
+    strided = data._replace(images=data.images.to(memory_format=torch.channels_last),
+                            labels=data.labels.repeat_interleave(2)[::2])
+    assert strided.images.stride() != data.images.stride() and strided.labels.stride() != data.labels.stride()
+    assert strided.fingerprint == data.fingerprint
+    assert data._replace(images=data.images.transpose(2, 3)).fingerprint != data.fingerprint
+
+
+def test_pixels_become_floats_and_pixels_again():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(pixels)
+    assert torch.allclose(floats, torch.linspace(-1, 1, 256), atol=1e-6, rtol=0) and floats.dtype == torch.float32
+    assert torch.equal(to_uint8(floats), pixels)
+    for shift in (-0.0038, 0.0038):  # a little less than half a pixel
+        assert torch.equal(to_uint8(floats + shift), pixels)
+    assert to_uint8(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
