@@ -1,6 +1,7 @@
 """A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
 
 from support.commands import UserError
+from support.image_files import is_grey, list_images, opened, read_image, visible
 
 import contextlib
 import hashlib
@@ -17,14 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from config import Config
+from config import Config, as_size, show_size
 
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 ANEW = "move the folder MNIST/raw away to have MNIST downloaded anew"
 LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
 
@@ -48,17 +47,18 @@ class Dataset(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
+def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
     """Reads the training or the test part of a data set.
 
     name: mnist (downloaded into `data_dir` when it is not there), digits, folder, or auto: mnist, and where it cannot
         be had, digits, after saying so on standard error. Only in the default `data_dir`: whoever names another one
         wants what is in it, and when that is not MNIST, auto is a `UserError`.
-    image_size: what to resize the images to; 0 = as they are.
+    image_size: (height, width) to resize the images to, or a number for a square; () or 0 = as they are.
     channels: 1 (grey), 3 (RGB), or 0 = as they are.
 
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
+    image_size = as_size(image_size)
     if channels not in (0, 1, 3):
         raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the data set has them)")
     if name in ("auto", "mnist") and Path(data_dir) != Path(Config.data_dir):
@@ -74,11 +74,11 @@ def load_dataset(name, data_dir, train=True, image_size=0, channels=0):
         return Dataset(name, images, labels, classes)
     images, labels = read_mnist(Path(data_dir), train) if name == "mnist" else read_digits(train)
     images = torch.from_numpy(images)[:, None]  # (N, 1, H, W)
-    image_size = image_size or images.shape[-1]
+    image_size = image_size or tuple(images.shape[2:])
     demand_memory(len(images), channels or 1, image_size)
-    if image_size != images.shape[-1]:
+    if image_size != tuple(images.shape[2:]):
         images = torch.cat([torch.nn.functional.interpolate(
-            part.float(), size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False,
+            part.float(), size=image_size, mode="bilinear", antialias=True, align_corners=False,
         ).round().byte() for part in images.split(1000)])  # all at once, their floats would take four times the memory
     if channels == 3:
         images = images.expand(-1, 3, -1, -1).contiguous()
@@ -175,7 +175,7 @@ def read_digits(train):
 def read_folder(root, train, image_size, channels):
     """One folder per class: `root`/train/<class>/* and `root`/test/<class>/*, as in the article, or `root`/<class>/*.
 
-    Every image becomes a square of `image_size` (0: the first one's shorter side), cropped at its centre, with
+    Every image is brought to `image_size` ((): a square, the first one's shorter side), cropped at its centre, with
     `channels` channels (0: 1 if all images are grey, else 3).
     Returns images (N, C, H, W), labels (N,) and the names of the classes.
     """
@@ -195,13 +195,13 @@ def read_folder(root, train, image_size, channels):
     files = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
     if not image_size:
         with opened(files[0][0]) as image:
-            image_size = min(image.size)
+            image_size = as_size(min(image.size))
     channels = channels or (1 if all(is_grey(file) for file, _ in files) else 3)
     demand_memory(len(files), channels, image_size)
-    images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
+    images = torch.empty(len(files), channels, *image_size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
-        image = square(read_image(file, "L" if channels == 1 else "RGB"), image_size)
-        images[i] = torch.from_numpy(np.array(image)).view(image_size, image_size, channels).permute(2, 0, 1)
+        image = fit(read_image(file, "L" if channels == 1 else "RGB"), image_size)
+        images[i] = torch.from_numpy(np.array(image)).view(*image_size, channels).permute(2, 0, 1)
     return images, torch.tensor([label for _, label in files]), names
 
 
@@ -226,31 +226,16 @@ def find_classes(folder):
     return {name: found[name] for name in names}
 
 
-def visible(folder):
-    """What lies in `folder`, sorted by name, but for what systems and tools hide there. Raises `UserError`."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-
-
-def list_images(folder):
-    """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
-    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
-
-
 def demand_memory(count, channels, size):
-    """Raises `UserError` unless `count` images (channels, size, size) of bytes fit into half of the memory there is:
+    """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
     training needs some as well."""
-    needed, free = count * channels * size**2, available_memory()
-    if size > LARGEST or needed > free / 2:
-        limit = f"{LARGEST} x {LARGEST} is the largest size" if size > LARGEST else (
+    needed, free = count * channels * math.prod(size), available_memory()
+    if max(size) > LARGEST or needed > free / 2:
+        limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
             f"more than half of the {free / 1e9:.3g} GB that are free")
-        raise UserError(f"{count:,} images of {size} x {size} pixels would take {needed / 1e9:.3g} GB of memory, and "
-                        f"{limit}: make them smaller, for example with --image-size {min(64, size // 2)}")
+        smaller = show_size([max(1, side * min(64, max(size) // 2) // max(size)) for side in size])
+        raise UserError(f"{count:,} images of {size[0]} x {size[1]} pixels would take {needed / 1e9:.3g} GB of memory, "
+                        f"and {limit}: make them smaller, for example with --image-size {smaller}")
 
 
 def available_memory():
@@ -262,60 +247,12 @@ def available_memory():
     return math.inf
 
 
-@contextlib.contextmanager
-def opened(path):
-    """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
-    names the file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails in too many ways to list
-        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
-        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
-
-
-def is_grey(path):
-    """Whether an image file is of greys, as its header says. Raises `UserError` as `opened` does."""
-    with opened(path) as image:
-        return image.mode in GREY_MODES
-
-
-def read_image(path, mode=None):
-    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), turned as its EXIF data says,
-    transparency laid on black.
-
-    Greys deeper than a byte are scaled: 16 bits from 0..65535; 32 bits too, unless none is above 255; floats from 0..1,
-    unless one lies outside, when they are taken to be 0..255. What lies outside is cut off.
-    Raises `UserError` that names the file when it cannot be read as an image.
-    """
-    with opened(path) as image:
-        image.filename = ""  # else Pillow maps plain TIFFs into memory, and shears those that it has to turn
-        image.load()
-        mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
-        with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
-            array = np.asarray(image, dtype=np.float64)
-            if not np.isfinite(array).all():
-                raise ValueError("some of its pixels are NaN or infinite")
-            if image.mode == "F":
-                scale = 255 if array.min() >= 0 and array.max() <= 1 else 1
-            else:  # "I" of other formats than TIFF comes from 16 bits
-                scale = 1 if image.mode == "I" and image.format == "TIFF" and array.max() <= 255 else 1 / 257
-            image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-        return image.convert(mode)
-
-
-def square(image, size):
-    """The centre of a PIL image as a `size` x `size` square."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+def fit(image, size):
+    """The centre of a PIL image, as much of it as has the shape of `size`, (height, width), and in that size."""
+    width = min(image.width, image.height * size[1] / size[0])
+    height = min(image.height, image.width * size[0] / size[1])
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
 
 
 BOUND = 1.0  # to_float's images lie in [-BOUND, BOUND]

@@ -67,9 +67,9 @@ def sample(model, config, labels, indices=None):
     def denoise(x, t):
         return process.denoise(model, x, t, labels, config.guidance, BOUND)
 
-    x = noise()
-    yield x[:B]
-    for x in SAMPLERS[config.sampler](denoise, x, process.descending_steps(config.sample_steps), noise, **options):
+    start = noise()
+    yield start[:B]
+    for x in SAMPLERS[config.sampler](denoise, start, process.descending_steps(config.sample_steps), noise, **options):
         yield x[:B]
 
 

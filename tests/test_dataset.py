@@ -1,6 +1,7 @@
 from support.commands import UserError
 
 import http.client
+import itertools
 import os
 import socket
 import struct
@@ -14,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dataset
-from dataset import available_memory, is_grey, list_images, load_dataset, read_image, square, to_float, to_uint8
+from dataset import available_memory, fit, is_grey, list_images, load_dataset, read_image, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -402,11 +403,11 @@ def test_squares_are_cut_from_the_centre(size):
     array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
     exact = array[top:top + 32, left:left + 32]
-    assert np.array_equal(square(Image.fromarray(array), 32), exact)
+    assert np.array_equal(fit(Image.fromarray(array), (32, 32)), exact)
     # Against torch's bicubic filter with antialiasing, but where the border is handled in another way
     twin = torch.nn.functional.interpolate(torch.from_numpy(exact).permute(2, 0, 1)[None].double(), size=(12, 12),
                                            mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-    assert abs(np.asarray(square(Image.fromarray(array), 12)) - twin)[2:-2, 2:-2].max() < 1.5
+    assert abs(np.asarray(fit(Image.fromarray(array), (12, 12))) - twin)[2:-2, 2:-2].max() < 1.5
 
 
 def test_list_images(tmp_path):
@@ -599,3 +600,26 @@ def test_pixels_become_floats_and_pixels_again():
     for shift in (-0.0038, 0.0038):  # a little less than half a pixel
         assert torch.equal(to_uint8(floats + shift), pixels)
     assert to_uint8(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize(("source", "size", "box"), [
+    ((30, 20), (10, 20), (0, 2, 30, 17)), ((30, 20), (20, 10), (10, 0, 20, 20)), ((30, 20), (20, 30), (0, 0, 30, 20))])
+def test_other_shapes_are_cut_from_the_centre(source, size, box):
+    """Source and box in PIL's order, width first; size is (height, width)."""
+    image = Image.effect_noise(source, 80)
+    expected = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    assert np.abs(np.asarray(fit(image, size), dtype=int) - np.asarray(expected)).max() <= 12  # by half a pixel at most
+    assert fit(image, size).size == (size[1], size[0])
+
+
+def test_every_size_fits_into_every_image():
+    for width, height in itertools.product((1, 3, 7, 31), repeat=2):
+        image = Image.new("L", (width, height), 9)
+        for size in itertools.product((1, 3, 11, 28), repeat=2):
+            assert np.unique(np.asarray(fit(image, size))).tolist() == [9]
+
+
+def test_data_that_are_not_square(tmp_path):
+    assert load_dataset("digits", "", image_size=(12, 8)).images.shape == (1500, 1, 12, 8)
+    write_classes(tmp_path / "own", mode="RGB", size=(20, 10))
+    assert load_dataset("folder", tmp_path / "own", image_size=(8, 16)).images.shape == (6, 3, 8, 16)

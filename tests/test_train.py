@@ -105,6 +105,21 @@ def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tm
     assert (run / "model.pth").read_bytes() == before
 
 
+def test_images_that_are_not_square(call, tmp_path):
+    """They are trained on, resumed and drawn."""
+    flags = [*TINY, "--image-size", "12x8", "--run-dir", tmp_path / "run"]
+    code, out, _ = call(train, *flags, "--steps", 2)
+    assert code == 0 and "images of 12 x 8" in out and "16 tokens" in out
+    assert call(train, *flags, "--steps", 3, "--resume")[0] == 0
+    config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
+    assert (config.image_size, config.patch_size) == ((12, 8), (3, 2))
+    out = tmp_path / "a.png"
+    assert call(inference, "--checkpoint", tmp_path / "run", "--labels", 3, 1, "--count", 1, "--out", out)[0] == 0
+    with Image.open(out) as image:
+        assert image.size == (2 + 2 * (8 * 5 + 2), 2 + 12 * 5 + 2)
+    assert_refused(call(train, *TINY, "--image-size", "12x9", "--run-dir", tmp_path / "b"), "[1, 3, 9]", "12x8")
+
+
 def write_class(folder, greys):
     folder.mkdir(parents=True)
     for i, grey in enumerate(greys):
@@ -243,7 +258,10 @@ def test_mnist_that_cannot_be_had(call, tmp_path, monkeypatch):
     assert_refused(call(train, "--dataset", "mnist", "--data-dir", tmp_path, "--run-dir", tmp_path / "run"),
                    tmp_path / "MNIST" / "raw", "put train-images-idx3-ubyte")
     flags = [flag if flag != "digits" else "auto" for flag in TINY]
-    code, out, err = call(train, *flags, "--steps", 2, "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
+    assert_refused(call(train, *flags, "--data-dir", tmp_path, "--run-dir", tmp_path / "run"), "holds no MNIST/raw")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(train, *flags, "--steps", 2, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "MNIST").exists()
     assert code == 0 and "using scikit-learn's 8x8 digits instead" in err and "digits: 1,500 images" in out
 
 
@@ -255,7 +273,7 @@ def test_own_folder_of_images(call, tmp_path):
     flags = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--image-size", 16, "--run-dir", tmp_path / "run",
              "--steps", 2, *TINY[2:]]
     code, out, _ = call(train, *flags)
-    assert code == 0 and "classes cats, dogs" in out
+    assert code == 0 and "6 images of 16 x 16, colour, classes cats, dogs" in out
     with Image.open(tmp_path / "run" / "samples_000002.png") as image:
         assert image.mode == "RGB"
 

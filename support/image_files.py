@@ -1,0 +1,78 @@
+"""Image files of any kind and origin, read as people mean them."""
+
+from support.commands import UserError
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+
+
+def visible(folder):
+    """What lies in `folder`, sorted by name, but for what systems and tools hide there. Raises `UserError`."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def list_images(folder):
+    """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
+    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
+    names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in too many ways to list
+        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
+        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+
+
+def is_grey(path):
+    """Whether an image file is of greys, as its header says. Raises `UserError` as `opened` does."""
+    with opened(path) as image:
+        return image.mode in GREY_MODES
+
+
+def read_image(path, mode=None):
+    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), turned as its EXIF data says,
+    transparency laid on black.
+
+    Greys deeper than a byte are scaled: 16 bits from 0..65535; 32 bits too, unless none is above 255; floats from 0..1,
+    unless one lies outside, when they are taken to be 0..255. What lies outside is cut off.
+    Raises `UserError` that names the file when it cannot be read as an image.
+    """
+    with opened(path) as image:
+        image.filename = ""  # else Pillow maps plain TIFFs into memory, and shears those that it has to turn
+        image.load()
+        mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+        with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
+            array = np.asarray(image, dtype=np.float64)
+            if not np.isfinite(array).all():
+                raise ValueError("some of its pixels are NaN or infinite")
+            if image.mode == "F":
+                scale = 255 if array.min() >= 0 and array.max() <= 1 else 1
+            else:  # "I" of other formats than TIFF comes from 16 bits
+                scale = 1 if image.mode == "I" and image.format == "TIFF" and array.max() <= 255 else 1 / 257
+            image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+        return image.convert(mode)
