@@ -36,7 +36,7 @@ def test_run_folder(trained):
     with Image.open(trained / "samples_000006.png") as image:
         assert image.mode == "L" and image.width > 10 * 8 * 5
     content = load_checkpoint(trained / "model.pth")
-    assert content["step"] == 6 and content["config"].patch_size == 2 and content["config"].num_classes == 10
+    assert content["step"] == 6 and content["config"].patch_size == (2, 2) and content["config"].num_classes == 10
 
 
 def test_says_what_it_does(command, tmp_path):
