@@ -191,3 +191,26 @@ def dpm(denoise, x, steps, noise):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
+
+
+def main():
+    from support.pictures import grid, save_picture
+
+    from dataset import load_dataset, to_float, to_uint8
+
+    torch.manual_seed(0)
+    image = to_float(load_dataset("auto", ".").images[:1])
+    noise, steps, rows = torch.randn_like(image), torch.linspace(0, 999, 11).long(), []
+    for process in (DDPM(), RectifiedFlow()):
+        x_t, _ = process.forward_add_noise(image.expand(11, -1, -1, -1), steps, noise)
+        rows.append(to_uint8(x_t))
+        print(f"{type(process).__name__}: what is left of the image at t = "
+              + ", ".join(f"{t}: {process.signal[t]:.2f}" for t in steps.tolist()))
+    save_picture("diffusion.png", grid(torch.cat(rows), columns=11, captions=[f"t = {t}" for t in steps.tolist()]))
+    print("diffusion.png: one digit and one noise, on the path of DDPM (above) and of the rectified flow (below)")
+
+
+if __name__ == "__main__":
+    from support.commands import run
+
+    run(main)

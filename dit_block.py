@@ -66,15 +66,20 @@ class DiTBlock(nn.Module):
         return x
 
 
-if __name__ == "__main__":
+def main():
+    torch.manual_seed(0)
     block, x, c = DiTBlock(128, 4), torch.randn(2, 16, 128), torch.randn(2, 128)
-    print(f"x {tuple(x.shape)}: 2 images of 16 tokens of 128;  c {tuple(c.shape)}: time and label of each")
-    print(f"parameters: attention {sum(p.numel() for p in block.attention.parameters()):,}, MLP "
-          f"{sum(p.numel() for p in block.mlp.parameters()):,}, modulation "
-          f"{sum(p.numel() for p in block.modulation.parameters()):,}")
-    for layer in (block.modulation[1],):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    print(f"gates at zero, as at the start of training: the block changes x by {(block(x, c) - x).abs().max():.3g}")
+    parts = {"attention": block.attention, "MLP": block.mlp, "modulation": block.modulation}
+    print(f"x {tuple(x.shape)}: 2 images of 16 tokens of 128;  c {tuple(c.shape)}: their times and labels")
+    print("parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
+                                     for name, part in parts.items()))
+    nn.init.zeros_(block.modulation[1].weight)
+    nn.init.zeros_(block.modulation[1].bias)
+    print(f"gates at 0, as training starts: the block changes x by {(block(x, c) - x).norm() / x.norm():.0%}")
     nn.init.ones_(block.modulation[1].bias[2 * 128:3 * 128])
-    print(f"gate of the attention at one: the block changes x by {(block(x, c) - x).abs().max():.3g}")
+    print(f"the gate of the attention at 1: the block changes x by {(block(x, c) - x).norm() / x.norm():.0%}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

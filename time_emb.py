@@ -33,3 +33,24 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         waves = sinusoids(t, self.num_sinusoids, self.spacing)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+def main():
+    from matplotlib.figure import Figure
+
+    waves = sinusoids(torch.arange(1000), 256)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="t", ylabel="sinusoid (above cosines, below sines)")
+    axes.imshow(waves.T, aspect="auto", cmap="coolwarm", origin="lower")
+    figure.savefig("time_emb.png", dpi=120)
+    print(f"t (B,) -> sinusoids (B, 256) -> embedding {tuple(TimeEmbedding(128)(torch.tensor([0, 500])).shape)}")
+    for a, b in ((500, 501), (500, 510), (500, 900)):
+        print(f"t = {a} and {b}: their sinusoids have the cosine similarity "
+              f"{torch.cosine_similarity(waves[a], waves[b], dim=0):.3f}")
+    print("time_emb.png: the sinusoids of every step; the quick ones tell neighbours apart, the slow ones far steps")
+
+
+if __name__ == "__main__":
+    from support.commands import run
+
+    run(main)
