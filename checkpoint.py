@@ -6,7 +6,7 @@ fingerprint of the data, the weights, the state of each optimizer (by the number
 logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) end with the average.
 """
 
-from support.commands import Parser, UserError, first_line, resolve_precision, run
+from support.commands import Parser, UserError, dtype_of, first_line, run
 from support.files import write_atomically
 from support.muon import split_parameters
 from support.run_log import NOISE_LEVELS
@@ -122,8 +122,7 @@ def averaged_model(content, device="cpu", precision="auto"):
     """The averaged model, ready to draw in that precision, of what `load_checkpoint` returned."""
     model = build_model(content["config"])
     model.load_state_dict(content["ema"])
-    dtype = torch.bfloat16 if resolve_precision(precision, torch.device(device)) == "bf16" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)
 
 
 def main():

@@ -6,6 +6,7 @@ from support.commands import (
     UserError,
     add_device_flag,
     catch_signals,
+    dtype_of,
     first_line,
     resolve_precision,
     run,
@@ -86,43 +87,63 @@ def start_run(config, device, saved=None):
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if config.shard:
         for network in (model, ema):
-            parallel.shard_network(network, device, dtype)
-        worker = model
-    else:
-        worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
-        if config.compile:
-            worker.compile(mode="reduce-overhead" if device.type == "cuda" else None)
-        worker = parallel.share_gradients(worker)
+            parallel.shard_network(network, device, dtype_of(config.precision, device))
+    worker, optimizers = make_worker(model, config, device), make_optimizers(model, config, device, saved)
+    return Run(config, model, worker, ema, optimizers, build_process(config, device))
+
+
+def make_worker(model, config, device):
+    """What computes the gradients of `model`: see `Run`."""
+    if config.shard:
+        return model
+    worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
+    if config.compile:
+        worker.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+    return parallel.share_gradients(worker)
+
+
+def make_optimizers(model, config, device, saved=None):
+    """AdamW and, if the configuration has it, Muon: in their states at the checkpoint `saved`."""
     others, matrices = split_parameters(model, config.optimizer == "muon")
     optimizers = [torch.optim.AdamW(others, betas=ADAMW_BETAS, weight_decay=config.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype))
-    if saved:
-        for optimizer, state, weights in zip(optimizers, saved["optimizers"], (others, matrices), strict=False):
-            state = parallel.shard_state(state, weights) if config.shard else state
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return Run(config, model, worker, ema, optimizers, build_process(config, device))
+        optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype_of(config.precision, device)))
+    for optimizer, state, weights in zip(optimizers, saved["optimizers"] if saved else (), (others, matrices),
+                                         strict=False):
+        state = parallel.shard_state(state, weights) if config.shard else state
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return optimizers
+
+
+def round_weights(run):
+    """Copies the weights into the worker's bfloat16 copy, where there is one. Nothing is then cast within the network;
+    autocast casts at every layer."""
+    weights, copies = list(run.model.parameters()), list(run.worker.parameters())
+    if copies[0] is not weights[0]:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, weights)
+
+
+def take_gradients(run):
+    """Moves the gradients of the worker's bfloat16 copy, where there is one, to the weights."""
+    for weight, copied in zip(run.model.parameters(), run.worker.parameters(), strict=True):
+        if copied is not weight:
+            weight.grad, copied.grad = copied.grad.float(), None
 
 
 def train_step(run, batch, step):
     """One optimizer step on a batch of `make_batch`. Returns the loss of each image (B,), not averaged."""
     config, (x_0, y, t, noise) = run.config, batch
-    weights, copies = list(run.model.parameters()), list(run.worker.parameters())
-    copied = copies[0] is not weights[0]
-    if copied:  # round the weights anew: nothing is then cast within the network, where autocast casts at every layer
-        with torch.no_grad():
-            torch._foreach_copy_(copies, weights)
+    weights = list(run.model.parameters())
 
     # Compute the gradients.
+    round_weights(run)
     losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
     # The mean over the whole batch, once the processes' gradients are averaged
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
-    if copied:
-        for weight, copy_ in zip(weights, copies, strict=True):
-            weight.grad, copy_.grad = copy_.grad.float(), None
+    take_gradients(run)
     if config.grad_clip:
         torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
 
@@ -286,8 +307,11 @@ def train_on(config, data, saved, run_dir, device):
         if saved and due(config.sample_every) and not samples().exists():  # it was killed before it could
             draw_samples(run, samples(), device, stop)
         for step in range(start, config.steps):
+            # Learn.
             batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
+
+            # Log and save.
             done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
             log_now, save_now = due(config.log_every), due(config.checkpoint_every) or stopped
             try:
@@ -300,6 +324,8 @@ def train_on(config, data, saved, run_dir, device):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None
+
+            # Stop, or show.
             if stopped:
                 break
             if due(config.sample_every):

@@ -7,7 +7,7 @@
 Every variant runs in a process of its own, and they take turns, so that what else the machine does hits them all alike.
 """
 
-from support.commands import Parser, UserError, add_device_flag, pick_device, resolve_precision, run
+from support.commands import Parser, UserError, add_device_flag, dtype_of, pick_device, resolve_precision, run
 from support.files import write_atomically
 
 import argparse
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import PRESETS, Config, add_flags, given_flags
+from dataset import to_float
 from dit import build_model
 from inference import CHECKPOINTS, sample, say_default
 from train import make_batch, start_run, train_step
@@ -93,7 +94,7 @@ def matrix_rate(config, device, dtype, batch_size, at_least):
 def measure(what, config, device, at_least):
     """What one process measures: a dict of images/s, FLOP/s, the matrix rate and the peak memory in bytes."""
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.precision, device)
     torch.manual_seed(config.seed)
     count, steps = config.batch_size, 1
     images = torch.randint(256, (4096, config.channels, *config.image_size), dtype=torch.uint8)
@@ -137,7 +138,7 @@ def diffusers_step(config, device, images, labels):
 
     def step(_):
         index = torch.randint(len(images), (config.batch_size,), device=device)
-        x, y = images[index].float() / 127.5 - 1, labels[index]
+        x, y = to_float(images[index]), labels[index]
         noise = torch.randn_like(x)
         t = torch.randint(config.T, (len(x),), device=device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from dataset import load_dataset
+from dataset import load_dataset, to_float
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 FORMAT = "digit-classifier-1"
@@ -78,7 +78,7 @@ def train_classifier(images, labels, epochs=5, batch_size=256, lr=5e-3, seed=0, 
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
             for index in order[:batches * batch_size].view(batches, batch_size):
-                x = augment(images[index].float() / 127.5 - 1, generator)
+                x = augment(to_float(images[index]), generator)
                 loss = F.cross_entropy(classifier(x), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
@@ -124,7 +124,7 @@ def main():
     train, test = (load_dataset("mnist", args.data_dir, train=part) for part in (True, False))
     classifier = train_classifier(train.images, train.labels, seed=args.seed, device=device)
     with torch.inference_mode():
-        reads = [classifier(x.to(device).float() / 127.5 - 1).argmax(1).cpu() for x in test.images.split(1000)]
+        reads = [classifier(to_float(x.to(device))).argmax(1).cpu() for x in test.images.split(1000)]
     accuracy = (torch.cat(reads) == test.labels).float().mean().item()
     state = {name: tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
              for name, tensor in classifier.state_dict().items()}

@@ -21,7 +21,7 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 from config import given_flags
-from dataset import list_images, load_dataset, read_image, to_uint8
+from dataset import list_images, load_dataset, read_image, to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from inference import batch_that_fits, generate, load_for_sampling, sampling_parser
 from measure.classifier import load_classifier, train_classifier
@@ -41,7 +41,7 @@ def embed(classifier, images, batch_size=250):
         raise UserError(f"the digit classifier reads grey images of {size} x {size} pixels, uint8 (N, 1, {size}, "
                         f"{size}), not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
     device = next(classifier.parameters()).device
-    features = [classifier.features(batch.to(device).float() / 127.5 - 1) for batch in images.split(batch_size)]
+    features = [classifier.features(to_float(batch.to(device))) for batch in images.split(batch_size)]
     probs = [classifier.head(batch).softmax(dim=1) for batch in features]
     return torch.cat(features), torch.cat(probs)
 

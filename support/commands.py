@@ -53,6 +53,13 @@ def resolve_precision(precision, device):
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
+def dtype_of(precision, device):
+    """The torch dtype of "fp32", "bf16" or "auto"."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[resolve_precision(precision, device)]
+
+
 def keep_memory():
     """Has the C library keep what tensors of up to 32 MB free for those that come next. Otherwise it gives it back to
     the system and gets it again page by page, which takes a quarter of a training step on CPUs and half of drawing.

@@ -1,6 +1,7 @@
 """The house: which file may import which, and what lies in the root."""
 
 import ast
+import re
 
 import pytest
 from conftest import REPOSITORY
@@ -64,3 +65,17 @@ def test_the_root_is_the_article():
     readme = (REPOSITORY / "README.md").read_text()
     places = [readme.index(f"| `{name}.py`") for name in ARTICLE]
     assert places == sorted(places)
+
+
+def test_the_tests_that_the_readme_names_are_there():
+    readme = (REPOSITORY / "README.md").read_text()
+    found = {path.name: path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py")}
+    for row in readme.splitlines():
+        file = None
+        for named, name in re.findall(r"`(?:(test_\w+\.py)(?:::)?)?(test_\w+)?`", row):
+            if named:
+                file = named
+                assert file in found, file
+            if name:
+                assert file and f"def {name}(" in found[file], f"{file}::{name}"
+    assert "::test_" in readme
