@@ -1,9 +1,16 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
-{format, config, step, seconds, ema, data, model, optimizers, window}: the configuration as a dict, how many steps were
-trained and in how many seconds, and the moving average of the weights by their plain names. To train on: the
-fingerprint of the data, the weights, the state of each optimizer (by the number of the weight), and the losses not yet
-logged. Weights to share (`python checkpoint.py run/model.pth shared.pth`) end with the average.
+    format       FORMAT
+    config       the fields of `Config`, a dict
+    step         training steps so far
+    seconds      training time so far
+    ema          the moving average of the weights, by the plain model's names: what every sample is drawn with
+To resume the run:
+    data         the fingerprint of its data set
+    model        the weights
+    optimizers   the state of AdamW and of Muon: a dict for each, by the index of the weight
+    window       the losses that are not in log.csv yet
+Weights to share (`python checkpoint.py run/model.pth shared.pth`) have only the first five.
 """
 
 from support.commands import Parser, UserError, dtype_of, first_line, run
@@ -24,23 +31,23 @@ from dit import build_model
 FORMAT = "dit-checkpoint-2"
 OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
 OLD_SETTINGS = {"time_spacing": "article"}  # what was not a setting yet, as it was then
-TO_TRAIN_ON = ("data", "model", "optimizers", "window")
+TO_RESUME = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
 
 
-def save_checkpoint(path, config, step, seconds, ema, **to_train_on):
-    """Writes a checkpoint; what the arguments are says the module's docstring, `to_train_on` is all of `TO_TRAIN_ON` or
-    nothing. Raises `UserError` when the file cannot be written, and then leaves what was there."""
+def save_checkpoint(path, config, step, seconds, ema, **to_resume):
+    """Writes a checkpoint with the contents that the module's docstring lists. `to_resume` is all of `TO_RESUME` or
+    nothing. Raises `UserError` when the file cannot be written; what was there stays."""
     content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema}
-    write_atomically(path, lambda file: torch.save(content | to_train_on, file))
+    write_atomically(path, lambda file: torch.save(content | to_resume, file))
 
 
 def load_checkpoint(path):
     """Reads a checkpoint onto the CPU. Returns its dict, with a checked `Config` under "config".
 
-    Nothing in the file can run code (`weights_only=True`), no model is built before every name, type, shape and value
-    fits, and what does not belong to a checkpoint is dropped. Raises `UserError` for whatever is not a whole checkpoint
-    of this project.
+    Nothing in the file can run code (`weights_only=True`). No model is built before every name, type, shape and value
+    fits. What does not belong there is dropped. Raises `UserError` for a file that is not a whole checkpoint of this
+    project.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
@@ -53,8 +60,8 @@ def load_checkpoint(path):
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, *OLD_FORMATS):
         raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
     names = ["config", "step", "seconds", "ema"]
-    if content["format"] == FORMAT and any(name in content for name in TO_TRAIN_ON):
-        names += TO_TRAIN_ON
+    if content["format"] == FORMAT and any(name in content for name in TO_RESUME):
+        names += TO_RESUME
     try:
         old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
@@ -113,13 +120,13 @@ def check_tensors(what, tensors, shapes, dtypes=(torch.float32,)):
 
 
 def load_model(path, device="cpu", precision="auto"):
-    """The averaged model of a checkpoint, ready to draw in that precision (see `Config`): returns (model, config)."""
+    """Loads the averaged model of a checkpoint to sample in that precision (see `Config`). Returns (model, config)."""
     content = load_checkpoint(path)
     return averaged_model(content, device, precision), content["config"]
 
 
 def averaged_model(content, device="cpu", precision="auto"):
-    """The averaged model, ready to draw in that precision, of what `load_checkpoint` returned."""
+    """The averaged model in the dict of `load_checkpoint`, to sample in that precision."""
     model = build_model(content["config"])
     model.load_state_dict(content["ema"])
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Every constant of the project: one frozen dataclass, its presets, and the flags made from its fields."""
+"""The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
 from support.commands import UserError
 
@@ -17,7 +17,7 @@ def flag(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run is a function of. Raises `UserError` when a value has the wrong type or is out of range."""
+    """All settings of a run. Raises `UserError` when a value has the wrong type or is out of range."""
 
     # Data
     dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), folder (one folder per class), "
@@ -65,12 +65,12 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
-    precision: str = flag("auto", "what the network computes in: fp32, bf16 (to train, a bfloat16 copy of the weights "
-                          "computes the gradients), or auto: bf16 where the hardware multiplies it",
+    precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
+                          "weights computes the gradients); or auto: bf16 where the hardware has bf16 matrix units",
                           choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the network (torch.compile, with CUDA graphs where there is CUDA): a minute's "
-                         "wait when it is done for the first time, then shorter steps")
-    recompute: bool = flag(False, "compute each block again in the backward pass: less memory, more time")
+    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): a minute's wait the first "
+                         "time, then shorter steps")
+    recompute: bool = flag(False, "recompute each block in the backward pass: less memory, more time")
     shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
                        "processes (FSDP2), for networks that are too large for one")
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
@@ -178,8 +178,8 @@ def check_value(field, value):
 
 
 def add_flags(parser, names=None):
-    """Adds to `parser` a flag for each field of `Config` (or only for those in `names`), without a default:
-    the parsed namespace holds only what the user gave."""
+    """Adds a flag to `parser` for each field of `Config`, or for those in `names`. The flags have no default: the
+    namespace holds only what the user gave."""
     for field in dataclasses.fields(Config):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):

@@ -14,7 +14,7 @@ from support.commands import (
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
-from support.run_log import RunLog, draw_loss
+from support.run_log import RunLog, plot_loss
 
 import contextlib
 import copy
@@ -171,7 +171,7 @@ def save(run, path, step, seconds, data, window):
     if parallel.largest(int(broken)):
         raise not_finite("weights are", run.config, step)
     content = [run.ema.state_dict(), run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]]
-    ema, model, optimizers = parallel.whole(content) if run.config.shard else content
+    ema, model, optimizers = parallel.unshard(content) if run.config.shard else content
     if parallel.RANK == 0:
         save_checkpoint(path, run.config, step, seconds, ema, data=data, model=model, optimizers=optimizers,
                         window=window)
@@ -331,7 +331,7 @@ def train_on(config, data, saved, run_dir, device):
             if due(config.sample_every):
                 draw_samples(run, samples(), device, stop)
     if parallel.RANK == 0:
-        draw_loss(run_dir / "log.csv", run_dir / "loss.png")
+        plot_loss(run_dir / "log.csv", run_dir / "loss.png")
     stopped = stopped or parallel.largest(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
@@ -355,8 +355,8 @@ def main():
     args = parse_args()
     done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args), args.run_dir, args.resume, args.device)
     if stopped:
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        print(f"stopped after step {done:,}; go on with: {again}")
+        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        print(f"stopped after step {done:,}; go on with: {command}")
         sys.exit(128 + stopped)
     given = f" --checkpoint {shlex.quote(str(args.run_dir / 'model.pth'))}" if args.run_dir != Path("run") else ""
     print(f"draw with: python inference.py{given}")

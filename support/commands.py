@@ -11,11 +11,11 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class UserError(Exception):
-    """Bad input: what was wrong and what to do about it, in one line. `run` prints it without a traceback."""
+    """Bad input, in one line: what was wrong and what to do. `run` prints it without a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake as every other bad input is reported, instead of with its usage."""
+    """An argument parser that reports a mistake as a `UserError`, in one line, instead of printing its usage."""
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists what there is)")
@@ -61,9 +61,9 @@ def dtype_of(precision, device):
 
 
 def keep_memory():
-    """Has the C library keep what tensors of up to 32 MB free for those that come next. Otherwise it gives it back to
-    the system and gets it again page by page, which takes a quarter of a training step on CPUs and half of drawing.
-    Does nothing where the C library is not glibc."""
+    """Makes the C library keep the memory that tensors of up to 32 MB free. Otherwise it returns it to the system and
+    gets it back page by page, which costs a quarter of a training step on CPUs, and half of sampling. Does nothing
+    without glibc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks above get pages of their own; this is its upper limit
@@ -72,8 +72,8 @@ def keep_memory():
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the block, Ctrl-C, SIGTERM and the loss of the terminal do not end the process, but are appended to the
-    list that it yields. The second one ends it at once."""
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP (a lost terminal) do not end the process: each is appended to the
+    list that this yields. A second one ends the process at once."""
     received = []
 
     def note(number, _):

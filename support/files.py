@@ -1,4 +1,4 @@
-"""Folders and files on disk: found out early whether they can be written, and written whole or not at all."""
+"""Folders and files on disk: checked before the work, locked, and written whole or not at all."""
 
 from support.commands import UserError, first_line
 
@@ -14,7 +14,7 @@ except ImportError:
 
 
 def make_dir(path):
-    """Makes a folder, and finds out before the first minute of work whether it can be written: else `UserError`."""
+    """Makes a folder and checks that it can be written, before any work is done. Raises `UserError`."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -48,9 +48,9 @@ def lock_dir(path):
 
 
 def write_atomically(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, then puts that in its place: whatever goes wrong, `path`
-    holds either what it held or all of the new. What a killed process left is written over by the next. Raises
-    `UserError` when it cannot be written."""
+    """Calls `write(file)` on a temporary file beside `path`, then moves that to `path`. Whatever goes wrong, `path`
+    holds either the old content or all of the new. The next write overwrites what a killed process left. Raises
+    `UserError` when the file cannot be written."""
     path = Path(path)
     if not path.name:
         raise UserError(f"{str(path)!r} cannot be written: it is no name of a file")

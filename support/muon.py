@@ -8,8 +8,8 @@ ADAMW_RMS = 0.2  # the root mean square of AdamW's updates, which ours are scale
 
 
 def orthogonalize(matrices, steps=4):
-    """The nearest matrices with all singular values near 1: (K, M, N) -> (K, M, N), by the quintic Newton-Schulz
-    iteration of Muon, which brings them to between 0.7 and 1.2 and not nearer. Computed in the type of `matrices`."""
+    """Moves all singular values of matrices (K, M, N) to between 0.7 and 1.2, by the quintic Newton-Schulz iteration of
+    Muon. Computes in the type of `matrices`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     X = matrices.mT if tall else matrices  # the smaller of X X^T and X^T X
@@ -23,10 +23,10 @@ def orthogonalize(matrices, steps=4):
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
-    params: matrices (M, N). An update is scaled to the size that AdamW's have (2502.16982, equation 4), so that both
-    take the same lr. Those of one shape go through the iteration as one batch.
-    dtype: what the iteration computes in: bfloat16 is as good where the hardware multiplies it, and slow where it does
-    not. That is why torch's own Muon is not used: it has no choice.
+    params: matrices (M, N). An update is scaled to the size of AdamW's (2502.16982, equation 4), so that both take the
+    same lr. Matrices of one shape are iterated as one batch.
+    dtype: what the iteration computes in. bfloat16 is as good, and slow where the hardware has no bf16 matrix units.
+    torch's own Muon always takes bfloat16.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):

@@ -1,6 +1,6 @@
-"""Several processes that work as one, started by torchrun: which share of the work is whose, and who speaks.
+"""Several processes, started by torchrun, that work as one: each has its share, and rank 0 speaks.
 
-Started without torchrun a process is the only one, and everything here does nothing.
+Without torchrun there is one process, and everything here does nothing.
 """
 
 from support.commands import UserError, first_line, pick_device
@@ -45,8 +45,8 @@ def join(device_name=None):
 
 @contextlib.contextmanager
 def one_for_all():
-    """Around all that processes do together, as a decorator or a block: when one has died, the others end with one
-    clear error."""
+    """Wraps all that the processes do together, as a decorator or a block: when one dies, the others end with one clear
+    error."""
     try:
         yield
     except RuntimeError as error:
@@ -66,7 +66,7 @@ def share(n):
 
 
 def wait():
-    """Until all have come here."""
+    """Waits until every process is here."""
     if WORLD > 1:
         dist.barrier()
 
@@ -82,7 +82,7 @@ def first_process_first():
 
 
 def largest(number):
-    """The largest `number` that any of the processes has."""
+    """The largest `number` among the processes."""
     if WORLD == 1:
         return number
     number = torch.tensor(number)  # on the CPU, where asking for it holds up no GPU
@@ -91,7 +91,7 @@ def largest(number):
 
 
 def add_up(tensor):
-    """Replaces `tensor` by the sum of those that all processes have."""
+    """Replaces `tensor` by its sum over the processes."""
     if WORLD > 1:
         dist.all_reduce(tensor)
 
@@ -119,17 +119,17 @@ def own_shards(weights):
     return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
 
 
-def whole(value):
-    """`value`, dicts and lists of tensors, with every sharded tensor put together; all processes must call it."""
+def unshard(value):
+    """`value`, dicts and lists of tensors, with every sharded tensor made whole. Every process must call it."""
     if hasattr(value, "full_tensor"):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {name: whole(part) for name, part in value.items()}
-    return [whole(part) for part in value] if isinstance(value, list) else value
+        return {name: unshard(part) for name, part in value.items()}
+    return [unshard(part) for part in value] if isinstance(value, list) else value
 
 
 def shard_state(state, weights):
-    """The state of an optimizer that `whole` put together, sharded as the `weights` that it belongs to."""
+    """The state of an optimizer that `unshard` put together, sharded as the `weights` that it belongs to."""
     from torch.distributed.tensor import distribute_tensor  # here, since few need it
 
     def shard(value, weight):
@@ -141,7 +141,7 @@ def shard_state(state, weights):
 
 
 def gather(array):
-    """The arrays (N, ...) of all processes, one after the other; N may differ, and be 0."""
+    """The arrays (N, ...) of all processes, in the order of ranks. N may differ, and be 0."""
     if WORLD == 1:
         return array
     arrays = [None] * WORLD

@@ -117,7 +117,7 @@ def sound_rows(text, names):
     return kept, len(kept) + 1 == len(lines)
 
 
-def draw_loss(log, path):
+def plot_loss(log, path):
     """Plots the losses of log.csv, in all and by noise level, as a picture. No rows, no picture."""
     from matplotlib.figure import Figure  # here, so that a run starts sooner
 
