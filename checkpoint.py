@@ -91,7 +91,7 @@ def check_content(content, file_size):
         if not isinstance(content["optimizers"], list):
             raise UserError("its optimizers are no list")
         for state, weights, names in zip(content["optimizers"], groups, OPTIMIZER_STATES[:len(groups)], strict=True):
-            if list(state) != list(range(len(weights))):
+            if set(state) != set(range(len(weights))):
                 raise UserError("its optimizers do not fit its weights")
             for i, weight in enumerate(weights):
                 expected = {name: () if name == "step" else weight.shape for name in names}

@@ -102,6 +102,6 @@ def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts
         part = result[part]
         assert row[3:] == [f"{part['accuracy']:.1%}", f"{part['frechet']:.3f}", ratio, f"{part['precision']:.2f}",
                            f"{part['recall']:.2f}", f"{part['coverage']:.2f}"]
-    assert run[1:3] == ["16", f"{load_checkpoint(path)['seconds']:.0f}"] and len(set(run[6:])) == 3
+    assert run[1:3] == ["16", f"{load_checkpoint(path)['seconds']:.0f}"] and len(set(real[6:])) == 3
     assert judge.brief_real(torch.arange(100) % 10) == {name: result["real"][name] for name in (
         "frechet", "precision", "recall", "density", "coverage", "accuracy")}

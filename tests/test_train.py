@@ -105,6 +105,14 @@ def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tm
     assert (run / "model.pth").read_bytes() == before
 
 
+def test_deeper_networks_resume(call, tmp_path):
+    """Muon's states come in the order of shapes, not of weights."""
+    flags = [*TINY, "--depth", 3, "--run-dir", tmp_path / "run"]
+    assert call(train, *flags, "--steps", 2)[0] == 0
+    code, _, err = call(train, *flags, "--steps", 3, "--resume")
+    assert code == 0, err
+
+
 def test_images_that_are_not_square(call, tmp_path):
     """They are trained on, resumed and drawn."""
     flags = [*TINY, "--image-size", "12x8", "--run-dir", tmp_path / "run"]
