@@ -1,0 +1,693 @@
+"""A test for each setting, named after it: a run that differs in it alone differs as its help says.
+
+A run is what the command leaves: its checkpoint, its log, its pictures. What its first step should learn is computed
+here by hand: an untrained network answers 0, and its last layer sees the normalized tokens as they are.
+"""
+
+from support.commands import UserError
+
+import csv
+import dataclasses
+import itertools
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, assert_refused, same, train_until
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import inference
+import train
+from checkpoint import load_model
+from config import Config
+from diffusion import build_process
+from dit import sincos_positions
+from dit_block import DiTBlock
+
+BASE = ["--precision", "fp32", "--warmup", "0", "--lr-decay", "constant", "--optimizer", "adamw", "--grad-clip", "0",
+        "--patch-size", "2"]
+BETA_1, BETA_2 = 0.9, 0.99  # AdamW's
+EMBEDDING, LAST = "patch_embedding.linear.weight", "final_layer.linear.weight"
+# Written out, so that a setting that wrongly became changeable is noticed
+CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, checkpoint_every=1, sampler="ddim",
+                  sample_steps=2, guidance=0.0, eta=0.5, compile=True, recompute=True, shard=True)
+NOT_CHANGEABLE = dict(
+    dataset="folder", image_size=16, channels=3, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64,
+    depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3, beta_end=0.01,
+    shift=1.0, loss="l1", batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
+    grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
+
+
+def test_every_setting_has_a_test():
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert [name for name in names if f"test_{name}" not in globals()] == []
+    assert sorted(names) == sorted([*CHANGEABLE, *NOT_CHANGEABLE])
+
+
+class Left:
+    """What a run has left in its folder, and what it printed."""
+
+    def __init__(self, folder, out=""):
+        self.folder, self.out = folder, out
+        content = torch.load(folder / "model.pth", weights_only=True)
+        self.content, self.config, self.model = content, content["config"], content["model"]
+        with (folder / "log.csv").open() as file:
+            self.rows = list(csv.DictReader(file))
+
+    def moments(self, which="exp_avg"):
+        """The state of AdamW by the name of its weight, when it has all of them."""
+        return {name: state[which] for name, state in zip(self.model, self.content["optimizers"][0].values(),
+                                                          strict=True)}
+
+    def gradients(self, before=None):
+        """The gradients of the last step (in double: the moments are sums), from those of AdamW's first moments."""
+        last = before.moments() if before else dict.fromkeys(self.model, torch.zeros(()))
+        return {name: (value.double() - BETA_1 * last[name]) / (1 - BETA_1) for name, value in self.moments().items()}
+
+
+@pytest.fixture
+def go(call, tmp_path):
+    """Trains by the command, for one step unless told otherwise: go(lr=0.1) returns what the run has `Left`."""
+    count = itertools.count()
+
+    def go(**settings):
+        run = tmp_path / f"run{next(count)}"
+        flags = [word for name, value in ({"steps": 1} | settings).items() for word in to_flag(name, value)]
+        code, out, err = call(train, *TINY, *BASE, *flags, "--run-dir", run)
+        assert code == 0, err
+        return Left(run, out)
+
+    return go
+
+
+def to_flag(name, value):
+    name = name.replace("_", "-")
+    return [f"--{'' if value else 'no-'}{name}"] if type(value) is bool else [f"--{name}", value]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of 3 classes with 4 small noisy images each."""
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((8, 8), 60).save(tmp_path / "own" / name / f"{i}.png")
+    return tmp_path / "own"
+
+
+def digits():
+    """The images uint8 (1500, 1, 8, 8) that there are to train on, and their labels, from scikit-learn itself."""
+    data = load_digits()
+    return torch.from_numpy(np.rint(data.images * 255 / 16)).byte()[:1500, None], torch.from_numpy(data.target)[:1500]
+
+
+def draws(config, step=0, data=None):
+    """What step `step` draws: x_0, y, t, noise. The one place that asks train.py itself."""
+    config = config if isinstance(config, Config) else Config(**config)
+    return train.make_batch(*(data or digits()), build_process(config), config, step)
+
+
+def path(config, t):
+    """Of the steps t (B,): the shares of image and noise in x_t, and what the error counts in the loss, each (B,)."""
+    t = t.double()
+    if config["process"] == "ddpm":
+        betas = config["beta_start"] + (config["beta_end"] - config["beta_start"]) * torch.arange(
+            config["T"], dtype=torch.float64) / (config["T"] - 1)
+        kept = torch.tensor([math.prod((1 - betas[:int(i) + 1]).tolist()) for i in t])
+        return kept.sqrt(), (1 - kept).sqrt(), torch.ones(len(t))
+    odds = (t + 1) / (config["T"] - t) * config["shift"]
+    tau = odds / (1 + odds)
+    return 1 - tau, tau, 1 / tau.clamp(min=0.2)
+
+
+def by_hand(run, data=None):
+    """Of the first step of a run: the losses (B,), t (B,), and the gradients of the last layer's weight and bias."""
+    config = run.config
+    x_0, _, t, noise = draws(config, data=data)
+    signal, share, scale = (part.float().view(-1, 1, 1, 1) for part in path(config, t))
+    target = noise if config["process"] == "ddpm" else x_0
+    error = -scale * target
+    losses = (error.abs() if config["loss"] == "l1" else error.square()).flatten(1).mean(1)
+    slope = scale * (error.sign() if config["loss"] == "l1" else 2 * error) / error.numel()
+
+    patch, size = config["patch_size"], config["image_size"]
+    cells, slopes = (F.unfold(part, patch, stride=patch).mT for part in (signal * x_0 + share * noise, slope))
+    places = sincos_positions([s // p for s, p in zip(size, patch, strict=True)], config["hidden_size"])
+    tokens = F.linear(cells, run.model[EMBEDDING]) + places  # its gradient was 0: it is as it was
+    tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+    return losses, t, torch.einsum("bnp,bnd->pd", slopes, tokens), slopes.sum((0, 1))
+
+
+def assert_first_step(run, data=None):
+    """The logged losses, in all and by noise level, and the gradients of a run of one step are those by hand."""
+    losses, t, weight, bias = by_hand(run, data)
+    T = run.config["T"]
+    levels = [losses[(t >= T * i / 4) & (t < T * (i + 1) / 4)].mean() for i in range(4)]
+    row = [float(value) for name, value in run.rows[0].items() if name.startswith("loss")]
+    torch.testing.assert_close(row, [float(value) for value in (losses.mean(), *levels)], rtol=1e-4, atol=0,
+                               equal_nan=True)
+    gradients = run.gradients()
+    for name, expected in ((LAST, weight), ("final_layer.linear.bias", bias)):
+        torch.testing.assert_close(gradients.pop(name).float(), expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+    assert not any(value.any() for value in gradients.values())
+
+
+def shapes(run):
+    return {name: tuple(value.shape) for name, value in run.model.items()}
+
+
+def picture(path):
+    return np.array(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A run that knows a little: its network looks at the time, the label and all of the image."""
+    run = tmp_path_factory.mktemp("taught") / "run"
+    settings = Config(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=32, warmup=0,
+                      precision="fp32", steps=300, lr=0.01, ema_decay=0.9)
+    train.train(settings, run, device="cpu")
+    return run
+
+
+@pytest.fixture
+def draw(call, taught, tmp_path):
+    """The picture that inference.py draws with the model `taught`, with these flags."""
+
+    def draw(*words, **settings):
+        flags = [word for name, value in settings.items() for word in to_flag(name, value)]
+        code, _, err = call(inference, "--checkpoint", taught, "--device", "cpu", "--precision", "fp32", *words, *flags,
+                            "--out", tmp_path / "drawn.png")
+        assert code == 0, err
+        return picture(tmp_path / "drawn.png")
+
+    return draw
+
+
+def further(call, taught, folder, **settings):
+    """The sample grid of `taught`, drawn anew by a resumed run that changes these settings."""
+    shutil.copytree(taught, folder)
+    (folder / "samples_000300.png").unlink()
+    flags = [word for name, value in settings.items() for word in to_flag(name, value)]
+    code, _, err = call(train, "--resume", "--run-dir", folder, "--device", "cpu", *flags)
+    assert code == 0, err
+    return picture(folder / "samples_000300.png")
+
+
+# Data
+
+
+def test_dataset(go, own, tmp_path, call, monkeypatch):
+    run = go(batch_size=16)
+    assert run.config["dataset"] == "digits" and "digits: 1,500 images" in run.out
+    assert_first_step(run)
+    run = go(dataset="folder", data_dir=own)
+    assert run.config["dataset"] == "folder" and "12 images" in run.out
+    with Image.open(own / "bee" / "0.png") as image:
+        assert image.size == (8, 8)
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file)))[None] for file in sorted(own.glob("*/*.png"))])
+    assert_first_step(run, (images, torch.arange(12) // 4))
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path)
+    for name in ("mnist", "auto"):
+        assert go(dataset=name, patch_size=14).config["dataset"] == "mnist"
+
+
+def write_mnist(folder):
+    """MNIST's training part, of noise."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    numbers = np.random.default_rng(0)
+    for name, shape in (("images-idx3", (60000, 28, 28)), ("labels-idx1", (60000,))):
+        header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+        content = numbers.integers(0, 10, shape, dtype=np.uint8)
+        (raw / f"train-{name}-ubyte").write_bytes(header + content.tobytes())
+
+
+def test_data_dir(go, own, tmp_path):
+    write_mnist(tmp_path / "there")
+    assert go(dataset="mnist", data_dir=tmp_path / "there", patch_size=14).config["image_size"] == (28, 28)
+    shutil.copytree(own / "ant", tmp_path / "other" / "dog")
+    run = go(dataset="folder", data_dir=tmp_path / "other")
+    assert run.config["classes"] == ("dog",) and run.config["data_dir"] == str(tmp_path / "other")
+    assert run.content["data"] != go(dataset="folder", data_dir=own).content["data"]
+
+
+def test_num_classes(go, own):
+    """One label more than there are classes: the null label."""
+    assert shapes(go())["label_embedding.weight"] == (11, 32)
+    run = go(dataset="folder", data_dir=own)
+    assert run.config["num_classes"] == 3 and shapes(run)["label_embedding.weight"] == (4, 32)
+
+
+def test_classes(go, own, call, tmp_path):
+    assert go().config["classes"] == tuple("0123456789")
+    run = go(dataset="folder", data_dir=own)
+    assert run.config["classes"] == ("ant", "bee", "cow")
+    for label in ("bee", "1"):
+        out = tmp_path / f"{label}.png"
+        assert call(inference, "--checkpoint", run.folder, "--labels", label, "--out", out, "--device", "cpu")[0] == 0
+    assert (tmp_path / "bee.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+def test_image_size(go, own):
+    for value, size, cells in ((0, (8, 8), 4), (12, (12, 12), 9), ("8x12", (8, 12), 6)):
+        run = go(image_size=value, dataset="folder", data_dir=own, patch_size=4)
+        assert run.config["image_size"] == size and f"images of {size[0]} x {size[1]}" in run.out
+        height, width = (side * round(56 / size[0]) + 2 for side in size)
+        assert picture(run.folder / "samples_000001.png").shape == (6 * height + 2, 10 * width + 2)
+        assert size[0] * size[1] == cells * 16 and shapes(run)[EMBEDDING] == (32, 16)
+
+
+def test_channels(go, own):
+    for value, channels, mode in ((0, 1, "L"), (1, 1, "L"), (3, 3, "RGB")):
+        run = go(channels=value, dataset="folder", data_dir=own)
+        assert run.config["channels"] == channels and shapes(run)[LAST] == (2 * 2 * channels, 32)
+        with Image.open(run.folder / "samples_000001.png") as image:
+            assert image.mode == mode
+
+
+# Model
+
+
+def test_patch_size(go):
+    for value, patch in ((0, (2, 2)), (2, (2, 2)), (4, (4, 4)), ("4x2", (4, 2)), ("2x8", (2, 8))):
+        run = go(patch_size=value)
+        cells = patch[0] * patch[1]
+        assert run.config["patch_size"] == patch
+        assert shapes(run)[EMBEDDING] == (32, cells) and shapes(run)[LAST] == (cells, 32)
+        assert f"{64 // cells} tokens" in run.out
+        assert_first_step(run)
+
+
+def test_hidden_size(go):
+    for D in (16, 48):
+        run = go(hidden_size=D)
+        assert shapes(run)[EMBEDDING] == (D, 4) and shapes(run)["blocks.0.attention.qkv.weight"] == (3 * D, D)
+        assert_first_step(run)
+
+
+def test_depth(go, call):
+    """However many blocks and whatever the optimizer, the checkpoint can be read again."""
+    for depth, optimizer in itertools.product((1, 2, 3), ("adamw", "muon")):
+        run = go(depth=depth, optimizer=optimizer)
+        assert {int(name.split(".")[1]) for name in run.model if name.startswith("blocks.")} == {*range(depth)}
+        assert load_model(run.folder / "model.pth")[1].depth == depth
+        code, _, err = call(train, "--resume", "--steps", 2, "--run-dir", run.folder, "--device", "cpu")
+        assert code == 0, err
+
+
+def test_num_heads(go, monkeypatch):
+    """No weight has another shape; the heads share out the width, and see with it something else."""
+    seen, original, runs = [], F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest: (seen.append(q.shape[1:]),
+                                                                              original(q, *rest))[1])
+    for heads in (1, 4):
+        runs.append(go(num_heads=heads, steps=4))
+        assert {*seen} == {(heads, 16, 32 // heads)}
+        seen.clear()
+    assert shapes(runs[0]) == shapes(runs[1]) and not same(runs[0].model, runs[1].model)
+
+
+def test_mlp_ratio(go):
+    for ratio, width in ((4, 128), (2.5, 80)):
+        named = shapes(go(mlp_ratio=ratio))
+        assert named["blocks.0.mlp.0.weight"] == (width, 32) and named["blocks.0.mlp.2.weight"] == (32, width)
+
+
+def test_time_spacing(go):
+    for spacing, gaps in (("dit", 128), ("article", 127)):
+        seen = []
+
+        def see(module, inputs, seen=seen):
+            if getattr(module, "in_features", 0) == 256:  # of the time alone
+                seen.append(inputs[0])
+
+        with torch.nn.modules.module.register_module_forward_pre_hook(see):
+            run = go(time_spacing=spacing)
+        t = draws(run.config)[2].double()
+        angles = t[:, None] * 10000 ** -(torch.arange(128, dtype=torch.float64) / gaps)
+        torch.testing.assert_close(seen[0].double(), torch.cat([angles.sin(), angles.cos()], 1), atol=2e-4, rtol=0)
+
+
+# Diffusion
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+def test_T(go, process):
+    for T, names in ((1000, ["0-249", "250-499", "500-749", "750-999"]), (10, ["0-2", "3-4", "5-7", "8-9"])):
+        run = go(T=T, process=process, beta_end=0.01, batch_size=64)
+        assert [name for name in run.rows[0] if "_t" in name] == [f"loss_t{name}" for name in names]
+        assert_first_step(run)
+
+
+def test_process(go):
+    for process in ("ddpm", "flow"):
+        assert_first_step(go(process=process, batch_size=64))
+
+
+def test_beta_start(go):
+    runs = [go(process="ddpm", beta_start=value, batch_size=64) for value in (1e-4, 5e-3)]
+    for run in runs:
+        assert_first_step(run)
+    assert not torch.allclose(runs[0].gradients()[LAST], runs[1].gradients()[LAST], rtol=0.01)
+
+
+def test_beta_end(go):
+    runs = [go(process="ddpm", beta_end=value, batch_size=64) for value in (0.02, 0.01)]
+    for run in runs:
+        assert_first_step(run)
+    assert not torch.allclose(runs[0].gradients()[LAST], runs[1].gradients()[LAST], rtol=0.01)
+
+
+def test_shift(go):
+    for shift in (2.2, 1, 0.5):
+        assert_first_step(go(shift=shift, batch_size=64))
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+def test_loss(go, process):
+    for loss in ("l2", "l1"):
+        assert_first_step(go(loss=loss, process=process, batch_size=64))
+
+
+# Training
+
+
+def test_steps(go):
+    for steps in (1, 3):
+        run = go(steps=steps, log_every=50)
+        assert run.content["step"] == steps and [row["step"] for row in run.rows] == [str(steps)]
+        assert {state["step"].item() for state in run.content["optimizers"][0].values()} == {steps}
+
+
+def test_batch_size(go, call, tmp_path):
+    for size in (5, 40):
+        assert_first_step(go(batch_size=size))
+        train_until(call, [*TINY, "--batch-size", size, "--log-every", 9, "--run-dir", tmp_path / f"{size}"], 3)
+        assert Left(tmp_path / f"{size}").content["window"][:, 1].sum() == 3 * size  # losses not yet logged
+
+
+def test_optimizer(go):
+    run, before = go(steps=4, depth=2), go(steps=3, depth=2)
+    assert [len(states) for states in run.content["optimizers"]] == [len(run.model)]
+    squares, last = run.moments("exp_avg_sq"), before.moments("exp_avg_sq")
+    for name, gradient in run.gradients(before).items():
+        expected = BETA_2 * last[name] + (1 - BETA_2) * gradient.square()
+        torch.testing.assert_close(squares[name], expected.float(), rtol=1e-3, atol=1e-12)
+
+    run, before = (go(steps=steps, depth=2, optimizer="muon") for steps in (3, 2))
+    names = [f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("attention.qkv", "attention.out", "mlp.0",
+                                                                          "mlp.2")]
+    adamw, muon = run.content["optimizers"]
+    assert len(adamw) == len(run.model) - len(names)
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in adamw.values())
+    assert sorted(muon) == [*range(len(names))]
+    for i, name in enumerate(names):  # the first gradient that they get is the third
+        assert muon[i].keys() == {"momentum"} and muon[i]["momentum"].shape == run.model[name].shape
+        update = run.model[name] - before.model[name]
+        size = 0.2 * max(update.shape) ** 0.5 * 0.004
+        assert 0.65 < torch.linalg.matrix_norm(update, 2) / size < 1.25
+        assert (update * muon[i]["momentum"]).sum() < 0  # downhill
+
+
+def test_lr(go):
+    """AdamW's first step is as long as lr, in each weight."""
+    for lr in (0.004, 0.02):
+        run = go(lr=lr, batch_size=64)
+        assert float(run.rows[0]["lr"]) == lr
+        gradient = run.gradients()[LAST]
+        assert gradient.abs().min() > 1e-5
+        torch.testing.assert_close(run.model[LAST], -lr * gradient.sign().float(), rtol=2e-3, atol=0)
+    run = go(lr=0)
+    assert not run.model[LAST].any()
+
+
+def rates(run):
+    return [float(row["lr"]) for row in run.rows]
+
+
+def test_lr_decay(go):
+    left = np.array([1, 0.8, 0.6, 0.4, 0.2])
+    for decay, expected in (("constant", left**0), ("linear", left), ("sqrt", left**0.5)):
+        run = go(lr_decay=decay, steps=5, log_every=1, lr=0.1)
+        assert rates(run) == pytest.approx(0.1 * expected, rel=1e-5)
+
+
+def test_warmup(go):
+    run = go(warmup=3, steps=6, log_every=1, lr=0.1)
+    assert rates(run) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    run = go(warmup=3, steps=4, log_every=1, lr=0.1, lr_decay="linear")
+    assert rates(run) == pytest.approx([0.025, 0.05 * 0.75, 0.075 * 0.5, 0.1 * 0.25])
+    run = go(warmup=3, lr=0.1)
+    assert run.model[LAST].abs().max().item() == pytest.approx(0.025, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay(go, optimizer):
+    """At the first step most weights have no gradient, and shrink as decay alone has them do."""
+    plain, decayed = (go(weight_decay=value, optimizer=optimizer, lr=0.1) for value in (0, 0.5))
+    for name, value in plain.model.items():
+        if not name.startswith("final_layer.linear"):
+            torch.testing.assert_close(decayed.model[name], value * (1 - 0.1 * 0.5), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(decayed.model[LAST], plain.model[LAST])  # it was 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_grad_clip(go, optimizer):
+    """The norm is that of all gradients together, whoever optimizes them; a smaller one stays as it is."""
+    def third(clip):
+        run, before = (go(grad_clip=clip, optimizer=optimizer, steps=steps) for steps in (3, 2))
+        states = zip(run.content["optimizers"], before.content["optimizers"], strict=True)
+        parts = [(state[i][name].double() - beta * last[i][name]) / (1 - beta) for (state, last), name, beta in
+                 zip(states, ("exp_avg", "momentum"), (BETA_1, 0.95), strict=False) for i in range(len(state))]
+        return torch.cat([part.flatten() for part in parts]).norm().item()
+
+    assert third(0) > 0.05
+    assert third(0.01) == pytest.approx(0.01, rel=2e-3)
+    free, wide, clipped = (go(grad_clip=clip, optimizer=optimizer).content["optimizers"] for clip in (0, 1e6, 0.01))
+    assert same(free, wide)
+    norm = torch.cat([state["exp_avg"].flatten() for state in free[0].values()]).norm() / (1 - BETA_1)
+    for i, state in free[0].items():
+        torch.testing.assert_close(clipped[0][i]["exp_avg"], state["exp_avg"] * 0.01 / norm, rtol=1e-3, atol=1e-9)
+
+
+def test_ema_decay(go, call):
+    run = go(ema_decay=0)
+    assert same(run.content["ema"], run.model)
+    run = go(ema_decay=0.05)
+    torch.testing.assert_close(run.content["ema"][LAST], 0.95 * run.model[LAST])  # it was 0
+    for decay in (0.5, 0.75):
+        before = go(ema_decay=decay, steps=40)
+        assert call(train, "--resume", "--steps", 41, "--run-dir", before.folder, "--device", "cpu")[0] == 0
+        after = Left(before.folder)
+        for name, value in after.model.items():
+            torch.testing.assert_close(after.content["ema"][name],
+                                       decay * before.content["ema"][name] + (1 - decay) * value)
+
+
+def test_label_dropout(go):
+    """The labels that a step has seen, the third, are those whose embeddings have a gradient."""
+    for share, expected in ((1, {10}), (0, {*range(10)}), (0.5, {*range(11)})):
+        moments = go(label_dropout=share, steps=3, batch_size=100).moments()["label_embedding.weight"]
+        assert {*moments.any(1).nonzero().flatten().tolist()} == expected
+    dropped = draws(dict(label_dropout=0.3, batch_size=20_000, num_classes=10))[1] == 10
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_precision(go):
+    """bf16: the weights are float32, their gradients are not."""
+    runs = {name: go(precision=name, steps=1) for name in ("fp32", "bf16", "auto")}
+    for name in ("fp32", "bf16"):
+        gradient = runs[name].gradients()[LAST].float()
+        off = (gradient.bfloat16().float() / gradient - 1).abs().max()
+        assert (off < 1e-6) == (name == "bf16") and runs[name].config["precision"] == name
+        assert {value.dtype for value in runs[name].model.values()} == {torch.float32}
+    torch.testing.assert_close(runs["bf16"].gradients()[LAST], runs["fp32"].gradients()[LAST], rtol=0.05, atol=0.01)
+    auto = runs["auto"].config["precision"]
+    assert same(runs["auto"].model, runs[auto].model)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing can be compiled here")
+def test_compile(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    plain, compiled = go(steps=3), go(compile=True, steps=3)
+    assert "compiled" in compiled.out and "compiled" not in plain.out
+    assert compiled.config["compile"] and not plain.config["compile"]
+    assert any((tmp_path / "cache").rglob("*.cpp"))
+    for name, value in plain.gradients().items():
+        torch.testing.assert_close(compiled.gradients()[name], value, rtol=0.01, atol=1e-3 * value.abs().max().item())
+
+
+def test_recompute(go, monkeypatch):
+    calls, original = [], DiTBlock.forward
+    monkeypatch.setattr(DiTBlock, "forward", lambda *args: (calls.append(torch.is_grad_enabled()), original(*args))[1])
+    plain = go(depth=2, steps=4)
+    once = sum(calls)
+    again = go(depth=2, steps=4, recompute=True)
+    assert once == 2 * 4 and sum(calls) - once == 2 * once
+    torch.testing.assert_close(again.model, plain.model, rtol=1e-5, atol=1e-6)
+
+
+def test_shard(call, tmp_path):
+    """What it does takes several processes: test_parallel.py has them."""
+    assert_refused(call(train, *TINY, *BASE, "--shard", "--run-dir", tmp_path / "run"), "--shard", "torchrun")
+    assert not (tmp_path / "run" / "model.pth").exists()
+
+
+def test_seed(go):
+    first, again, other, large = (go(seed=seed, batch_size=64) for seed in (5, 5, 6, 5 + 2**32))
+    assert same(first.model, again.model) and first.rows == again.rows
+    for run in (first, other, large):
+        assert_first_step(run)
+    for a, b in itertools.combinations((first, other, large), 2):
+        assert not same(a.model, b.model) and a.rows != b.rows
+        assert (a.folder / "samples_000001.png").read_bytes() != (b.folder / "samples_000001.png").read_bytes()
+    assert not torch.equal(first.model[EMBEDDING], other.model[EMBEDDING])
+
+
+def test_log_every(go):
+    one_by_one = [float(row["loss"]) for row in go(log_every=1, steps=5).rows]
+    assert len(one_by_one) == 5
+    for every, steps in ((2, [2, 4, 5]), (9, [5])):
+        run = go(log_every=every, steps=5)
+        assert [int(row["step"]) for row in run.rows] == steps
+        means = [np.mean(one_by_one[low:high]) for low, high in itertools.pairwise([0, *steps])]
+        assert [float(row["loss"]) for row in run.rows] == pytest.approx(means, rel=1e-4)
+
+
+def test_sample_every(go):
+    for every, steps in ((2, [2, 4, 5]), (9, [5])):
+        found = sorted(go(sample_every=every, steps=5).folder.glob("samples_*"))
+        assert [file.name for file in found] == [f"samples_{step:06d}.png" for step in steps]
+
+
+def test_checkpoint_every(go, monkeypatch):
+    saved, original = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: (saved.append(content["step"]), original(content, file)))
+    for every, steps in ((2, [2, 4, 5]), (9, [5])):
+        saved.clear()
+        go(checkpoint_every=every, steps=5)
+        assert saved == steps
+
+
+# Sampling
+
+
+def test_sampler(call, taught, draw, tmp_path):
+    """Those that are relatives draw the same where the theory says so, and each its own elsewhere."""
+    ddpm, ddim, dpm = (draw(sampler=name, sample_steps=4) for name in ("ddpm", "ddim", "dpm"))
+    for a, b in itertools.combinations((ddpm, ddim, dpm), 2):
+        assert np.abs(a - b).max() > 8
+    # Of two steps the second ends at the clean image, and the first has nothing before it to be of second order
+    ddpm, ddim, dpm = (draw(sampler=name, sample_steps=2) for name in ("ddpm", "ddim", "dpm"))
+    assert np.abs(ddim - dpm).max() <= 1 < 8 < np.abs(ddpm - ddim).max()
+    # The grid that training draws
+    grid = further(call, taught, tmp_path / "run", sampler="ddpm")
+    assert np.abs(grid - draw("--count", 6, sampler="ddpm")).max() <= 1
+    assert np.abs(grid - picture(taught / "samples_000300.png")).max() > 8
+
+
+def test_sample_steps(call, taught, draw, tmp_path, monkeypatch):
+    calls, forward = [], train.build_model.__globals__["DiT"].forward
+    monkeypatch.setattr("dit.DiT.forward", lambda *args: (calls.append(args[2].unique().tolist()), forward(*args))[1])
+    for steps, times in ((1, [999]), (4, [999, 749, 499, 249])):
+        calls.clear()
+        draw(sample_steps=steps)
+        assert calls == [[t] for t in times]
+    grid = further(call, taught, tmp_path / "run", sample_steps=4)
+    assert np.abs(grid - draw("--count", 6, sample_steps=4)).max() <= 1
+    assert np.abs(grid - draw("--count", 6, sample_steps=1)).max() > 8
+
+
+def test_guidance(call, taught, draw, tmp_path):
+    """In one step the image is what the network answers for the label and without one: u + guidance (c - u)."""
+    model, config = load_model(taught / "model.pth", precision="fp32")
+    noise = inference.noise_source(0, range(10), (1, 8, 8), "cpu")()
+    with torch.no_grad():
+        c, u = (model(noise, config.T - 1, y) for y in (torch.arange(10), 10))
+    for scale in (0, 1, 1.4, 5, -2):
+        expected = ((u + scale * (c - u)).clamp(-1, 1) + 1) * 127.5
+        shown = draw("--count", 1, sample_steps=1, guidance=scale)[2:-2:7].reshape(8, -1)[:, 2:]
+        shown = np.stack([shown[:, 58 * i:58 * i + 56:7] for i in range(10)])
+        assert np.abs(shown - expected[:, 0].numpy()).max() < 0.6
+    assert (c - u).abs().max() > 0.05
+    grid = further(call, taught, tmp_path / "run", guidance=5)
+    assert np.abs(grid - draw("--count", 6, guidance=5)).max() <= 1
+    assert np.abs(grid - draw("--count", 6, guidance=1)).max() > 8
+
+
+def test_eta(call, taught, draw, tmp_path):
+    """As much noise as ddpm is ddpm."""
+    none, some, full = (draw(sampler="ddim", eta=eta, sample_steps=5) for eta in (0, 0.5, 1))
+    assert np.abs(full - draw(sampler="ddpm", sample_steps=5)).max() <= 1
+    assert np.abs(none - draw(sampler="ddim", sample_steps=5)).max() == 0
+    for a, b in itertools.combinations((none, some, full), 2):
+        assert np.abs(a - b).max() > 8
+    grid = further(call, taught, tmp_path / "run", sampler="ddim", eta=0.5)
+    assert np.abs(grid - draw("--count", 6, sampler="ddim", eta=0.5)).max() <= 1
+
+
+# What a resumed run may change
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train.train(Config(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=3,
+                       optimizer="adamw", precision="fp32", image_size=8, patch_size=2, channels=1), run, device="cpu")
+    return run
+
+
+@pytest.mark.parametrize("name", NOT_CHANGEABLE)
+def test_a_resumed_run_refuses(name, call, whole):
+    before, value = (whole / "model.pth").read_bytes(), NOT_CHANGEABLE[name]
+    if name in ("num_classes", "classes"):
+        with pytest.raises(UserError, match=f"cannot be resumed with other settings: {name} "):
+            train.train({name: value}, whole, resume=True, device="cpu")
+    else:
+        assert_refused(call(train, *to_flag(name, value), "--resume", "--run-dir", whole, "--device", "cpu"),
+                       f"cannot be resumed with other settings: {name} ")
+    assert (whole / "model.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_a_resumed_run_accepts(name, call, whole, tmp_path, monkeypatch):
+    run, value = tmp_path / "run", CHANGEABLE[name]
+    shutil.copytree(whole, run)
+    monkeypatch.setattr(train, "can_compile", lambda device: False)  # minutes, and test_compile has it
+    flags = ["--steps", 4, *to_flag(name, value), "--resume", "--run-dir", run, "--device", "cpu"]
+    if name == "shard":  # other settings are not what it lacks
+        assert_refused(call(train, *flags), "torchrun")
+        return
+    code, _, err = call(train, *flags)
+    assert code == 0, err
+    left = Left(run)
+    assert left.content["step"] == 4 and left.config[name] == (value if name != "compile" else False)
+
+
+# Seeds
+
+
+def test_no_two_pairs_of_seed_and_step_share_what_they_draw():
+    """Neither neighbours nor those that some way to mix the two numbers would take for one another."""
+    images = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    data, words = (images, torch.zeros(256, dtype=torch.int64)), 2**32
+
+    def drawn(seed, step):
+        x_0, y, t, noise = draws(dict(seed=seed, batch_size=256, num_classes=10, label_dropout=0.5), step, data)
+        return [part.flatten().double() for part in (x_0[:, 0, 0, 0], y, t, noise)]
+
+    seeds = [0, 1, 6, 7, words, words + 1, words + 7, 2 * words, 2 * words + 7, 3 * words, 2**63 - 1]
+    pairs = [(seed, step) for seed in seeds for step in range(4)]
+    assert {(6, 2), (7, 1), (words + 7, 1), (2 * words + 7, 0), (7, 2)} <= {*pairs}
+    parts = [torch.stack(part) for part in zip(*(drawn(*pair) for pair in pairs), strict=True)]
+    for part in parts:  # 6 standard deviations: one of a thousand million such numbers is above
+        assert torch.corrcoef(part).fill_diagonal_(0).abs().max() < 6 / part.shape[1] ** 0.5
+    neighbours = parts[3].view(-1, 2)  # nor is one stream a later piece of another
+    assert len(neighbours.unique(dim=0)) == len(neighbours)
