@@ -167,7 +167,8 @@ def check_changes(args):
 
 
 def prepare(model, config, args, frames):
-    """What the flags ask for, as arguments of `draw_states`: the labels of a row, and a dict of the options.
+    """What the flags ask for, as arguments of `draw_states`: the configuration, the labels of a row, and a dict of the
+    options.
 
     A morph has `frames` images in a row. Reads the pictures; gives the model the labels of a morph.
     """
@@ -176,17 +177,19 @@ def prepare(model, config, args, frames):
         if ends[0] == ends[1] and args.to_seed is None:
             raise UserError(f"--morph {args.morph} leads nowhere: name two labels, or another seed with --to-seed")
         add_labels_between(model, *ends, frames)
-        return list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
+        return config, list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
     labels, device = parse_labels(args.labels, config.class_names), next(model.parameters()).device
     if args.edit is not None:
         picture, _ = read_picture(args.edit, config)
-        way = functools.partial(edit, picture=picture.to(device),
-                                strength=STRENGTH if args.strength is None else args.strength)
-        return labels, dict(way=way)
+        strength = STRENGTH if args.strength is None else args.strength
+        steps = len(build_process(config).descending_steps(config.sample_steps, strength))
+        return dataclasses.replace(config, sample_steps=steps), labels, dict(
+            way=functools.partial(edit, picture=picture.to(device), strength=strength))
     if args.inpaint is not None:
         picture, known = read_picture(args.inpaint, config, args.mask)
-        return labels, dict(way=functools.partial(inpaint, picture=picture.to(device), known=known.to(device)))
-    return labels, {}
+        return config, labels, dict(
+            way=functools.partial(inpaint, picture=picture.to(device), known=known.to(device)))
+    return config, labels, {}
 
 
 def read_picture(path, config, mask=None):
@@ -250,7 +253,7 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
                               inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
     check_changes(args)
     model, config = load_for_sampling(args)
-    labels, options = prepare(model, config, args, STRIP)
+    config, labels, options = prepare(model, config, args, STRIP)
     images = draw_states(model, config, labels, count, **options)[-1]
     return grid(images, len(labels)) if morph is not None else label_grid(images, config, labels)
 
@@ -307,14 +310,18 @@ def parse_args():
 
 
 def lay_out(states, config, labels, args):
-    """The pictures PIL of what `draw_states` drew: one, or those of an animation."""
-    if args.morph is None:
-        return [grid(states.transpose(0, 1).flatten(0, 1), columns=len(states))] if args.strip else [
-            label_grid(state, config, labels) for state in states]
-    if not args.gif:
-        return [grid(states[-1], len(labels))]
-    frames = [grid(frame, min(args.count, 10)) for frame in states[-1].unflatten(0, (args.count, -1)).unbind(1)]
-    return frames[::-1] + frames  # there and back
+    """What `draw_states` drew as PIL pictures, and how long each is shown in an animation, milliseconds."""
+    if args.morph is not None and args.gif:  # there and back
+        there = [grid(images, min(args.count, 10)) for images in states[-1].unflatten(0, (args.count, -1)).unbind(1)]
+        way = [60] * (len(there) - 2)
+        return there + there[-2:0:-1], [1000, *way, 1000, *way]
+    if args.morph is not None:
+        pictures = [grid(states[-1], len(labels))]
+    elif args.strip:
+        pictures = [grid(states.transpose(0, 1).flatten(0, 1), columns=len(states))]
+    else:
+        pictures = [label_grid(state, config, labels) for state in states]
+    return pictures, [1500 // len(pictures)] * (len(pictures) - 1) + [2000]
 
 
 def main():
@@ -323,13 +330,12 @@ def main():
     check_changes(args)
     model, config = load_for_sampling(args)
     frames = ANIMATION // 2 if args.gif else STRIP
-    labels, options = prepare(model, config, args, frames)
+    config, labels, options = prepare(model, config, args, frames)
     shown = 1 if args.morph is not None else STRIP if args.strip else ANIMATION if args.gif else 1
     states = draw_states(model, config, labels, args.count, shown, **options)
-    pictures = lay_out(states, config, labels, args)
-    more = dict(save_all=True, append_images=pictures[1:], loop=0,
-                duration=[1500 // len(pictures)] * (len(pictures) - 1) + [2000]) if args.gif else {}
-    save_picture(args.out, pictures[0], **more)
+    pictures, durations = lay_out(states, config, labels, args)
+    animation = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if args.gif else {}
+    save_picture(args.out, pictures[0], **animation)
     print(f"{args.out}: {states.shape[1]} images, {config.sampler} with {config.sample_steps} steps, guidance "
           f"{config.guidance:g}, seed {config.seed}, drawn with {args.checkpoint}")
 
