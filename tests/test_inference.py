@@ -533,8 +533,9 @@ def test_every_model_edits_completes_and_morphs(call, tmp_path, kind, settings):
     Image.effect_noise((50, 30), 90).convert("CMYK").save(tmp_path / "photo.jpg")
     Image.linear_gradient("L").save(tmp_path / "mask.gif")
     names = load_model(path)[1].class_names
-    flags = {"edit": ["--edit", tmp_path / "photo.jpg", "--labels", *names[:2]], "morph": ["--morph", ":".join(
-        names[:2]), "--to-seed", 9], "inpaint": ["--inpaint", tmp_path / "photo.jpg", "--mask", tmp_path / "mask.gif", "--count", 1]}
+    flags = {"edit": ["--edit", tmp_path / "photo.jpg", "--labels", *names[:2]],
+             "inpaint": ["--inpaint", tmp_path / "photo.jpg", "--mask", tmp_path / "mask.gif", "--count", 1],
+             "morph": ["--morph", ":".join(names[:2]), "--to-seed", 9]}
     for more, name in (([], "a.png"), (["--strip"], "b.png"), (["--gif", "--sample-steps", 9], "c.gif")):
         code, _, err = call(inference, "--checkpoint", path, *flags[kind], *more, "--out", tmp_path / name)
         assert code == 0, err
