@@ -192,21 +192,27 @@ def draw_samples(run, path, device, stop):
         save_picture(path, grid(to_uint8(x), columns=10))
 
 
+def show_setting(name, value):
+    """The value of a field of `Config`, in a few words."""
+    if name in SIZES:
+        return show_size(value) if value else "0"
+    return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
+
+
 def show_run(config, run_dir):
     """Writes the page of the run, index.html."""
     if parallel.RANK:
         return
-    names = [*config.class_names[:10], *["..."] * (config.num_classes > 10)]
-    settings, defaults = ({
-        name: show_size(value) if name in SIZES and value else ", ".join(names) if name == "classes" else value
-        for name, value in dataclasses.asdict(of).items()} for of in (config, Config()))
+    settings, defaults = ({name: show_setting(name, value) for name, value in dataclasses.asdict(of).items()}
+                          for of in (config, Config()))
+    columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
     folder = "" if run_dir == Path("run") else f" --run-dir {shlex.quote(str(run_dir))}"
     checkpoint = folder.replace("--run-dir", "--checkpoint", 1)
     commands = {"Draw with its last checkpoint:": f"python inference.py{checkpoint}",
                 "Go on where it was stopped:": f"python train.py{folder} --resume",
                 "Train it for longer:": f"python train.py{folder} --resume --steps {2 * config.steps}"}
-    write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, ", ".join(names), settings,
-               defaults, commands)
+    write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, columns, settings, defaults,
+               commands)
 
 
 def can_compile(device):

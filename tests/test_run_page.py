@@ -89,10 +89,10 @@ def test_it_is_watched_while_it_is_trained(call, tmp_path, monkeypatch):
 
 def test_only_rank_0_writes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "RANK", 1)
-    train.show_run(Config(), tmp_path)
+    train.show_run(Config(num_classes=10), tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(parallel, "RANK", 0)
-    train.show_run(Config(), tmp_path)
+    train.show_run(Config(num_classes=10), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
@@ -109,6 +109,7 @@ def test_names_are_no_markup(tmp_path):
     train.show_run(config, folder)
     page = Page(folder / "index.html")
     assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text and "Training run <u>" in page.text
+    assert "<dt>classes</dt>" in page.source.partition("As by default")[0]
 
 
 def test_it_depends_on_the_files_alone(tmp_path):
