@@ -56,11 +56,11 @@ def noise_source(seed, indices, shape, device, calls=1):
 
 
 @torch.no_grad()
-def sample(model, config, labels, indices=None, way=from_noise, source=noise_source):
+def sample(model, config, labels, indices=None, way=from_noise, source=None):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: makes the noise.
+    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
     A generator: yields the noise (B, C, H, W) that it starts from, then x after each step; the last one is the images,
     in [-1, 1].
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
@@ -69,7 +69,7 @@ def sample(model, config, labels, indices=None, way=from_noise, source=noise_sou
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
     shape = (config.channels, *config.image_size)
-    noise = source(config.seed, indices, shape, labels.device, config.sample_steps)
+    noise = (source or noise_source)(config.seed, indices, shape, labels.device, config.sample_steps)
     process, options = build_process(config), {"eta": config.eta} if config.sampler == "ddim" else {}
     sampler = functools.partial(SAMPLERS[config.sampler], **options)
 
