@@ -1,0 +1,204 @@
+import base64
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HANGS, REPOSITORY, assert_refused
+
+from checkpoint import save_checkpoint
+from config import Config
+from demo import export
+from dit import build_model
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SMALL = Config(image_size=8, patch_size=2, channels=1, num_classes=10, hidden_size=32, depth=2, num_heads=2,
+               sample_steps=5)
+
+
+class Browser:
+    """A page in a headless Chromium, steered through its DevTools protocol."""
+
+    def __init__(self, page, folder):
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+        # It reads the protocol from file 3 and writes it to file 4.
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", CHROMIUM, "--headless", "--no-sandbox",
+             "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}", "--remote-debugging-pipe"],
+            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(answers)
+        self.session, self.count, self.buffer, self.events = {}, 0, b"", []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=page)
+        self.wait("document.readyState === 'complete'")
+
+    def call(self, method, **parameters):
+        self.count += 1
+        request = {"id": self.count, "method": method, "params": parameters, **self.session}
+        os.write(self.commands, json.dumps(request).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                self.buffer += os.read(self.answers, 2**16) or pytest.fail("chromium ended")
+            message, _, self.buffer = self.buffer.partition(b"\0")
+            message = json.loads(message)
+            if message.get("id") == self.count:
+                assert "result" in message, message
+                return message["result"]
+            self.events.append(message)
+
+    def run(self, script):
+        """What a JavaScript expression is worth, a promise once it is kept."""
+        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, condition):
+        assert self.run(f"""new Promise(resolve => {{
+            const ask = () => ({condition}) ? resolve(true) : setTimeout(ask, 20);
+            setTimeout(resolve, {HANGS * 1000});
+            ask();
+        }})"""), condition
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+def make_checkpoint(path, config=SMALL, **changes):
+    """A checkpoint of random weights, with gates that are not zero, so that every part of the network counts."""
+    config = dataclasses.replace(config, **changes)
+    weights = build_model(config).state_dict()
+    save_checkpoint(path, config, 1, 1.0, {name: weight + 0.05 * torch.randn_like(weight) if weight.ndim else weight
+                                           for name, weight in weights.items()})
+    return path
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """`browse(checkpoint)`: the exported page of a checkpoint in a browser, with nothing left to draw."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium here to open the page with: install Debian's chromium")
+    browsers = []
+
+    def open_page(checkpoint):
+        page = tmp_path / "page.html"
+        page.write_text(export.export(checkpoint), encoding="utf-8")
+        browsers.append(Browser(page.as_uri(), tmp_path / "chromium"))
+        browsers[-1].wait("document.getElementById('row').getAttribute('aria-busy') === 'false'")
+        return browsers[-1]
+
+    yield open_page
+    for browser in browsers:
+        browser.close()
+
+
+def differences(browser):
+    browser.run("document.getElementById('check').click()")
+    browser.wait("document.getElementById('checked').dataset.found")
+    found = json.loads(browser.run("document.getElementById('checked').dataset.found"))
+    return {name: value for name, value in found.items() if "seconds" not in name}
+
+
+KINDS = [f"{kernel}: {what}" for kernel in ("WebAssembly", "JavaScript") for what in ("network", "dpm", "ddim", "ddpm")]
+
+
+@pytest.mark.parametrize("checkpoint", [
+    REPOSITORY / "weights" / "mnist.pth", dict(process="ddpm", time_spacing="article", mlp_ratio=2.7, guidance=1.0),
+    dict(image_size=(9, 6), patch_size=(3, 2), channels=3, num_classes=3, classes=("cat", "</script>", "dog & cow"))])
+def test_the_page_draws_what_pytorch_draws(browse, tmp_path, checkpoint):
+    if isinstance(checkpoint, dict):
+        checkpoint = make_checkpoint(tmp_path / "model.pth", **checkpoint)
+    browser = browse(checkpoint)
+    found = differences(browser)
+    assert list(found) == KINDS
+    assert max(found.values()) < 1e-3, found
+    # It asked nobody for anything, and complained of nothing.
+    requests = [event["params"]["request"]["url"] for event in browser.events
+                if event["method"] == "Network.requestWillBeSent"]
+    assert requests
+    assert all(url.startswith(("file:", "blob:")) for url in requests), requests
+    assert not [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
+def test_the_reference_tells_one_image_from_another(browse, tmp_path, monkeypatch):
+    """The comparison can fail: when the weights are a thousandth larger, say."""
+    pack = export.pack
+    monkeypatch.setattr(export, "pack", lambda x, dtype: pack(1.01 * x if dtype == torch.float16 else x, dtype))
+    assert min(differences(browse(make_checkpoint(tmp_path / "model.pth"))).values()) > 1e-3
+
+
+def image_of(canvas):
+    """A JavaScript expression: the pixels of a canvas, a string."""
+    return f"[...{canvas}.getContext('2d').getImageData(0, 0, {canvas}.width, {canvas}.height).data].join()"
+
+
+def test_every_control_changes_what_it_says(browse, tmp_path):
+    browser = browse(make_checkpoint(tmp_path / "model.pth"))
+    browser.run("window.$ = id => document.getElementById(id)")
+    idle = "$('row').getAttribute('aria-busy') === 'false'"
+
+    def picture(canvas):
+        return browser.run(image_of(canvas))
+
+    def change(canvas, action):
+        before = picture(canvas)
+        browser.run(action)
+        browser.wait(f"{image_of(canvas)} !== {before!r}")
+        browser.wait(idle)
+
+    def set_value(name, value, event="input"):
+        return f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('{event}', {{bubbles: true}}))"
+
+    browser.run(set_value("text", "2026-11"))
+    browser.wait(f"{idle} && $('row').querySelectorAll('button').length === 6")
+    first, second = "$('row').querySelectorAll('canvas')[0]", "$('row').querySelectorAll('canvas')[1]"
+    own, other = picture(first), picture(second)
+    change(first, f"{first}.parentElement.click()")
+    assert picture(second) == other, "only the image that was clicked is drawn anew"
+    for name, value in dict(guidance=3, steps=2, sampler="ddim", seed=5, step=0).items():
+        change(second, set_value(name, value))
+    browser.run("$('reset').click()")
+    browser.wait(f"{idle} && {image_of(second)} === {other!r}")
+    assert picture(first) != own
+
+    change("$('middle')", set_value("share", 90))
+    change("$('left').firstChild", set_value("left-label", 1, "change"))
+    change("$('right').firstChild", "$('right').click()")
+
+    change("$('guess')", set_value("moment", 0))
+    change("$('attention-1-1')", "$('noisy').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowUp'}))")
+    assert "row 2 of 4" in browser.run("$('noisy').getAttribute('aria-label')")
+
+    change("$('pad')", "for (const key of [' ', 'ArrowUp', 'ArrowUp', 'ArrowLeft']) "
+           "$('pad').dispatchEvent(new KeyboardEvent('keydown', {key}))")
+    change("$('drawn')", "$('turn').click()")
+    browser.run("$('complete').click()")
+    assert "Erase" in browser.run("$('cost').textContent")
+    change("$('pad')", "document.querySelector('[value=eraser]').click(); "
+           "$('pad').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}))")
+    change("$('drawn')", "$('complete').click()")
+    browser.wait("!drawing.every((value, i) => hidden[i] || value === result[i])"
+                 " || (result && drawing.every((value, i) => hidden[i] || value === result[i]))")
+    assert browser.run("hidden.some(value => value) && !hidden.every(value => value)")
+
+    for name, value in {"lang": "zh", "data-theme": "dark"}.items():
+        button = {"lang": "language", "data-theme": "theme"}[name]
+        browser.run(f"$('{button}').click()")
+        assert browser.run(f"document.documentElement.getAttribute('{name}')") == value
+    assert "网络调用" in browser.run("$('cost').textContent")
+    # What needs a name for those who cannot see it has one.
+    assert not browser.run("[...document.querySelectorAll('button, input, select, canvas[role]')].filter(element => "
+                           "!element.textContent.trim() && !element.ariaLabel && !element.labels?.length && "
+                           "!element.getAttribute('aria-labelledby')).map(element => element.outerHTML).join()")
