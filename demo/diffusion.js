@@ -94,8 +94,8 @@ function noised(x0, noise, steps) {
   return noise.map((value, i) => signal * x0[i] + share * value);
 }
 
-// Inpainting: a denoiser that knows the image wherever `hidden` is 0. Start it from `noised(known, ...)` there: then the
-// known part of x is the known image with its noise at every step, and at the end that image itself.
+// Inpainting: a denoiser that knows the image wherever `hidden` is 0. Started from `noised(known, ...)`, the known part
+// of x is the known image and its noise at every step, and at the end that image itself.
 function inpainter(denoise, known, hidden) {
   return (x, t) => denoise(x, t).map((value, i) => hidden[i] ? value : known[i]);
 }
@@ -129,7 +129,8 @@ function between(a, b, share) {
   const dot = (p, q) => p.reduce((sum, value, i) => sum + value * q[i], 0);
   const angle = Math.acos(clamp(dot(a, b) / Math.sqrt(dot(a, a) * dot(b, b))));
   if (angle < 1e-4) return a;
-  return a.map((value, i) => (Math.sin((1 - share) * angle) * value + Math.sin(share * angle) * b[i]) / Math.sin(angle));
+  const [ofA, ofB] = [1 - share, share].map(part => Math.sin(part * angle) / Math.sin(angle));
+  return a.map((value, i) => ofA * value + ofB * b[i]);
 }
 
 function join(arrays) {

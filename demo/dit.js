@@ -10,8 +10,8 @@ class DiT {
     Object.assign(this, { D: config.hidden_size, heads: config.num_heads, channels: config.channels, height, width,
                           rows: H / height, columns: W / width, nullLabel: config.num_classes });
     this.N = this.rows * this.columns;
-    const names = Object.keys(weights).filter(name => name.endsWith(".weight") && weights[name.replace(/weight$/, "bias")]);
-    this.matrices = new Matrices(names.map(name => weights[name].shape), plain);
+    const layers = Object.keys(weights).filter(name => name.endsWith(".bias")).map(name => name.slice(0, -5));
+    this.matrices = new Matrices(layers.map(name => weights[name + ".weight"].shape), plain);
     const linear = name => this.matrices.add(weights[name + ".weight"].data, weights[name + ".bias"].data);
     this.patchEmbedding = linear("patch_embedding.linear");
     this.positions = positions(this.rows, this.columns, this.D);

@@ -8,7 +8,6 @@ from support.commands import Parser, UserError, run
 from support.files import write_atomically
 
 import base64
-import dataclasses
 import itertools
 import json
 import re

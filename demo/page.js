@@ -46,7 +46,8 @@ function report({ calls, seconds, kernel }, count) {
   show($("cost"),
        `${count} ${count > 1 ? "images" : "image"}: ${all} network calls, ${calls / count} each, took ${time} s: ` +
        `${each} ms a call, on one core (${kernel}).`,
-       `${count} 个图像：网络调用 ${all} 次，每个 ${calls / count} 次，共用 ${time} 秒，平均每次 ${each} 毫秒（单核，${kernel}）。`);
+       `${count} 个图像：网络调用 ${all} 次，每个 ${calls / count} 次，共用 ${time} 秒，` +
+       `平均每次 ${each} 毫秒（单核，${kernel}）。`);
 }
 
 // ---- Two languages, two themes --------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ function setLanguage(language) {
   const other = language === "zh" ? "en" : "zh";
   $("language").textContent = other === "zh" ? "中文" : "English";
   $("language").lang = other;
-  document.title = language === "zh" ? "Diffusion Transformer：从噪声中画出图像" : "Diffusion Transformer: images out of noise";
+  document.title = "Diffusion Transformer: " + (language === "zh" ? "从噪声中画出图像" : "images out of noise");
 }
 
 function setTheme(theme) {
@@ -252,9 +253,9 @@ function setEnds(...newEnds) {
 function drawBetween(asked = true) {
   const [a, b] = ends, share = $("share").value / 100, { sampler, ...others } = settings();
   show($("share-value"), `${$("share").value} %`, `${$("share").value} %`);
-  const list = [{ ...a }, { ...b }, { ...a, label: [a.label, b.label, share], to: { place: b.place, draw: b.draw }, share }];
+  const middle = { ...a, label: [a.label, b.label, share], to: { place: b.place, draw: b.draw }, share };
   const request = { kind: "draw", ...others, sampler: sampler === "ddpm" ? "ddim" : sampler,  // fresh noise would flicker
-                    images: list.map(image => ({ ...image, seed: seed() })) };
+                    images: [a, b, middle].map(image => ({ ...image, seed: seed() })) };
   ask("between", request, answer => {
     if (answer.step < answer.steps) return;
     const at = i => answer.x.slice(i * SIZE, (i + 1) * SIZE);
@@ -264,8 +265,8 @@ function drawBetween(asked = true) {
     if (asked) report(answer, 3);
     label($("left"), `Left end, ${names[a.label]}: draw it anew`, `左端，${names[a.label]}：重画`);
     label($("right"), `Right end, ${names[b.label]}: draw it anew`, `右端，${names[b.label]}：重画`);
-    const [from, to, part] = [names[a.label], names[b.label], Math.round(100 * share)];
-    label($("middle"), `${part} % of the way from ${from} to ${to}`, `从 ${from} 到 ${to} 的 ${part} % 处`);
+    label($("middle"), `${$("share").value} % of the way from ${names[a.label]} to ${names[b.label]}`,
+          `从 ${names[a.label]} 到 ${names[b.label]} 的 ${$("share").value} % 处`);
   });
 }
 
@@ -283,8 +284,8 @@ function dot(row, column) {
       const cover = Math.max(0, Math.min(1, radius + 0.5 - Math.hypot(y + 0.5 - row, x + 0.5 - column)));
       for (let channel = 0; channel < C && cover; channel++) {
         const i = channel * H * W + y * W + x, value = ink[channel] / 127.5 - 1;
-        if (erase) [hidden[i], drawing[i]] = [1, -1];
-        else [hidden[i], drawing[i]] = [0, C === 1 ? Math.max(drawing[i], 2 * cover - 1) : drawing[i] + cover * (value - drawing[i])];
+        const mixed = drawing[i] + cover * (value - drawing[i]);
+        [hidden[i], drawing[i]] = erase ? [1, -1] : [0, C === 1 ? Math.max(drawing[i], 2 * cover - 1) : mixed];
       }
     }
   }
@@ -324,6 +325,8 @@ function useAsDrawing(image) {
 function redraw(extra, item) {
   const image = { label: item === "" ? config.num_classes : Number(item), seed: seed(), place: 200, draw: ++draws };
   const request = { kind: "draw", ...settings(), images: [{ ...image, known: Float32Array.from(drawing), ...extra }] };
+  $("drawn").scrollIntoView({ block: "nearest", behavior: calm.matches ? "auto" : "smooth" });
+  $("drawn-hint").hidden = true;
   ask("pen", request, answer => {
     paint($("drawn"), answer.x);
     if (answer.step < answer.steps) return;
@@ -336,7 +339,8 @@ function redraw(extra, item) {
 
 function complete() {
   if (!hidden.some(value => value)) {
-    show($("cost"), "Erase a part of the drawing first: that is what the network completes.", "请先擦掉一部分：网络补全的就是那里。");
+    show($("cost"), "Erase a part of the drawing first: that is what the network completes.",
+         "请先擦掉一部分：网络补全的就是那里。");
     return;
   }
   redraw({ hidden: Uint8Array.from(hidden) }, $("complete-label").value);
@@ -382,7 +386,8 @@ function showLook() {
 const placeOf = token => [Math.floor(token / grid.columns), token % grid.columns];
 
 function tokenAt(pixel) {
-  return Math.floor(Math.floor(pixel / W) / config.patch_size[0]) * grid.columns + Math.floor(pixel % W / config.patch_size[1]);
+  const [row, column] = [Math.floor(pixel / W), pixel % W], [height, width] = config.patch_size;
+  return Math.floor(row / height) * grid.columns + Math.floor(column / width);
 }
 
 function showAttention() {
@@ -396,15 +401,16 @@ function showAttention() {
   if (!seen) return;
   seen.attention.forEach((weights, block) => {
     for (let head = 0; head < heads; head++) {
-      const start = (head * N + patch) * N, looks = weights.slice(start, start + N), most = looks.indexOf(Math.max(...looks));
-      const canvas = $(`attention-${block}-${head}`), share = Math.round(100 * looks[most]);
+      const start = (head * N + patch) * N, looks = weights.slice(start, start + N);
+      const most = looks.indexOf(Math.max(...looks)), share = Math.round(100 * looks[most]);
+      const canvas = $(`attention-${block}-${head}`);
       fill(canvas, () => {
         const [paper, accent, base] = [colour("--paper"), colour("--accent"), shade(seen.guess)];
         return i => [...mix(mix(paper, base(i), 0.25), accent, looks[tokenAt(i)] / looks[most] * 0.9), 255];
       });
       const [y, x] = placeOf(most);
       label(canvas, `Block ${block + 1}, head ${head + 1}: most to row ${y + 1}, column ${x + 1}, ${share} %`,
-            `第 ${block + 1} 块，第 ${head + 1} 头：最关注第 ${y + 1} 行第 ${x + 1} 列，${share} %`);
+            `第 ${block + 1} 层，第 ${head + 1} 头：最关注第 ${y + 1} 行第 ${x + 1} 列，${share} %`);
       canvas.title = `${share} %`;
     }
   });
@@ -418,8 +424,9 @@ function makeTable() {
   const body = element("tbody", $("attention"));
   for (let block = 0; block < config.depth; block++) {
     const line = element("tr", body);
-    show(element("th", line), `block ${block + 1}`, `块 ${block + 1}`);
-    heads.forEach(head => Object.assign(element("canvas", element("td", line)), { id: `attention-${block}-${head}`, role: "img" }));
+    show(element("th", line), `block ${block + 1}`, `第 ${block + 1} 层`);
+    heads.forEach(head => element("td", line).append(
+      create("canvas", { id: `attention-${block}-${head}`, role: "img" })));
   }
 }
 
@@ -458,8 +465,9 @@ function reset() {
 }
 
 function move(event, rows, columns, row, column) {
-  const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
-  if (!down && !right) return null;
+  const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  if (!arrows[event.key]) return null;
+  const [down, right] = arrows[event.key];
   event.preventDefault();
   return [Math.max(0, Math.min(rows, row + down)), Math.max(0, Math.min(columns, column + right))];
 }
@@ -523,8 +531,9 @@ function listen() {
     if (pen.down) lineTo(...to ?? [pen.row, pen.column]);
     else if (to) [pen.row, pen.column] = to;
     showDrawing();
-    label($("pad"), `Drawing area, pen ${pen.down ? "down" : "up"}, row ${Math.floor(pen.row) + 1}, column ${Math.floor(pen.column) + 1}`,
-          `画板，${pen.down ? "落笔" : "抬笔"}，第 ${Math.floor(pen.row) + 1} 行，第 ${Math.floor(pen.column) + 1} 列`);
+    const [row, column] = [Math.floor(pen.row) + 1, Math.floor(pen.column) + 1];
+    label($("pad"), `Drawing area, pen ${pen.down ? "down" : "up"}, row ${row}, column ${column}`,
+          `画板，${pen.down ? "落笔" : "抬笔"}，第 ${row} 行，第 ${column} 列`);
   };
   $("clear").onclick = () => useAsDrawing(new Float32Array(SIZE).fill(-1));
   $("borrow").onclick = () => images[chosen]?.done && useAsDrawing(images[chosen].states.at(-1).x);
@@ -552,7 +561,7 @@ function listen() {
 function check() {
   show($("checked"), "Computing …", "正在计算……");
   ask("check", { kind: "check" }, ({ found }) => {
-    const largest = Math.max(...Object.entries(found).filter(([name]) => !name.endsWith("seconds")).map(([, value]) => value));
+    const largest = Math.max(...Object.values(found));
     $("checked").dataset.found = JSON.stringify(found);
     const verdict = largest < 1e-3 ? ["The same images", "图像相同"] : ["Other images", "图像不同"];
     show($("checked"), `${verdict[0]}: of all pixels, from -1 to 1, the largest difference is ${largest.toExponential(1)}.`,
