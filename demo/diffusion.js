@@ -100,6 +100,21 @@ function inpainter(denoise, known, hidden) {
   return (x, t) => denoise(x, t).map((value, i) => hidden[i] ? value : known[i]);
 }
 
+// RePaint (2201.09865): a sampler for `inpainter` that takes each step `times` times, with noise put back in between, so
+// that what is known and what is drawn come to fit.
+function* repaint(denoise, x, steps, noise, times = 5) {
+  for (const step of steps) {
+    const { at: [a, s], after: [aAfter, sAfter] } = step, signal = a / aAfter;
+    const deviation = Math.sqrt(s ** 2 - (signal * sAfter) ** 2);
+    x = SAMPLERS.ddpm(denoise, x, [step], noise).next().value;
+    for (let i = 1; i < times && sAfter; i++) {
+      const fresh = noise();
+      x = SAMPLERS.ddpm(denoise, x.map((value, j) => signal * value + deviation * fresh[j]), [step], noise).next().value;
+    }
+    yield x;
+  }
+}
+
 // Standard normal numbers (count,), a function of the seed and the numbers that name the image and the draw: sfc32 and
 // the Box-Muller transform. They are not NumPy's of inference.py.
 function* normals(seed, ...names) {

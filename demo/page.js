@@ -236,6 +236,7 @@ function showStep() {
   const shown = Math.min(last, ...images.map(image => image.shown));
   $("step").max = last;
   $("step").value = shown;
+  $("step").ariaValueText = `${shown} / ${last}`;
   show($("step-value"), `step ${shown} of ${last}`, `第 ${shown} / ${last} 步`);
 }
 
@@ -323,8 +324,9 @@ function useAsDrawing(image) {
 }
 
 function redraw(extra, item) {
-  const image = { label: item === "" ? config.num_classes : Number(item), seed: seed(), place: 200, draw: ++draws };
-  const request = { kind: "draw", ...settings(), images: [{ ...image, known: Float32Array.from(drawing), ...extra }] };
+  const image = { label: Number(item), seed: seed(), place: 200, draw: ++draws, known: Float32Array.from(drawing) };
+  const request = { kind: "draw", ...settings(), images: [{ ...image, ...extra }] };
+  if (item === "") request.guidance = 0;  // anything: no label is followed
   $("drawn").scrollIntoView({ block: "nearest", behavior: calm.matches ? "auto" : "smooth" });
   $("drawn-hint").hidden = true;
   ask("pen", request, answer => {
@@ -598,8 +600,8 @@ function start() {
   const today = new Date(), digits = n => String(n).padStart(2, "0");
   const date = `${today.getFullYear()}-${digits(today.getMonth() + 1)}-${digits(today.getDate())}`;
   $("text").value = names.length === 10 && numbered ? date : names.slice(0, 8).join(", ");
-  setLanguage((navigator.languages?.[0] ?? navigator.language).startsWith("zh") ? "zh" : "en");
-  setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  setLanguage(root.lang);
+  setTheme(root.dataset.theme);
   showSettings();
   showDrawing();
   listen();

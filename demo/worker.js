@@ -25,18 +25,20 @@ function engine(data, reply) {
     const { known, hidden, strength } = images[0];
     const from = strength ? Math.max(1, Math.round(strength * path.length)) : path.length;
     const steps = descendingSteps(path, count, from);
-    let denoise = denoiser(model, config, path, images.map(({ label }) => label), guidance), seconds = 0;
+    const network = denoiser(model, config, path, images.map(({ label }) => label), guidance);
+    const each = images.length * (guidance === 0 || guidance === 1 ? 1 : 2);
+    let calls = 0, seconds = 0;
+    let denoise = (x, t) => { calls += each; return network(x, t); };
     if (known) x = noised(known, x, steps);
     if (hidden) denoise = inpainter(denoise, known, hidden);
-    const states = SAMPLERS[sampler](denoise, x, steps, noise);
-    const calls = guidance === 0 || guidance === 1 ? 1 : 2;
-    yield { x, step: 0, t: steps[0].t, steps: steps.length, calls: 0, seconds };
+    const states = (hidden ? repaint : SAMPLERS[sampler])(denoise, x, steps, noise);
+    yield { x, step: 0, t: steps[0].t, steps: steps.length, calls, seconds };
     for (let step = 1; step <= steps.length; step++) {
       await pause();
       const before = performance.now();
       x = states.next().value;
       seconds += (performance.now() - before) / 1000;
-      yield { x, step, t: steps[step]?.t ?? -1, steps: steps.length, calls: step * calls * images.length, seconds };
+      yield { x, step, t: steps[step]?.t ?? -1, steps: steps.length, calls, seconds };
     }
   }
 

@@ -22,7 +22,8 @@ SMALL = Config(image_size=8, patch_size=2, channels=1, num_classes=10, hidden_si
 class Browser:
     """A page in a headless Chromium, steered through its DevTools protocol."""
 
-    def __init__(self, page, folder):
+    def __init__(self, page, folder, script=""):
+        """script: JavaScript to run before any of the page's own."""
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
         # It reads the protocol from file 3 and writes it to file 4.
@@ -37,6 +38,7 @@ class Browser:
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
         self.call("Page.navigate", url=page)
         self.wait("document.readyState === 'complete'")
 
@@ -85,15 +87,15 @@ def make_checkpoint(path, config=SMALL, **changes):
 
 @pytest.fixture
 def browse(tmp_path):
-    """`browse(checkpoint)`: the exported page of a checkpoint in a browser, with nothing left to draw."""
+    """`browse(checkpoint, script)`: the exported page of a checkpoint in a browser, with nothing left to draw."""
     if not CHROMIUM:
         pytest.skip("no Chromium here to open the page with: install Debian's chromium")
     browsers = []
 
-    def open_page(checkpoint):
+    def open_page(checkpoint, script=""):
         page = tmp_path / "page.html"
         page.write_text(export.export(checkpoint), encoding="utf-8")
-        browsers.append(Browser(page.as_uri(), tmp_path / "chromium"))
+        browsers.append(Browser(page.as_uri(), tmp_path / "chromium", script))
         browsers[-1].wait("document.getElementById('row').getAttribute('aria-busy') === 'false'")
         return browsers[-1]
 
@@ -134,6 +136,13 @@ def test_the_reference_tells_one_image_from_another(browse, tmp_path, monkeypatc
     pack = export.pack
     monkeypatch.setattr(export, "pack", lambda x, dtype: pack(1.01 * x if dtype == torch.float16 else x, dtype))
     assert min(differences(browse(make_checkpoint(tmp_path / "model.pth"))).values()) > 1e-3
+
+
+def test_an_old_browser_draws_too(browse, tmp_path):
+    """One that has no WebAssembly, and gives a file no thread of its own."""
+    browser = browse(make_checkpoint(tmp_path / "model.pth"), "delete window.Worker; delete window.WebAssembly")
+    assert "(JavaScript)" in browser.run("document.getElementById('cost').textContent")
+    assert browser.run("images.every(image => image.states.length === 6)")
 
 
 def image_of(canvas):
