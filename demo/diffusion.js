@@ -13,11 +13,12 @@ function buildPath({ process, T, beta_start, beta_end, shift }) {
   });
 }
 
-// `count` of the first `from` steps, evenly spaced, for the samplers: a list of {t, at: [signal, noise] at t, after:
-// [signal, noise] at the step after it}, of which the last leads to the clean image.
-function descendingSteps(path, count, from = path.length) {
-  count = Math.min(count, from);
-  const steps = Array.from({ length: count }, (_, i) => roundHalfEven(from - i * from / count) - 1);
+// `count` of the T steps, evenly spaced over a share `strength` of them, the least noisy ones: a list of {t, at: [signal,
+// noise] at t, after: [signal, noise] at the step after it}, of which the last leads to the clean image.
+function descendingSteps(path, count, strength = 1) {
+  const top = Math.max(1, roundHalfEven(strength * path.length));
+  count = Math.min(count, top);
+  const steps = Array.from({ length: count }, (_, i) => roundHalfEven(top - i * top / count) - 1);
   return steps.map((t, i) => ({ t, at: path[t], after: i + 1 < count ? path[steps[i + 1]] : [1, 0] }));
 }
 
@@ -88,28 +89,38 @@ const SAMPLERS = {
   },
 };
 
-// SDEdit (2108.01073): the image x0 with as much noise as the first of `steps` has, to be denoised from there.
-function noised(x0, noise, steps) {
-  const [signal, share] = steps[0].at;
-  return noise.map((value, i) => signal * x0[i] + share * value);
+// What to do with a sampler. These share one signature as well, and yield what they start from, then x after each step.
+
+// Draws new images.
+function* fromNoise(path, sampler, denoise, noise, count) {
+  const x = noise();
+  yield x;
+  yield* sampler(denoise, x, descendingSteps(path, count), noise);
 }
 
-// Inpainting: a denoiser that knows the image wherever `hidden` is 0. Started from `noised(known, ...)`, the known part
-// of x is the known image and its noise at every step, and at the end that image itself.
-function inpainter(denoise, known, hidden) {
-  return (x, t) => denoise(x, t).map((value, i) => hidden[i] ? value : known[i]);
+// SDEdit (2108.01073): noises a picture to a share `strength` of the steps, and denoises it from there.
+function* edit(path, sampler, denoise, noise, count, picture, strength) {
+  const steps = descendingSteps(path, count, strength), [a, s] = steps[0].at, eps = noise();
+  const x = eps.map((value, i) => a * picture[i] + s * value);
+  yield x;
+  yield* sampler(denoise, x, steps, noise);
 }
 
-// RePaint (2201.09865): a sampler for `inpainter` that takes each step `times` times, with noise put back in between, so
-// that what is known and what is drawn come to fit.
-function* repaint(denoise, x, steps, noise, times = 5) {
+// RePaint (2201.09865): draws what is `hidden` of a picture. The known pixels are put in after each step, as noisy as x
+// is by then; and each step is noised again and repeated, `rounds` times in all, for the new ones to come to fit.
+function* inpaint(path, sampler, denoise, noise, count, picture, hidden, rounds = 4) {
+  const putIn = (x, [a, s], eps) => x.map((value, i) => hidden[i] ? value : a * picture[i] + s * eps[i]);
+  const steps = descendingSteps(path, count), start = noise();
+  let x = putIn(start, steps[0].at, start);
+  yield x;
   for (const step of steps) {
-    const { at: [a, s], after: [aAfter, sAfter] } = step, signal = a / aAfter;
-    const deviation = Math.sqrt(s ** 2 - (signal * sAfter) ** 2);
-    x = SAMPLERS.ddpm(denoise, x, [step], noise).next().value;
-    for (let i = 1; i < times && sAfter; i++) {
-      const fresh = noise();
-      x = SAMPLERS.ddpm(denoise, x.map((value, j) => signal * value + deviation * fresh[j]), [step], noise).next().value;
+    const { at: [a, s], after: [aAfter, sAfter] } = step, deviation = Math.sqrt(s ** 2 - (a / aAfter * sAfter) ** 2);
+    for (let left = rounds - 1; left >= 0; left--) {
+      x = putIn([...sampler(denoise, x, [step], noise)].pop(), step.after, noise());
+      if (left) {
+        const eps = noise();
+        x = x.map((value, i) => a / aAfter * value + deviation * eps[i]);
+      }
     }
     yield x;
   }

@@ -11,8 +11,9 @@ const waiting = {};  // slot -> {id, onAnswer}: only the newest request of a slo
 let requests = 0;
 
 function ask(slot, request, onAnswer) {
-  waiting[slot] = { id: ++requests, onAnswer };
-  send({ ...request, slot, id: requests });
+  const id = ++requests;
+  waiting[slot] = { id, onAnswer, request: { ...request, slot, id } };
+  send(waiting[slot].request);
 }
 
 function receive({ slot, id, error, ...answer }) {
@@ -21,18 +22,23 @@ function receive({ slot, id, error, ...answer }) {
   else waiting[slot].onAnswer(answer);
 }
 
-const send = (() => {
-  try {
-    const source = URL.createObjectURL(new Blob([$("engine").textContent], { type: "text/javascript" }));
-    const worker = new Worker(source);
-    worker.onmessage = event => receive(event.data);
-    worker.postMessage(data);
-    return request => worker.postMessage(request);
-  } catch {  // a browser that allows a file no threads
-    const handle = engine(data, receive);
-    return request => setTimeout(handle, 0, request);
-  }
-})();
+let send;
+try {
+  const worker = new Worker(URL.createObjectURL(new Blob([$("engine").textContent], { type: "text/javascript" })));
+  worker.onmessage = event => receive(event.data);
+  worker.onerror = workHere;
+  worker.postMessage(data);
+  send = request => worker.postMessage(request);
+} catch {
+  workHere();
+}
+
+// Without a thread, which some browsers do not give to a file.
+function workHere() {
+  const handle = engine(data, receive);
+  send = request => setTimeout(handle, 0, request);
+  Object.values(waiting).forEach(({ request }) => send(request));
+}
 
 const create = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
@@ -242,8 +248,8 @@ function showStep() {
 
 // ---- Between two draws ----------------------------------------------------------------------------------------------
 
-let ends = [{ label: Math.min(3, names.length - 1), place: 100, draw: 0 },
-            { label: Math.min(8, names.length - 1), place: 100, draw: 1 }];
+let ends = [{ label: names.length === 10 ? 3 : 0, place: 100, draw: 0 },
+            { label: names.length === 10 ? 8 : names.length - 1, place: 100, draw: 1 }];
 
 function setEnds(...newEnds) {
   ends = newEnds;
@@ -324,8 +330,8 @@ function useAsDrawing(image) {
 }
 
 function redraw(extra, item) {
-  const image = { label: Number(item), seed: seed(), place: 200, draw: ++draws, known: Float32Array.from(drawing) };
-  const request = { kind: "draw", ...settings(), images: [{ ...image, ...extra }] };
+  const image = { label: Number(item), seed: seed(), place: 200, draw: ++draws };
+  const request = { kind: "draw", ...settings(), images: [{ ...image, picture: Float32Array.from(drawing), ...extra }] };
   if (item === "") request.guidance = 0;  // anything: no label is followed
   $("drawn").scrollIntoView({ block: "nearest", behavior: calm.matches ? "auto" : "smooth" });
   $("drawn-hint").hidden = true;

@@ -13,33 +13,32 @@ function engine(data, reply) {
   const size = config.channels * config.image_size[0] * config.image_size[1];
   const pause = makePause();
 
-  // images: for each {label, seed, place, draw}; also {to: {draw}, share} between the noise of two draws,
-  // {known, strength} to redraw a picture, {known, hidden} to complete it.
+  // images: for each {label, seed, place, draw}; also {to: {place, draw}, share} for noise between two draws. Of a
+  // picture: {picture, strength} to change it, {picture, hidden} to complete it.
   async function* draw({ images, steps: count, sampler, guidance }) {
-    const streams = images.map(({ seed, place, draw }) => normals(seed, place, draw));
-    const noise = () => join(streams.map(stream => take(stream, size)));
-    let x = join(images.map(({ seed, place, to, share }, i) => {
-      const start = take(streams[i], size);
-      return to ? between(start, take(normals(to.seed ?? seed, to.place ?? place, to.draw), size), share) : start;
-    }));
-    const { known, hidden, strength } = images[0];
-    const from = strength ? Math.max(1, Math.round(strength * path.length)) : path.length;
-    const steps = descendingSteps(path, count, from);
     const network = denoiser(model, config, path, images.map(({ label }) => label), guidance);
     const each = images.length * (guidance === 0 || guidance === 1 ? 1 : 2);
     let calls = 0, seconds = 0;
-    let denoise = (x, t) => { calls += each; return network(x, t); };
-    if (known) x = noised(known, x, steps);
-    if (hidden) denoise = inpainter(denoise, known, hidden);
-    const states = (hidden ? repaint : SAMPLERS[sampler])(denoise, x, steps, noise);
-    yield { x, step: 0, t: steps[0].t, steps: steps.length, calls, seconds };
-    for (let step = 1; step <= steps.length; step++) {
+    const denoise = (x, t) => { calls += each; return network(x, t); };
+    const { picture, strength, hidden } = images[0], way = hidden ? inpaint : picture ? edit : fromNoise;
+    const states = way(path, SAMPLERS[sampler], denoise, noiseSource(images), count, picture, hidden ?? strength);
+    const steps = descendingSteps(path, count, strength);
+    for (let step = 0; step <= steps.length; step++) {
       await pause();
-      const before = performance.now();
-      x = states.next().value;
+      const before = performance.now(), x = states.next().value;
       seconds += (performance.now() - before) / 1000;
       yield { x, step, t: steps[step]?.t ?? -1, steps: steps.length, calls, seconds };
     }
+  }
+
+  // Fresh noise at each call, one random stream for each image.
+  function noiseSource(images) {
+    const streams = images.map(({ seed, place, draw }) => normals(seed, place, draw));
+    const first = images.map(({ seed, to, share }, i) => {
+      const noise = take(streams[i], size);
+      return [to ? between(noise, take(normals(seed, to.place, to.draw), size), share) : noise];
+    });
+    return () => join(streams.map((stream, i) => first[i].pop() ?? take(stream, size)));
   }
 
   async function* look({ x, t, label, guidance }) {
@@ -89,7 +88,9 @@ function makePause() {
 }
 
 function bytes(base64) {
-  return Uint8Array.from(atob(base64), character => character.charCodeAt(0));
+  const text = atob(base64), result = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) result[i] = text.charCodeAt(i);
+  return result;
 }
 
 function floats(base64) {
@@ -106,7 +107,7 @@ function unpack(names, base64) {
   let start = 0;
   for (const [name, shape] of names) {
     const end = start + shape.reduce((product, n) => product * n, 1);
-    weights[name] = { shape, data: Float32Array.from(halves.subarray(start, end), bits => table[bits]) };
+    weights[name] = { shape, data: new Float32Array(halves.subarray(start, end)).map(bits => table[bits]) };
     start = end;
   }
   return weights;

@@ -40,21 +40,28 @@ class Browser:
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
         self.call("Page.navigate", url=page)
-        self.wait("document.readyState === 'complete'")
+        while not self.loaded(page):
+            self.events.append(self.read())
+
+    def loaded(self, page):
+        kinds = [event["method"] for event in self.events
+                 if event["params"].get("frame", {"url": page})["url"] == page]  # the blank page is loaded too
+        return "Page.frameNavigated" in kinds and "Page.loadEventFired" in kinds[kinds.index("Page.frameNavigated"):]
+
+    def read(self):
+        while b"\0" not in self.buffer:
+            self.buffer += os.read(self.answers, 2**16) or pytest.fail("chromium ended")
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
 
     def call(self, method, **parameters):
         self.count += 1
         request = {"id": self.count, "method": method, "params": parameters, **self.session}
         os.write(self.commands, json.dumps(request).encode() + b"\0")
-        while True:
-            while b"\0" not in self.buffer:
-                self.buffer += os.read(self.answers, 2**16) or pytest.fail("chromium ended")
-            message, _, self.buffer = self.buffer.partition(b"\0")
-            message = json.loads(message)
-            if message.get("id") == self.count:
-                assert "result" in message, message
-                return message["result"]
+        while (message := self.read()).get("id") != self.count:
             self.events.append(message)
+        assert "result" in message, message
+        return message["result"]
 
     def run(self, script):
         """What a JavaScript expression is worth, a promise once it is kept."""
