@@ -102,7 +102,7 @@ def browse(tmp_path):
     def open_page(checkpoint, script=""):
         page = tmp_path / "page.html"
         page.write_text(export.export(checkpoint), encoding="utf-8")
-        browsers.append(Browser(page.as_uri(), tmp_path / "chromium", script))
+        browsers.append(Browser(page.as_uri(), tmp_path / f"chromium_{len(browsers)}", script))
         browsers[-1].wait("document.getElementById('row').getAttribute('aria-busy') === 'false'")
         return browsers[-1]
 
@@ -150,6 +150,39 @@ def test_an_old_browser_draws_too(browse, tmp_path):
     browser = browse(make_checkpoint(tmp_path / "model.pth"), "delete window.Worker; delete window.WebAssembly")
     assert "(JavaScript)" in browser.run("document.getElementById('cost').textContent")
     assert browser.run("images.every(image => image.states.length === 6)")
+
+
+def test_the_text_is_read_as_labels(browse, tmp_path):
+    browser = browse(make_checkpoint(tmp_path / "model.pth"))
+
+    def type_in(text):
+        browser.run(f"$('text').value = {json.dumps(text)}; $('text').oninput()")
+        return browser.run("images.map(image => image.label)"), browser.run("$('refused').textContent")
+
+    assert type_in("3-14") == ([3, 1, 4], "")
+    assert type_in("２年") == ([2], "")
+    assert type_in("") == ([], "")
+    assert type_in("0" * 17) == ([0] * 16, "Only the first 16 are drawn.")
+
+    browser = browse(make_checkpoint(tmp_path / "model.pth", num_classes=3, classes=("cat", "big dog", "2")))
+    assert type_in("Big Dog, cat 1") == ([1, 0, 1], "")
+    _, refused = type_in("cat mouse")
+    assert "“mouse”, but cat, big dog, 2." in refused
+
+
+def test_noise_is_standard_normal(browse, tmp_path):
+    """Whatever names it, on the way between two as well."""
+    browser = browse(make_checkpoint(tmp_path / "model.pth"))
+    draws = browser.run("""[[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]].map(
+                           names => take(normals(...names), 20000)).map(numbers => [...numbers])""")
+    midway = browser.run("[...between(take(normals(0, 0, 0), 20000), take(normals(0, 0, 1), 20000), 0.5)]")
+    draws, midway = torch.tensor(draws), torch.tensor(midway)
+    assert torch.equal(draws[0], draws[-1])
+    for noise in [*draws, midway]:
+        moments = torch.stack([noise.pow(k).mean() for k in (1, 2, 3, 4)])
+        torch.testing.assert_close(moments, torch.tensor([0.0, 1.0, 0.0, 3.0]), atol=0.2, rtol=0)
+    assert draws[:-1].corrcoef().fill_diagonal_(0).abs().max() < 0.04
+    assert min(torch.stack([midway, noise]).corrcoef()[0, 1] for noise in draws[:2]) > 0.6
 
 
 def image_of(canvas):
