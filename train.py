@@ -10,6 +10,7 @@ from support.commands import (
     first_line,
     resolve_precision,
     run,
+    some_path,
 )
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, as_size, given_flags, show_divisors, show_size
+from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
 from dataset import load_dataset, to_float, to_uint8
 from diffusion import Process, build_process
 from dit import build_model
@@ -294,6 +295,7 @@ def train(config, run_dir="run", resume=False, device=None):
     run_dir = Path(run_dir)
     path = run_dir / "model.pth"
     config, saved = configure(settings, path, resume)
+    check_eta(config, settings)
     if config.batch_size < parallel.WORLD:
         raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
     if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon" or config.compile):
@@ -379,7 +381,7 @@ def train_on(config, data, saved, run_dir, device):
 def parse_args():
     parser = Parser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
     parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
-    parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
+    parser.add_argument("--run-dir", type=some_path, default=Path("run"), help="folder that gets model.pth, log.csv, "
                         "loss.png, the sample grids and index.html, a page of them all (default: run)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")

@@ -14,6 +14,8 @@ from conftest import TINY, assert_refused, same
 
 import checkpoint
 import inference
+import measure.benchmark
+import measure.classifier
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
@@ -193,7 +195,7 @@ def test_weights_to_share_are_not_written_onto_their_source(call, trained, tmp_p
     for out in (run / "model.pth", run / ".." / "run" / "model.pth", tmp_path / "link.pth"):
         assert_refused(call(checkpoint, run / "model.pth", out), "the checkpoint itself")
     monkeypatch.chdir(tmp_path)
-    for out in ("", ".", "/", "nodir/x.pth"):
+    for out in (".", "/", "nodir/x.pth"):
         assert_refused(call(checkpoint, run / "model.pth", out), "cannot be written")
     assert (run / "model.pth").read_bytes() == before
 
@@ -233,6 +235,47 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_atomically(tmp_path / "missing" / "file", lambda file: None)
     with pytest.raises(UserError, match="cannot be written"):
         write_atomically(tmp_path, lambda file: file.write(b"over a folder"))
+
+
+def test_what_is_no_file_is_not_written(call, trained, tmp_path, monkeypatch):
+    """To root, a device is a file like another that can be replaced."""
+    os.mkfifo(tmp_path / "device.gif")
+    monkeypatch.setattr(inference, "sample", None)
+    for result in (call(checkpoint, trained / "model.pth", tmp_path / "device.gif"),
+                   call(measure.classifier, "--out", tmp_path / "device.gif"),
+                   call(measure.benchmark, "--json", tmp_path / "device.gif"),
+                   call(inference, "--checkpoint", trained, "--out", tmp_path / "device.gif")):
+        assert_refused(result, "device.gif cannot be written: it is no file")
+    assert (tmp_path / "device.gif").is_fifo() and os.listdir(tmp_path) == ["device.gif"]
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    """A checkpoint may lie on another disk than its run folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "run" / "model.pth"
+    link.symlink_to("../disk/big.pth")
+    for content in (b"first", b"second"):
+        write_atomically(link, lambda file, content=content: file.write(content))
+        assert link.is_symlink() and (tmp_path / "disk" / "big.pth").read_bytes() == content
+    assert os.listdir(tmp_path / "disk") == ["big.pth"] and os.listdir(tmp_path / "run") == ["model.pth"]
+
+
+def test_a_run_folder_stands_for_its_checkpoint(call, trained, tmp_path):
+    for source in (trained, trained / "model.pth"):
+        assert call(checkpoint, source, tmp_path / f"{source.name}.pth")[0] == 0
+    assert (tmp_path / "run.pth").read_bytes() == (tmp_path / "model.pth.pth").read_bytes()
+    (tmp_path / "empty").mkdir()
+    assert_refused(call(checkpoint, tmp_path / "empty", tmp_path / "a.pth"), "empty holds no model.pth")
+
+
+def test_an_eta_that_no_sampler_asks_for(call, trained, tmp_path):
+    small = tmp_path / "small.pth"
+    assert_refused(call(checkpoint, trained, small, "--eta", 0.5), "--eta", "ddim", "dpm")
+    assert_refused(call(train, *TINY, "--eta", 0.5, "--run-dir", tmp_path / "run"), "--eta", "ddim", "dpm")
+    assert not small.exists() and not (tmp_path / "run").exists()
+    assert call(checkpoint, trained, small, "--eta", 0.5, "--sampler", "ddim")[0] == 0
+    assert (load_checkpoint(small)["config"].eta, load_checkpoint(small)["config"].sampler) == (0.5, "ddim")
 
 
 def test_weights_to_share(saved, call):

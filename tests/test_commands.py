@@ -16,6 +16,12 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
 import checkpoint
+import fid_computer
+import generator
+import measure.benchmark
+import measure.classifier
+import measure.results
+import measure.score
 import train
 
 COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
@@ -60,6 +66,13 @@ def test_how_threads_wait_is_up_to_the_user(given, stand_in):
     assert json.loads(start("train", env=stand_in | given).stdout) == given
 
 
+@pytest.mark.parametrize("name", ["train", "measure.score"])
+def test_a_library_that_is_not_installed(name, stand_in, tmp_path):
+    for module in ("torch", "numpy"):
+        (tmp_path / "site" / module / "__init__.py").write_text("import a_library_that_nobody_has")
+    assert_refused(start(name, env=stand_in), "a_library_that_nobody_has", "pip install -r requirements.txt")
+
+
 def closed_pipe():
     """The writing end of a pipe that nobody reads."""
     reader, writer = os.pipe()
@@ -82,6 +95,19 @@ def test_closed_streams(closed, tmp_path):
     words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in closed])
     assert process.wait(HANGS) == 0
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
+
+
+FULL = "/dev/full"  # what is written there finds no space left
+
+
+@pytest.mark.parametrize("err", ["full", "unread"])
+def test_a_run_outlives_its_bar(err, tmp_path):
+    """Standard error on a full disk, or a pipe that nobody reads: the run goes on, and ends well."""
+    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    with open(FULL if err == "full" else closed_pipe(), "w") as stream:
+        process = subprocess.run(words, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=HANGS)
+    assert process.returncode == 0 and "trained in" in process.stdout
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
 
 
@@ -136,6 +162,29 @@ def test_devices_that_cannot_be_used(name):
     with pytest.raises(UserError, match="--device") as caught:
         pick_device(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "flags"), [
+    (train, ["--run-dir", ""]), (train, [*TINY, "--data-dir", ""]), (generator, ["--real", ""]),
+    (generator, ["--fake", ""]), (generator, ["--data-dir", ""]), (fid_computer, ["--real", ""]),
+    (fid_computer, ["--fake", ""]), (fid_computer, ["--weights", ""]), (fid_computer, ["--save-stats", ""]),
+    (checkpoint, ["", "x.pth"]), (checkpoint, ["model.pth", ""]), (measure.score, ["--images", ""]),
+    (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
+    (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
+    (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
+    (measure.benchmark, ["--json", ""])])
+def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
+    """As an unset variable of a shell leaves it."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(module, *flags), "is empty")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_names_the_command_that_helps(name):
+    process = start(name, "--no-such-flag", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    named = f"python -m {name}" if "." in name else f"{name}.py"
+    assert_refused(process, f"({named} --help lists what there is)")
 
 
 def test_a_mistaken_flag_is_one_line(capsys):
@@ -255,6 +304,17 @@ def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
     process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", env=environment)
     assert process.returncode == 0 and "trained in" in process.stdout, process.stderr
     assert (tmp_path / "run" / "model.pth").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_work_for_one_process_is_done_once(rank, trained, tmp_path):
+    """Two that write one file at the same time would get into each other's way."""
+    environment = {**os.environ, **TORCHRUN, "RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    for name, *flags in (["checkpoint", str(trained), str(tmp_path / "a.pth")],
+                         ["inference", "--checkpoint", str(trained), "--out", str(tmp_path / "a.png")]):
+        process = start(name, *flags, env=environment)
+        assert process.returncode == 0 and process.stdout.count("\n") == (not rank), process.stderr
+    assert len(os.listdir(tmp_path)) == (0 if rank else 2)
 
 
 def test_shares_cover_everything_once(monkeypatch):

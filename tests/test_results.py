@@ -68,8 +68,9 @@ def test_runs(call, checkpoint, tmp_path):
             assert image.width > 500
 
 
-def test_mistakes(call, checkpoint, tmp_path):
+def test_mistakes(call, checkpoint, tmp_path, monkeypatch):
     path = checkpoint("run", 1.0)
+    monkeypatch.setattr(results, "open_judge", None)  # they are found before the work
     assert_refused(call(results, "runs", tmp_path / "none", "--out", tmp_path), "none")
     assert_refused(call(results, "runs", path, "--count", 5, "--out", tmp_path), "--count 5")
     assert_refused(call(results, "samplers", "--checkpoint", path / "model.pth", "--steps", 0, "--count", 10,

@@ -491,6 +491,8 @@ def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp
     monkeypatch.setattr(classifier_script, "load_dataset", None)
     for out in (tmp_path / "none" / "x.pth", tmp_path):
         assert_refused(call(classifier_script, "--out", out), out, "cannot be written")
+    for seed in (-1, 2**63, 10**30):
+        assert_refused(call(classifier_script, "--out", tmp_path / "x.pth", "--seed", seed), f"seed is {seed}")
 
 
 def test_a_classifier_is_written(call, parts, tmp_path, monkeypatch):
