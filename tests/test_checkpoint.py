@@ -42,6 +42,7 @@ def test_rebuilds_the_model_without_a_flag(saved):
     again, config = load_model(path, precision="fp32")
     assert config == CONFIG
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
+    assert not again.training and not again(x, t, y).requires_grad
     with torch.no_grad():
         assert torch.equal(again(x, t, y), model(x, t, y))
 
@@ -109,6 +110,18 @@ def test_weights_that_claim_more_than_the_file_holds(saved):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build_model(big).state_dict().items()}
     change(path, config=vars(big), ema={name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
+    with pytest.raises(UserError, match="claim more than the file holds"):
+        load_checkpoint(path)
+
+
+def test_weights_that_share_what_is_stored(saved):
+    """Each is whole, but all are views of the same numbers: to load them would take more than the file."""
+    path, _ = saved
+    deep = Config(**{**vars(CONFIG), "depth": 9})
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_model(deep).state_dict().items()}
+    numbers = torch.randn(max(shape.numel() for shape in shapes.values()))
+    change(path, config=vars(deep), ema={name: numbers[:shape.numel()].view(shape) for name, shape in shapes.items()})
     with pytest.raises(UserError, match="claim more than the file holds"):
         load_checkpoint(path)
 
