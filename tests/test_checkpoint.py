@@ -179,6 +179,16 @@ def test_damage_within(damage, call, trained, tmp_path):
     assert (run / "model.pth").read_bytes() == before and not (tmp_path / "a.png").exists()
 
 
+def test_what_was_no_setting_yet_is_as_it_was_then(saved):
+    path, _ = saved
+    settings = dict(vars(CONFIG))
+    del settings["time_spacing"]
+    for values, format, expected in ((settings, "dit-checkpoint-1", "article"), (settings, checkpoint.FORMAT, "dit"),
+                                     (vars(CONFIG), "dit-checkpoint-1", "dit")):
+        change(path, config=values, format=format)
+        assert load_checkpoint(path)["config"].time_spacing == expected
+
+
 def test_parts_that_are_gone(call, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     content = torch.load(run / "model.pth", weights_only=True)
@@ -250,6 +260,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 def test_weights_to_share(saved, call):
     path, model = saved
+    change(path, config={**vars(CONFIG), "data_dir": "/home/me/pictures"})  # which concerns nobody
     small = path.with_name("small.pth")
     code, out, _ = call(checkpoint, path, small, "--guidance", 1.25)
     assert code == 0 and "trained for 7 steps" in out

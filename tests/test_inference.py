@@ -171,6 +171,7 @@ def test_parse_labels():
     assert parse_labels(["207", "360"], thousand) == [207, 360]
     assert parse_labels(None, thousand) == list(range(10))
     assert parse_labels(None, ("cat", "dog")) == [0, 1]
+    assert parse_labels(["31"], tuple(f"a{i}" for i in range(40))) == [31]  # two digits only where a digit is a class
 
 
 def test_labels_by_name():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, assert_refused
-from PIL import Image
+from PIL import Image, ImageDraw
 from threadpoolctl import threadpool_limits
 
 import measure.score
@@ -286,6 +286,28 @@ def test_the_report_counts_and_warns(good):
     assert "warning" not in report(good | {"count": 2000})
 
 
+def test_each_figure_of_the_report_is_in_its_own_column():
+    numbers = (i / 1000 for i in range(1, 1000))
+
+    def figures(count):
+        names = (*METRICS, "accuracy", "nearest", "copies")
+        return {"count": count, "reference": count, "ratio": 1000 * next(numbers),
+                "fake": {name: next(numbers) for name in names}, "real": {name: next(numbers) for name in names}}
+
+    result = figures(3000) | {"reference": 2999, "classes": [figures(300 + digit) for digit in range(10)]}
+    lines = report(result).splitlines()
+    fake, real = result["fake"], result["real"]
+    assert lines[1].split()[2:] == [f"{fake['frechet']:.3f}", f"{real['frechet']:.3f}", "ratio", "1.00"]
+    for line, name in zip(lines[2:9], ("precision", "recall", "density", "coverage", "accuracy", "nearest", "copies"),
+                          strict=True):
+        assert line.split()[-2:] == [f"{fake[name]:.3f}", f"{real[name]:.3f}"], name
+    for digit, line in enumerate(lines[11:21]):
+        part = result["classes"][digit]
+        pairs = [f"{part['fake'][name]:.3f} ({part['real'][name]:.3f})" for name in ("frechet", "recall", "coverage")]
+        assert line.split() == f"{digit} {300 + digit} {part['fake']['accuracy']:.3f} {' '.join(pairs)}".split()
+    assert "real: 2,999 training images" in lines[22]
+
+
 def test_pictures(classifier, parts):
     images = torch.cat([parts[2].images[:50], parts[0].images[3:4]])
     picture = nearest_picture(images, parts[0], each=3)
@@ -304,6 +326,9 @@ def test_pictures(classifier, parts):
     for place, k in enumerate(order[:12]):  # the worst first, row by row
         top, left = 2 + place // 10 * (96 + 2), 2 + place % 10 * (84 + 2)
         assert np.array_equal(np.asarray(picture)[top:top + 84:3, left:left + 84:3], images[k, 0]), place
+        caption = Image.new("L", (80, 12))  # 80 of 84 pixels: text begins at the fifth
+        ImageDraw.Draw(caption).text((0, 0), f"{labels[k]} read {probs[k].argmax()}", fill=255)
+        assert np.array_equal(np.asarray(picture)[top + 84:top + 96, left + 4:left + 84], np.asarray(caption)), place
 
 
 def test_the_nearest_come_first(parts):

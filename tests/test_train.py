@@ -113,6 +113,31 @@ def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tm
     assert (run / "model.pth").read_bytes() == before
 
 
+def test_the_time_of_a_resumed_run_goes_on(call, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(run / "model.pth", weights_only=True)
+    torch.save(content | {"seconds": 1e6}, run / "model.pth")
+    code, out, _ = call(train, *TINY, "--steps", 7, "--run-dir", run, "--resume")
+    assert code == 0 and load_checkpoint(run / "model.pth")["seconds"] >= 1e6 and "trained in 1000" in out
+
+
+def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
+    """With the checkpoint's name, but for the run folder in which inference.py looks by itself."""
+    monkeypatch.chdir(tmp_path)
+    for folder, command in (("run", "inference.py"), ("my run", "inference.py --checkpoint 'my run/model.pth'")):
+        code, out, _ = call(train, *TINY, "--steps", 1, "--run-dir", folder)
+        assert code == 0 and out.endswith(f"draw with: python {command}\n")
+        assert call(inference, *shlex.split(command)[1:], "--count", 1)[0] == 0
+
+
+def test_flags_override_the_preset(call, tmp_path):
+    flags = ["--preset", "article", *TINY, "--lr", 0.5, "--steps", 1, "--sample-steps", 3, "--patch-size", 2]
+    assert call(train, *flags, "--run-dir", tmp_path / "run")[0] == 0
+    config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
+    assert (config.process, config.loss, config.sampler, config.time_spacing) == ("ddpm", "l1", "ddpm", "article")
+    assert (config.lr, config.hidden_size, config.sample_steps, config.patch_size) == (0.5, 32, 3, (2, 2))
+
+
 def test_deeper_networks_resume(call, tmp_path):
     """Muon's states come in the order of shapes, not of weights."""
     flags = [*TINY, "--depth", 3, "--run-dir", tmp_path / "run"]
@@ -235,7 +260,9 @@ def test_a_trained_model_is_never_overwritten(call, trained):
     assert (trained / "model.pth").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, log_every):
+    """At the next row of the log, or else before the next checkpoint."""
     run = tmp_path / "run"
     original = train.train_step
 
@@ -243,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch):
         return original(*args) * (float("nan") if args[-1] == 4 else 1)
 
     monkeypatch.setattr(train, "train_step", explode)
-    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
+    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--log-every", log_every, "--run-dir", run)
     assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth")["step"] == 3
 
@@ -341,6 +368,9 @@ def test_batch():
     dropped = y == 10
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(((x_0[:, 0, 0, 0] + 1) * 127.5 / 25).round().long()[~dropped], y[~dropped])
+    numbers = torch.arange(5)  # each image as often as any other
+    drawn, *_ = make_batch(numbers.byte().view(-1, 1, 1, 1), numbers, DDPM(), config, 0)
+    assert drawn.flatten().unique(return_counts=True)[1].tolist() == pytest.approx([4000] * 5, rel=0.06)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
@@ -516,8 +546,8 @@ def tiles(path, columns):
 @pytest.mark.parametrize(("flags", "share"), [([], 0.95), (["--guidance", 1], 0.9)])
 def test_what_was_learned_is_in_the_files_that_generator_writes(call, learned, read, tmp_path, flags, share):
     """With guidance and without, each file shows the digit that its name says; so do the real ones."""
-    code, _, err = call(generator, "--checkpoint", learned, "--count", 100, "--batch-size", 30, "--device", "cpu", *flags,
-                        "--real", tmp_path / "real", "--fake", tmp_path / "fake")
+    code, _, err = call(generator, "--checkpoint", learned, "--count", 100, "--batch-size", 30, *flags,
+                        "--device", "cpu", "--real", tmp_path / "real", "--fake", tmp_path / "fake")
     assert code == 0, err
     for name, least in (("real", 0.99), ("fake", share)):
         paths = sorted((tmp_path / name).glob("*.png"))
