@@ -368,9 +368,11 @@ def test_batch():
     dropped = y == 10
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(((x_0[:, 0, 0, 0] + 1) * 127.5 / 25).round().long()[~dropped], y[~dropped])
-    numbers = torch.arange(5)  # each image as often as any other
-    drawn, *_ = make_batch(numbers.byte().view(-1, 1, 1, 1), numbers, DDPM(), config, 0)
-    assert drawn.flatten().unique(return_counts=True)[1].tolist() == pytest.approx([4000] * 5, rel=0.06)
+    # Each image as it is, and as often as any other
+    images, config = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8), Config(batch_size=20_000, label_dropout=0)
+    drawn, y, *_ = make_batch(images, torch.arange(5), DDPM(), config, 0)
+    assert torch.equal(drawn, images[y].float() / 127.5 - 1)
+    assert y.bincount().tolist() == pytest.approx([4000] * 5, rel=0.06)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
