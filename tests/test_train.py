@@ -253,7 +253,7 @@ def test_from_a_notebook(tmp_path, monkeypatch):
 
 def test_a_trained_model_is_never_overwritten(call, trained):
     before = (trained / "model.pth").read_bytes()
-    assert_refused(call(train, *TINY, "--run-dir", trained), "model.pth exists", "--resume")
+    assert_refused(call(train, *TINY, "--steps", 7, "--run-dir", trained), "model.pth exists", "--resume")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 5), "--steps")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 8, "--lr", 0.1, "--seed", 1),
                    "lr 0.004 -> 0.1", "seed 0 -> 1")
