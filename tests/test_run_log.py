@@ -93,6 +93,14 @@ def test_rows_that_are_whole(text, steps, whole):
     assert [int(row[0]) for row in rows] == steps and all_whole == whole
 
 
+@pytest.mark.parametrize(("step", "kept"), [(3, [2]), (4, [2, 4]), (5, [2, 4]), (9, [2, 4, 6])])
+def test_rows_up_to_the_checkpoint_are_kept(tmp_path, step, kept):
+    """Of the checkpoint's own step too; what comes after it comes again."""
+    (tmp_path / "log.csv").write_text("".join(f"{row}\n" for row in (",".join(NAMES), *(
+        f"{i},1,1,1,1,1,1" for i in (2, 4, 6)))))
+    assert [int(row[0]) for row in run_log.kept_rows(tmp_path / "log.csv", NAMES, step)] == kept
+
+
 def test_another_header_is_no_log_of_ours():
     assert sound_rows("step;loss\r\n1;2\r\n", NAMES) == ([], False)
     assert sound_rows("", NAMES) == sound_rows("\0\0\0", NAMES) == ([], False)
