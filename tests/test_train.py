@@ -130,12 +130,11 @@ def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
         assert call(inference, *shlex.split(command)[1:], "--count", 1)[0] == 0
 
 
-def test_flags_override_the_preset(call, tmp_path):
-    flags = ["--preset", "article", *TINY, "--lr", 0.5, "--steps", 1, "--sample-steps", 3, "--patch-size", 2]
-    assert call(train, *flags, "--run-dir", tmp_path / "run")[0] == 0
+def test_flags_override_the_preset(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "S", dict(loss="l1", process="ddpm", steps=2, lr=0.125, hidden_size=64))
+    assert call(train, "--preset", "S", *TINY, "--steps", 1, "--lr", 0.5, "--run-dir", tmp_path / "run")[0] == 0
     config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
-    assert (config.process, config.loss, config.sampler, config.time_spacing) == ("ddpm", "l1", "ddpm", "article")
-    assert (config.lr, config.hidden_size, config.sample_steps, config.patch_size) == (0.5, 32, 3, (2, 2))
+    assert (config.loss, config.process, config.steps, config.lr, config.hidden_size) == ("l1", "ddpm", 1, 0.5, 32)
 
 
 def test_deeper_networks_resume(call, tmp_path):
