@@ -191,6 +191,18 @@ def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch)
     assert len(read(tmp_path / "real")) == 5 and len(read(tmp_path / "fake")) == 7
 
 
+def test_each_process_has_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(generator.parallel, "wait", lambda: None)
+    monkeypatch.setattr(generator.parallel, "WORLD", 3)
+    (tmp_path / "000001_1.png").touch()
+    (tmp_path / "settings.json").write_text("{}")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(generator.parallel, "RANK", rank)
+        shares.append(generator.open_folder(tmp_path, 8, {}))
+    assert shares == [[0, 2], [3, 4], [5, 6, 7]]
+
+
 def test_another_model_under_the_same_name(call, trained, tmp_path):
     model = tmp_path / "model.pth"
     flags = ["--checkpoint", model, "--count", 3, *folders(tmp_path)]

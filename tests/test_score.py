@@ -177,6 +177,7 @@ def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
 
     balanced = torch.arange(200) % 10
     assert drawn(balanced, 200)[1].tolist() == [20] * 10
+    assert drawn(torch.arange(26) % 10, 26)[1].tolist() == [3] * 6 + [2] * 4
     assert drawn(None, 200)[1][0] > 40  # as in the real set
     assert drawn(balanced[balanced != 3], 180)[1][3] > 0  # a missing class is no excuse for itself
     assert torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200)[0])
@@ -256,6 +257,18 @@ def test_training_images_passed_off_as_fakes_show_as_copies_alone(judge, parts):
     mixed = (parts[0].images + noise).clamp(0, 255).byte()  # a little noise does not hide them
     mixed[::2] = parts[2].images[::2]
     assert judge(mixed, None)["fake"]["copies"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_copies_are_told_by_the_limit_of_their_digit(judge, classifier, parts):
+    """By hand: nearer to a training image than 99 % of the test images that are read alike."""
+    noise = torch.randn(parts[0].images.shape, generator=torch.Generator().manual_seed(0))
+    fakes = (parts[0].images + 40 * torch.rand(599, 1, 1, 1) * noise).clamp(0, 255).byte()
+    reads, test_reads = (embed(classifier, images)[1].argmax(dim=1) for images in (fakes, parts[1].images))
+    distances, test_distances = (nearest(images, parts[0].images)[0] for images in (fakes, parts[1].images))
+    copies = [distances[i] < test_distances[test_reads == reads[i]].quantile(0.01) for i in range(599)]
+    share = sum(copies).item() / 599
+    assert judge(fakes, None)["fake"]["copies"] == pytest.approx(share, abs=1e-6)
+    assert 0.1 < share < 0.9
 
 
 def test_without_labels_all_but_the_accuracy_is_known(good, judge, parts):
