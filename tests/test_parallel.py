@@ -156,16 +156,19 @@ def test_fid_does_not_depend_on_the_number_of_processes(command, weights, tmp_pa
 TOGETHER = """
 import numpy as np, torch
 from support import parallel
-parallel.join("cpu")
-rank = parallel.RANK
-assert parallel.largest(15 * (rank == 1)) == 15 and parallel.largest(-rank) == 0
-numbers = torch.tensor([1.0, rank])
-parallel.add_up(numbers)
-assert numbers.tolist() == [3, 3]
-assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2]]
-assert parallel.gather(np.arange(5)[parallel.share(5)]).tolist() == [0, 1, 2, 3, 4]
-assert parallel.gather(np.arange(2)[parallel.share(2)]).tolist() == [0, 1]
-print("all is well")
+@parallel.one_for_all()
+def main():
+    parallel.join("cpu")
+    rank = parallel.RANK
+    assert parallel.largest(15 * (rank == 1)) == 15 and parallel.largest(-rank) == 0
+    numbers = torch.tensor([1.0, rank])
+    parallel.add_up(numbers)
+    assert numbers.tolist() == [3, 3]
+    assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2]]
+    assert parallel.gather(np.arange(5)[parallel.share(5)]).tolist() == [0, 1, 2, 3, 4]
+    assert parallel.gather(np.arange(2)[parallel.share(2)]).tolist() == [0, 1]
+    print("all is well")
+main()
 """
 
 
