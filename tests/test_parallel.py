@@ -163,10 +163,10 @@ def main():
     assert parallel.largest(15 * (rank == 1)) == 15 and parallel.largest(-rank) == 0
     numbers = torch.tensor([1.0, rank])
     parallel.add_up(numbers)
-    assert numbers.tolist() == [3, 3]
-    assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2]]
+    assert numbers.tolist() == [2, 1]
+    assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
     assert parallel.gather(np.arange(5)[parallel.share(5)]).tolist() == [0, 1, 2, 3, 4]
-    assert parallel.gather(np.arange(2)[parallel.share(2)]).tolist() == [0, 1]
+    assert parallel.gather(np.arange(1)[parallel.share(1)]).tolist() == [0]
     print("all is well")
 main()
 """
@@ -175,4 +175,4 @@ main()
 def test_what_processes_do_together(tmp_path):
     """The largest number, sums, and arrays in the order of ranks, some of which are empty; one of them speaks."""
     (tmp_path / "script.py").write_text(TOGETHER)
-    assert finish(torchrun(3, tmp_path / "script.py")) == "all is well\n"
+    assert finish(torchrun(2, tmp_path / "script.py")) == "all is well\n"
