@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog=None, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
-        super().__init__(prog=prog or (f"python -m {name}" if name.startswith(("demo.", "latent.", "measure.")) else None), **options)
+        ours = name.startswith(("demo.", "latent.", "measure."))
+        super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists what there is)")
