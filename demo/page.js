@@ -599,6 +599,7 @@ function start() {
       return chip;
     }));
   } else if (names.length <= 10) $("text").inputMode = "decimal";
+  document.querySelectorAll("output").forEach(output => { output.ariaLive = "off"; });  // the sliders say it themselves
   makeTable();
   reset();
   paint($("drawn"), drawing);
