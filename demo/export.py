@@ -58,8 +58,8 @@ def export(path):
     content = load_checkpoint(path)
     config = content["config"]
     if config.channels not in (1, 3) or len(config.image_size) != 2:
-        raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page shows "
-                        "images, grey (1 channel) or colour (3)")
+        raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page "
+                        "shows images, grey (1 channel) or colour (3)")
     halves = {name: weight.half() for name, weight in content["ema"].items()}
     if not all(weight.isfinite().all() for weight in halves.values()):
         raise UserError(f"{path} has weights that half precision cannot hold")
