@@ -580,6 +580,7 @@ function check() {
 function start() {
   root.toggleAttribute("data-names", !(numbered && names.length <= 10));
   root.toggleAttribute("data-grey", C === 1);
+  root.style.setProperty("--shape", `${W} / ${H}`);
   document.querySelectorAll(".count").forEach(element => { element.textContent = data.count.toLocaleString("en"); });
   for (const id of ["left-label", "right-label", "turn-label", "complete-label"]) {
     $(id).append(...names.map((name, i) => new Option(name, i)));
