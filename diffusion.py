@@ -63,10 +63,16 @@ class Process:
             output = uncond + guidance * (cond - uncond)
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
-    def descending_steps(self, count):
+    def descending_steps(self, count, strength=1.0):
         """`count` of the T steps from T-1 on, evenly spaced (2305.08891, "trailing"), for the samplers: a list of
-        (t, (signal, noise) at t, (signal, noise) at the step after it), of which the last leads to the clean image."""
-        steps = [round(self.T - i * self.T / count) - 1 for i in range(count)]
+        (t, (signal, noise) at t, (signal, noise) at the step after it), of which the last leads to the clean image.
+
+        strength: above 0, at most 1: the share of the T that they spread over, the least noisy ones; `count` or, where
+            that is less, all of these.
+        """
+        top = max(1, round(strength * self.T))
+        count = min(count, top)
+        steps = [round(top - i * top / count) - 1 for i in range(count)]
         return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
 
 
@@ -191,6 +197,55 @@ def dpm(denoise, x, steps, noise):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
+
+
+# What to do with a sampler: these share one signature as well, and yield what they start from, then x after each step.
+#   process, sampler, count: whose steps to take, how, and how many      denoise, noise: as for the samplers
+
+
+def from_noise(process, sampler, denoise, noise, count):
+    """Draws new images."""
+    x = noise()
+    yield x
+    yield from sampler(denoise, x, process.descending_steps(count), noise)
+
+
+def edit(process, sampler, denoise, noise, count, picture, strength):
+    """SDEdit (2108.01073, algorithm 1): noises `picture`, like x or (1, C, *size), to a share `strength` of the T
+    steps, and denoises it from there. What the noise hides is drawn anew; of 1 that is nearly everything."""
+    steps = process.descending_steps(count, strength)
+    a, s = steps[0][1]
+    x = a * picture + s * noise()
+    yield x
+    yield from sampler(denoise, x, steps, noise)
+
+
+def inpaint(process, sampler, denoise, noise, count, picture, known, rounds=4):
+    """RePaint (2201.09865, algorithm 1): draws what `picture`, like x or (1, C, *size), is not `known` to be.
+
+    The known pixels are put in after each step, as noisy as x is by then. So they shape the next step, but what was
+    drawn beside them did not know them: each step is noised again and repeated, `rounds` times in all.
+    known: bool, broadcasts over x. x ends with just these pixels. The rest is drawn from about, not from just, the
+    conditional distribution: on Gaussians its mean is closer to the pixels' own mean than it should be.
+    """
+    steps = process.descending_steps(count)
+    (a, s), x = steps[0][1], noise()
+    x = torch.where(known, a * picture + s * x, x)
+    yield x
+    for t, (a, s), (a_after, s_after) in steps:
+        for left in reversed(range(rounds)):
+            *_, x = sampler(denoise, x, [(t, (a, s), (a_after, s_after))], noise)
+            x = torch.where(known, a_after * picture + s_after * noise(), x)
+            if left:
+                x = a / a_after * x + math.sqrt(s**2 - (a / a_after * s_after) ** 2) * noise()
+        yield x
+
+
+def between(a, b, share):
+    """Noise on the way from noise a (share 0) to noise b (share 1), both (B, ...), by shares (B,): on a quarter of a
+    circle, where it is standard normal all the way. On a straight line it would be weaker midway."""
+    angle = per_image(share, a) * (math.pi / 2)
+    return angle.cos() * a + angle.sin() * b
 
 
 def main():

@@ -15,6 +15,7 @@ from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
 from support.run_log import RunLog, plot_loss
+from support.run_page import write_page
 
 import contextlib
 import copy
@@ -191,6 +192,29 @@ def draw_samples(run, path, device, stop):
         save_picture(path, grid(to_uint8(x), columns=10))
 
 
+def show_setting(name, value):
+    """The value of a field of `Config`, in a few words."""
+    if name in SIZES:
+        return show_size(value) if value else "0"
+    return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
+
+
+def show_run(config, run_dir):
+    """Writes the page of the run, index.html."""
+    if parallel.RANK:
+        return
+    settings, defaults = ({name: show_setting(name, value) for name, value in dataclasses.asdict(of).items()}
+                          for of in (config, Config()))
+    columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
+    folder = "" if run_dir == Path("run") else f" --run-dir {shlex.quote(str(run_dir))}"
+    checkpoint = folder.replace("--run-dir", "--checkpoint", 1)
+    commands = {"Draw with its last checkpoint:": f"python inference.py{checkpoint}",
+                "Go on where it was stopped:": f"python train.py{folder} --resume",
+                "Train it for longer:": f"python train.py{folder} --resume --steps {2 * config.steps}"}
+    write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, columns, settings, defaults,
+               commands)
+
+
 def can_compile(device):
     """Whether torch.compile works here. It needs a compiler: where there is none, says so, once."""
     try:
@@ -248,11 +272,13 @@ def announce(config, data, model, device, start, run_dir):
           f"{config.hidden_size}, {math.prod(model.grid)} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
           f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
-    print(f"results   {run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
+    print(f"results   {run_dir}/index.html (a page to watch it by), model.pth, log.csv, loss.png, samples_*.png",
+          flush=True)
 
 
 def train(config, run_dir="run", resume=False, device=None):
-    """Trains, and leaves model.pth, log.csv, loss.png and grids of samples in the folder `run_dir`.
+    """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
+    folder `run_dir`.
 
     config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
@@ -330,8 +356,10 @@ def train_on(config, data, saved, run_dir, device):
                 break
             if due(config.sample_every):
                 draw_samples(run, samples(), device, stop)
+                show_run(config, run_dir)
     if parallel.RANK == 0:
         plot_loss(run_dir / "log.csv", run_dir / "loss.png")
+    show_run(config, run_dir)
     stopped = stopped or parallel.largest(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
@@ -342,7 +370,7 @@ def parse_args():
     parser = Parser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
     parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
     parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
-                        "loss.png and the sample grids (default: run)")
+                        "loss.png, the sample grids and index.html, a page of them all (default: run)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")
     add_flags(parser)
