@@ -117,7 +117,8 @@ def differences(browser):
     return json.loads(browser.run("document.getElementById('checked').dataset.found"))
 
 
-KINDS = [f"{kernel}: {what}" for kernel in ("WebAssembly", "JavaScript") for what in ("network", "dpm", "ddim", "ddpm")]
+KINDS = [f"{kernel}: {what}" for kernel in ("WebAssembly", "JavaScript")
+         for what in ("output", "dpm", "ddim", "ddpm", "edit", "inpaint")]
 
 
 @pytest.mark.parametrize("checkpoint", [
