@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog=None, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
-        super().__init__(prog=prog or (f"python -m {name}" if name.startswith(("demo.", "latent.", "measure.")) else None), **options)
+        if name.startswith(("demo.", "latent.", "measure.")):
+            prog = prog or f"python -m {name}"
+        super().__init__(prog=prog, **options)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists what there is)")
