@@ -13,8 +13,8 @@ function buildPath({ process, T, beta_start, beta_end, shift }) {
   });
 }
 
-// `count` of the T steps, evenly spaced over a share `strength` of them, the least noisy ones: a list of {t, at: [signal,
-// noise] at t, after: [signal, noise] at the step after it}, of which the last leads to the clean image.
+// `count` of the T steps, evenly spaced over a share `strength` of them, the least noisy ones: a list of
+// {t, at: [signal, noise] at t, after: [signal, noise] at the step after it}; the last leads to the clean image.
 function descendingSteps(path, count, strength = 1) {
   const top = Math.max(1, roundHalfEven(strength * path.length));
   count = Math.min(count, top);

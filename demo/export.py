@@ -8,7 +8,7 @@ from support.commands import Parser, UserError, run
 from support.files import write_atomically
 
 import base64
-import itertools
+import functools
 import json
 import re
 from pathlib import Path
@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from checkpoint import averaged_model, load_checkpoint
+from config import show_size
 from dataset import BOUND
-from diffusion import SAMPLERS, build_process
+from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
 from inference import find_checkpoint
 
 LARGEST = 6_000_000  # bytes of the page: what a phone loads in a few seconds
-CHECKED = {"dpm": None, "ddim": 4, "ddpm": 4}  # the steps of each sampler's reference; None: the checkpoint's own
 MOST_STEPS = 100  # of the page's slider
+NOISES = 7  # of the reference: what a completion in 2 steps of 2 rounds asks for
 HERE = Path(__file__).parent
 
 
@@ -33,22 +34,27 @@ def pack(tensor, dtype):
 
 @torch.no_grad()
 def reference(content):
-    """What the page must compute too, from the same weights in float32: the network's output at one step, and the image
-    that each sampler makes of the same noise. A dict for JSON."""
+    """What the page must compute too (`check` of worker.js), from the same weights in float32: the network's output at
+    one step, and the images that the samplers, an edit and a completion make of the same noise. A dict for JSON."""
     model, config = averaged_model(content, precision="fp32"), content["config"]
     process, label, t = build_process(config), torch.tensor([config.num_classes // 2]), config.T // 2
-    noise = torch.randn(1 + max(filter(None, CHECKED.values())), 1, config.channels, *config.image_size,
-                        generator=torch.Generator().manual_seed(0))
-    samples = {}
-    for name, steps in CHECKED.items():
-        steps = min(steps or config.sample_steps, config.T, MOST_STEPS)
-        fresh = itertools.chain(noise[1:], itertools.repeat(None))
-        states = SAMPLERS[name](lambda x, t: process.denoise(model, x, t, label, config.guidance, BOUND), noise[0],
-                                process.descending_steps(steps), lambda fresh=fresh: next(fresh))
-        *_, image = states
-        samples[name] = {"steps": steps, "image": pack(image, torch.float32)}
-    return {"noise": pack(noise, torch.float32), "label": label.item(), "t": t, "guidance": config.guidance,
-            "output": pack(model(noise[0], t, label), torch.float32), "samples": samples}
+    noise = torch.randn(NOISES, 1, config.channels, *config.image_size, generator=torch.Generator().manual_seed(0))
+
+    def denoise(x, t):
+        return process.denoise(model, x, t, label, config.guidance, BOUND)
+
+    def draw(way, sampler, count, *arguments):
+        *_, image = way(process, SAMPLERS[sampler], denoise, functools.partial(next, iter(noise)), count, *arguments)
+        return image
+
+    steps = min(config.sample_steps, MOST_STEPS)
+    picture, H = draw(from_noise, "dpm", steps), config.image_size[0]
+    upper = torch.arange(H)[:, None] < H / 2
+    images = {"output": model(noise[0], t, label), "dpm": picture,
+              "ddim": draw(from_noise, "ddim", 4), "ddpm": draw(from_noise, "ddpm", 4),
+              "edit": draw(edit, "dpm", 4, picture, 0.6), "inpaint": draw(inpaint, "dpm", 2, picture, upper, 2)}
+    return {"label": label.item(), "t": t, "guidance": config.guidance, "steps": steps,
+            "noise": pack(noise, torch.float32), "images": {name: pack(x, torch.float32) for name, x in images.items()}}
 
 
 def export(path):
@@ -57,7 +63,8 @@ def export(path):
     content = load_checkpoint(path)
     config = content["config"]
     if config.channels not in (1, 3) or len(config.image_size) != 2:
-        raise UserError(f"{path} draws images of {config.channels} channels, but the page shows grey (1) or colour (3)")
+        raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page "
+                        "shows images, grey (1 channel) or colour (3)")
     halves = {name: weight.half() for name, weight in content["ema"].items()}
     if not all(weight.isfinite().all() for weight in halves.values()):
         raise UserError(f"{path} has weights that half precision cannot hold")

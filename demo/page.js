@@ -202,7 +202,7 @@ function drawImages(list, slowly) {
     list.forEach((image, i) => {
       fresh[i].push({ x: answer.x.slice(i * SIZE, (i + 1) * SIZE), t: answer.t });
       if (image.mine !== mine) return;  // it was asked for again
-      if (slowly && !answer.step) [image.states, image.shown] = [fresh[i], 0];
+      if (!answer.step && (slowly || !image.states.length)) [image.states, image.shown] = [fresh[i], 0];
       if (last) [image.states, image.done] = [fresh[i], true];
       if (last && !slowly) image.shown = answer.steps;
       paint(image.tile.firstChild, image.states[Math.min(image.shown, image.states.length - 1)].x);
@@ -261,8 +261,8 @@ function drawBetween(asked = true) {
   const [a, b] = ends, share = $("share").value / 100, { sampler, ...others } = settings();
   show($("share-value"), `${$("share").value} %`, `${$("share").value} %`);
   const middle = { ...a, label: [a.label, b.label, share], to: { place: b.place, draw: b.draw }, share };
-  const request = { kind: "draw", ...others, sampler: sampler === "ddpm" ? "ddim" : sampler,  // fresh noise would flicker
-                    images: [a, b, middle].map(image => ({ ...image, seed: seed() })) };
+  const request = { kind: "draw", ...others, images: [a, b, middle].map(image => ({ ...image, seed: seed() })),
+                    sampler: sampler === "ddpm" ? "ddim" : sampler };  // fresh noise would flicker
   ask("between", request, answer => {
     if (answer.step < answer.steps) return;
     const at = i => answer.x.slice(i * SIZE, (i + 1) * SIZE);
@@ -580,6 +580,7 @@ function check() {
 function start() {
   root.toggleAttribute("data-names", !(numbered && names.length <= 10));
   root.toggleAttribute("data-grey", C === 1);
+  root.style.setProperty("--shape", `${W} / ${H}`);
   document.querySelectorAll(".count").forEach(element => { element.textContent = data.count.toLocaleString("en"); });
   for (const id of ["left-label", "right-label", "turn-label", "complete-label"]) {
     $(id).append(...names.map((name, i) => new Option(name, i)));
@@ -599,6 +600,7 @@ function start() {
       return chip;
     }));
   } else if (names.length <= 10) $("text").inputMode = "decimal";
+  document.querySelectorAll("output").forEach(output => { output.ariaLive = "off"; });  // the sliders say it too
   makeTable();
   reset();
   paint($("drawn"), drawing);

@@ -47,19 +47,25 @@ function engine(data, reply) {
     yield { guess, attention: attention.map(weights => weights.slice(0, own)) };
   }
 
-  // The largest difference to what PyTorch computed with the same weights and the same noise, for each kernel.
+  // The largest difference to what PyTorch computed with the same weights and the same noise (`reference` of
+  // export.py), for each kernel.
   async function* check() {
-    const { noise, label, t, guidance, output, samples } = data.reference, found = {};
-    const x = floats(noise);
+    const { label, t, guidance, steps, noise: numbers, images } = data.reference, noises = floats(numbers), found = {};
+    const [H, W] = config.image_size, picture = floats(images.dpm);
+    const hidden = picture.map((_, i) => Math.floor(i / W) % H < H / 2 ? 0 : 1);
     for (const network of [model, new DiT(config, weights, true)]) {
-      const kind = network.matrices.kind;
-      found[`${kind}: network`] = difference(network.forward(x.slice(0, size), t, [label]), floats(output));
-      await pause();
-      for (const [sampler, { steps, image }] of Object.entries(samples)) {
-        const noises = [...Array(x.length / size).keys()].map(i => x.slice(i * size, (i + 1) * size));
-        const states = SAMPLERS[sampler](denoiser(network, config, path, [label], guidance), noises.shift(),
-                                         descendingSteps(path, steps), () => noises.shift());
-        found[`${kind}: ${sampler}`] = difference([...states].pop(), floats(image));
+      const draw = (way, sampler, count, ...more) => {
+        let next = 0;
+        const noise = () => noises.slice(size * next, size * ++next);
+        return [...way(path, SAMPLERS[sampler], denoiser(network, config, path, [label], guidance), noise, count,
+                       ...more)].pop();
+      };
+      const drawn = {
+        output: () => network.forward(noises.slice(0, size), t, [label]), dpm: () => draw(fromNoise, "dpm", steps),
+        ddim: () => draw(fromNoise, "ddim", 4), ddpm: () => draw(fromNoise, "ddpm", 4),
+        edit: () => draw(edit, "dpm", 4, picture, 0.6), inpaint: () => draw(inpaint, "dpm", 2, picture, hidden, 2) };
+      for (const [name, image] of Object.entries(images)) {
+        found[`${network.matrices.kind}: ${name}`] = difference(drawn[name](), floats(image));
         await pause();
       }
     }

@@ -20,9 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog=None, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
-        if name.startswith(("demo.", "latent.", "measure.")):
-            prog = prog or f"python -m {name}"
-        super().__init__(prog=prog, **options)
+        ours = name.startswith(("demo.", "latent.", "measure."))
+        super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists what there is)")

@@ -44,6 +44,7 @@ def test_rebuilds_the_model_without_a_flag(saved):
     again, config = load_model(path, precision="fp32")
     assert config == CONFIG
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
+    assert not again.training and not again(x, t, y).requires_grad
     with torch.no_grad():
         assert torch.equal(again(x, t, y), model(x, t, y))
 
@@ -115,6 +116,18 @@ def test_weights_that_claim_more_than_the_file_holds(saved):
         load_checkpoint(path)
 
 
+def test_weights_that_share_what_is_stored(saved):
+    """Each is whole, but all are views of the same numbers: to load them would take more than the file."""
+    path, _ = saved
+    deep = Config(**{**vars(CONFIG), "depth": 9})
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_model(deep).state_dict().items()}
+    numbers = torch.randn(max(shape.numel() for shape in shapes.values()))
+    change(path, config=vars(deep), ema={name: numbers[:shape.numel()].view(shape) for name, shape in shapes.items()})
+    with pytest.raises(UserError, match="claim more than the file holds"):
+        load_checkpoint(path)
+
+
 def replaced(tree, keys, value):
     """A copy of nested dicts and lists in which what lies at `keys` is `value`, or `value(old)`."""
     if not keys:
@@ -168,6 +181,16 @@ def test_damage_within(damage, call, trained, tmp_path):
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", run, "--resume"), run / "model.pth", "damaged")
     assert_refused(call(inference, "--checkpoint", run / "model.pth", "--out", tmp_path / "a.png"), "damaged")
     assert (run / "model.pth").read_bytes() == before and not (tmp_path / "a.png").exists()
+
+
+def test_what_was_no_setting_yet_is_as_it_was_then(saved):
+    path, _ = saved
+    settings = dict(vars(CONFIG))
+    del settings["time_spacing"]
+    for values, format, expected in ((settings, "dit-checkpoint-1", "article"), (settings, checkpoint.FORMAT, "dit"),
+                                     (vars(CONFIG), "dit-checkpoint-1", "dit")):
+        change(path, config=values, format=format)
+        assert load_checkpoint(path)["config"].time_spacing == expected
 
 
 def test_parts_that_are_gone(call, trained, tmp_path):
@@ -282,6 +305,7 @@ def test_an_eta_that_no_sampler_asks_for(call, trained, tmp_path):
 
 def test_weights_to_share(saved, call):
     path, model = saved
+    change(path, config={**vars(CONFIG), "data_dir": "/home/me/pictures"})  # which concerns nobody
     small = path.with_name("small.pth")
     code, out, _ = call(checkpoint, path, small, "--guidance", 1.25)
     assert code == 0 and "trained for 7 steps" in out

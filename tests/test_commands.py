@@ -1,7 +1,7 @@
 """What every command promises: one line for each mistake, no traceback, whatever it is started in."""
 
 from support import parallel
-from support.commands import Parser, UserError, catch_signals, pick_device, run
+from support.commands import Parser, UserError, catch_signals, dtype_of, pick_device, resolve_precision, run
 from support.files import lock_dir, make_dir
 
 import json
@@ -187,6 +187,43 @@ def test_a_mistake_names_the_command_that_helps(name):
     assert_refused(process, f"({named} --help lists what there is)")
 
 
+def test_the_fastest_device_is_picked_by_itself(monkeypatch):
+    """Here there is none but the CPU, so an attempt to use another one says which."""
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert pick_device() == torch.device("cpu")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        with pytest.raises(UserError, match="--device mps cannot"):
+            pick_device()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(UserError, match="--device cuda cannot"):
+            pick_device()
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_the_precision_follows_from_the_hardware(monkeypatch):
+    """bf16 only where there are matrix units for it; and what is asked for is what one gets."""
+    for capabilities, wanted in (({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"),
+                                 ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert resolve_precision("auto", torch.device("cpu")) == wanted
+    for supported, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, supported=supported: supported or including_emulation)
+        assert resolve_precision("auto", torch.device("cuda")) == wanted
+    assert resolve_precision("auto", torch.device("mps")) == "fp32"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert dtype_of(name, torch.device("cpu")) == dtype
+
+
+def test_ctrl_c_is_one_word(capsys):
+    def pressed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run(pressed)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_a_mistaken_flag_is_one_line(capsys):
     with pytest.raises(UserError, match=r"--x.*--help"):
         Parser(prog="name.py").parse_args(["--x"])
@@ -279,7 +316,7 @@ def test_a_lock_ends_with_its_block(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere"):
+    for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere", "/proc"):
         with pytest.raises(UserError, match="cannot be written"):
             make_dir(path)
 
@@ -327,6 +364,16 @@ def test_shares_cover_everything_once(monkeypatch):
                 parts.append(range(n)[parallel.share(n)])
             assert [i for part in parts for i in part] == list(range(n))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["block", "wait"]), (1, ["wait", "block"])])
+def test_the_first_process_is_first(rank, order, monkeypatch):
+    done = []
+    monkeypatch.setattr(parallel, "RANK", rank)
+    monkeypatch.setattr(parallel, "wait", lambda: done.append("wait"))
+    with parallel.first_process_first():
+        done.append("block")
+    assert done == order
 
 
 @pytest.mark.parametrize(("error", "words"), [

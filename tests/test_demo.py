@@ -117,7 +117,8 @@ def differences(browser):
     return json.loads(browser.run("document.getElementById('checked').dataset.found"))
 
 
-KINDS = [f"{kernel}: {what}" for kernel in ("WebAssembly", "JavaScript") for what in ("network", "dpm", "ddim", "ddpm")]
+KINDS = [f"{kernel}: {what}" for kernel in ("WebAssembly", "JavaScript")
+         for what in ("output", "dpm", "ddim", "ddpm", "edit", "inpaint")]
 
 
 @pytest.mark.parametrize("checkpoint", [
@@ -260,7 +261,7 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     model, out = tmp_path / "model.pth", tmp_path / "a.html"
     assert_refused(call(export, "--checkpoint", model, "--out", out), "there is no checkpoint")
     make_checkpoint(model, channels=4)
-    assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels", "grey (1) or colour (3)")
+    assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels of 8", "grey (1 channel)")
     make_checkpoint(model)
     assert_refused(call(export, "--checkpoint", model, "--out", tmp_path / "no" / "a.html"), "cannot be written")
     monkeypatch.setattr(export, "LARGEST", 50_000)

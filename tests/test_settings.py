@@ -479,6 +479,8 @@ def test_grad_clip(go, optimizer):
 def test_ema_decay(go, call):
     run = go(ema_decay=0)
     assert same(run.content["ema"], run.model)
+    run = go()  # the first weights are soon forgotten, whatever the decay
+    torch.testing.assert_close(run.content["ema"][LAST], 0.9 * run.model[LAST])
     run = go(ema_decay=0.05)
     torch.testing.assert_close(run.content["ema"][LAST], 0.95 * run.model[LAST])  # it was 0
     for decay in (0.5, 0.75):
