@@ -108,6 +108,8 @@ def check_content(content, file_size):
             for i, weight in enumerate(weights):
                 expected = {name: () if name == "step" else weight.shape for name in names}
                 size += check_tensors("optimizers", state[i], expected)
+                if any((state[i][name] < 0).any() for name in ("step", "exp_avg_sq") if name in expected):
+                    raise UserError("its optimizers hold negative squares or steps")
     # Many tensors can share what is stored: loading them would fill the memory.
     if size > file_size:
         raise UserError("its weights claim more than the file holds")

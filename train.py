@@ -183,6 +183,15 @@ def samples_path(run_dir, step):
     return run_dir / f"samples_{step:06d}.png"
 
 
+@contextlib.contextmanager
+def warned():
+    """A picture that cannot be written ends no run: within the block, a `UserError` is a warning."""
+    try:
+        yield
+    except UserError as error:
+        print(f"\nwarning: {error}", file=sys.stderr)  # below the bar
+
+
 def draw_samples(run, path, device, stop):
     """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
     config = run.config
@@ -194,7 +203,8 @@ def draw_samples(run, path, device, stop):
             return
         x = state
     if parallel.RANK == 0:
-        save_picture(path, grid(to_uint8(x), columns=10))
+        with warned():
+            save_picture(path, grid(to_uint8(x), columns=10))
 
 
 def show_setting(name, value):
@@ -370,7 +380,8 @@ def train_on(config, data, saved, run_dir, device):
                 draw_samples(run, samples_path(run_dir, done), device, stop)
                 show_run(config, run_dir)
     if parallel.RANK == 0:
-        plot_loss(run_dir / "log.csv", run_dir / "loss.png")
+        with warned():
+            plot_loss(run_dir / "log.csv", run_dir / "loss.png")
     show_run(config, run_dir)
     stopped = stopped or parallel.largest(signals[0] if signals else 0)
     if not stopped:

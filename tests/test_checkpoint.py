@@ -153,6 +153,8 @@ DAMAGES = {
     "half momentum": (["optimizers", 1, 0, "momentum"], lambda old: old.half()),
     "momentum of one number": (["optimizers", 1, 0, "momentum"], lambda old: old.flatten()[:1].expand(old.shape)),
     "momentum without memory": (["optimizers", 1, 0, "momentum"], lambda old: old.to("meta")),
+    "squares below 0": (["optimizers", 0, 2, "exp_avg_sq"], lambda old: old - 1),
+    "steps below 0": (["optimizers", 0, 2, "step"], lambda old: old - 1e9),
     "steps as a list": (["optimizers", 0, 0, "step"], [1]),
     "no window": (["window"], None), "misshapen window": (["window"], torch.zeros(5, 2)),
     "window of whole numbers": (["window"], torch.zeros(4, 2, dtype=torch.long)),

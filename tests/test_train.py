@@ -341,6 +341,17 @@ def test_run_dir_that_cannot_be_written(call, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path):
+    """Else the steps since the last checkpoint were lost with it."""
+    run = tmp_path / "run"
+    for name in ("samples_000002.png", "loss.png"):
+        (run / name).mkdir(parents=True)
+    code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
+    assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth")["step"] == 3
+    assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
+        f"warning: {run / name}" for name in ("samples_000002.png", "loss.png")]
+
+
 def test_flags_that_do_not_exist(command, call):
     assert_refused(command("train.py", "--dataset", "mnits"), "invalid choice: 'mnits'", "--help")
     assert_refused(call(train, "--no-such-flag", 1), "--no-such-flag")
