@@ -19,7 +19,7 @@ import checkpoint
 import train
 
 COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
-            "measure.classifier", "measure.benchmark")
+            "measure.classifier", "measure.benchmark", "demo.export")
 
 # Stands in for torch, to see what is prepared when a command imports it.
 STAND_IN = """
