@@ -13,7 +13,7 @@ To resume the run:
 Weights to share (`python checkpoint.py run/model.pth shared.pth`) have only the first five.
 """
 
-from support.commands import Parser, UserError, dtype_of, first_line, run
+from support.commands import Parser, UserError, dtype_of, first_line, run, some_path
 from support.files import write_atomically
 from support.muon import split_parameters
 from support.run_log import NOISE_LEVELS
@@ -22,10 +22,11 @@ import dataclasses
 import math
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
-from config import SAMPLING, Config, add_flags, given_flags
+from config import SAMPLING, Config, add_flags, check_eta, given_flags
 from dit import build_model
 
 FORMAT = "dit-checkpoint-2"
@@ -40,6 +41,17 @@ def save_checkpoint(path, config, step, seconds, ema, **to_resume):
     nothing. Raises `UserError` when the file cannot be written; what was there stays."""
     content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema}
     write_atomically(path, lambda file: torch.save(content | to_resume, file))
+
+
+def checkpoint_file(path):
+    """The file of a checkpoint: `path`, or model.pth in it when it is a run folder. Raises `UserError` for a folder
+    that holds none."""
+    if not Path(path).is_dir():
+        return path
+    path = Path(path) / "model.pth"
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no model.pth: name a checkpoint or a run folder")
+    return path
 
 
 def load_checkpoint(path):
@@ -135,19 +147,21 @@ def averaged_model(content, device="cpu", precision="auto"):
 def main():
     parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
                                 "precision. How they draw when nothing else is asked for can be set anew.")
-    parser.add_argument("checkpoint", help="a checkpoint that train.py wrote")
-    parser.add_argument("out", help="the file to write")
+    parser.add_argument("checkpoint", type=some_path, help="a checkpoint that train.py wrote, or its run folder")
+    parser.add_argument("out", type=some_path, help="the file to write")
     add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
     args = parser.parse_args()
+    args.checkpoint = checkpoint_file(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
         raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
     # A path of this machine concerns nobody
     config = dataclasses.replace(content["config"], data_dir=Config.data_dir, **given_flags(args))
+    check_eta(config, given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

@@ -118,6 +118,13 @@ class Config:
         return self.classes or tuple(map(str, range(self.num_classes)))
 
 
+def check_eta(config, given):
+    """Raises `UserError` when the user has given an eta, in the dict `given`, that this `Config` has no use for."""
+    if given.get("eta") and config.sampler != "ddim":
+        raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {config.sampler}: "
+                        "add --sampler ddim, or leave --eta out")
+
+
 SIZES = ("image_size", "patch_size")
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
@@ -171,6 +178,8 @@ def check_value(field, value):
             raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, each between "
                             f"{rule['low']} and {rule['high']}")
         return
+    if field.name == "data_dir" and not value:  # as an unset variable leaves it
+        raise UserError("data_dir is empty: name a folder, or leave it out")
     if field.type in (str, bool, tuple):
         return
     if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere

@@ -164,4 +164,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from support.commands import run
+
+    run(main)

@@ -81,5 +81,7 @@ def main():
 
 
 if __name__ == "__main__":
+    from support.commands import run
+
     torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -1,8 +1,8 @@
 """The Fréchet Inception Distance (FID, arXiv 1706.08500): how far fake images lie from real ones; 0 is no distance."""
 
 from support import parallel
-from support.commands import Parser, UserError, add_device_flag, run
-from support.files import write_atomically
+from support.commands import Parser, UserError, add_device_flag, run, some_path
+from support.files import check_file, write_atomically
 
 import argparse
 import http.client
@@ -195,17 +195,18 @@ examples:
   python fid_computer.py --fake other --real mnist.npz          ... so that they need not be computed again
 
 The score goes to standard output, all else to standard error. The exit code is 1 after an error.""")
-    parser.add_argument("--fake", type=Path, default=Path("images/fake"), metavar="DIR",
+    parser.add_argument("--fake", type=some_path, default=Path("images/fake"), metavar="DIR",
                         help="the folder to score, or its statistics (default: %(default)s)")
-    parser.add_argument("--real", type=Path, default=Path("images/real"), metavar="DIR",
+    parser.add_argument("--real", type=some_path, default=Path("images/real"), metavar="DIR",
                         help="the folder to score it against, or its statistics (default: %(default)s)")
     parser.add_argument("--features", type=moved, help=argparse.SUPPRESS)
-    parser.add_argument("--save-stats", type=Path, metavar="FILE.npz",
+    parser.add_argument("--save-stats", type=some_path, metavar="FILE.npz",
                         help="keep the statistics of the real folder in this file, for a later --real FILE.npz")
     parser.add_argument("--dims", type=int, default=2048, choices=(64, 192, 768, 2048),
                         help="features per image: the FID of papers has 2048; fewer come from earlier layers, "
                              "suit fewer images, and compare with nothing else (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="the weights of Inception (default: see below)")
+    parser.add_argument("--weights", type=some_path, metavar="FILE",
+                        help="the weights of Inception (default: see below)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N",
                         help="images at a time: affects the speed, not the score (default: %(default)s)")
     add_device_flag(parser)
@@ -218,8 +219,10 @@ def main():
     target = args.save_stats
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, but must be at least 1")
-    if target and (target.suffix != ".npz" or target.is_dir() or not target.parent.is_dir()):
-        raise UserError(f"--save-stats {target} cannot be written: it must end in .npz and lie in a folder that exists")
+    if target and target.suffix != ".npz":
+        raise UserError(f"--save-stats {target} cannot be written: it must end in .npz")
+    if target:
+        check_file(target)
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)

@@ -1,7 +1,7 @@
 """Fills images/real from the data set and images/fake from the model, for fid_computer.py to compare."""
 
 from support import parallel
-from support.commands import UserError, run
+from support.commands import UserError, run, some_path
 from support.files import make_dir, write_atomically
 
 import argparse
@@ -99,8 +99,8 @@ def main():
     parser = sampling_parser("Fills a folder with real and a folder with generated images, to score them with "
                              "fid_computer.py. A second call with a larger --count goes on where the first one ended.")
     parser.add_argument("--count", type=int, default=10_000, help="images in each folder (default: 10000)")
-    parser.add_argument("--real", type=Path, default=Path("images/real"), help="(default: images/real)")
-    parser.add_argument("--fake", type=Path, default=Path("images/fake"), help="(default: images/fake)")
+    parser.add_argument("--real", type=some_path, default=Path("images/real"), help="(default: images/real)")
+    parser.add_argument("--fake", type=some_path, default=Path("images/fake"), help="(default: images/fake)")
     parser.add_argument("--batch-size", type=int, default=argparse.SUPPRESS, help="images drawn at once, which affects "
                         "the speed alone (default: as many as memory is estimated to hold, at most 4096 on a GPU and "
                         "500 elsewhere)")

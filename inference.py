@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import load_model
-from config import SAMPLING, add_flags, given_flags
+from checkpoint import checkpoint_file, load_model
+from config import SAMPLING, add_flags, check_eta, given_flags
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
 from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
 
@@ -106,11 +106,7 @@ def find_checkpoint(path=None):
             raise UserError("no checkpoint: run train.py first, or point --checkpoint at one")
     if not str(path):
         raise UserError("--checkpoint is empty: name a checkpoint or a run folder, or leave it out")
-    if Path(path).is_dir():
-        path = Path(path) / "model.pth"
-        if not path.is_file():
-            raise UserError(f"{path.parent} holds no model.pth: point --checkpoint at a checkpoint or a run folder")
-    return path
+    return checkpoint_file(path)
 
 
 def load_for_sampling(args):
@@ -121,9 +117,7 @@ def load_for_sampling(args):
     device = pick_device(args.device)
     model, config = load_model(args.checkpoint, device, settings["precision"])
     config = dataclasses.replace(config, **settings)
-    if settings.get("eta") and config.sampler != "ddim":
-        raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {config.sampler}: "
-                        "add --sampler ddim, or leave --eta out")
+    check_eta(config, settings)
     return model, config
 
 
@@ -341,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, memory="--count")
+    run(main, memory="--count", alone=True)

@@ -10,6 +10,7 @@ from support.commands import (
     first_line,
     resolve_precision,
     run,
+    some_path,
 )
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, as_size, given_flags, show_divisors, show_size
+from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
 from dataset import load_dataset, to_float, to_uint8
 from diffusion import Process, build_process
 from dit import build_model
@@ -178,6 +179,10 @@ def save(run, path, step, seconds, data, window):
                         window=window)
 
 
+def samples_path(run_dir, step):
+    return run_dir / f"samples_{step:06d}.png"
+
+
 def draw_samples(run, path, device, stop):
     """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
     config = run.config
@@ -290,6 +295,7 @@ def train(config, run_dir="run", resume=False, device=None):
     run_dir = Path(run_dir)
     path = run_dir / "model.pth"
     config, saved = configure(settings, path, resume)
+    check_eta(config, settings)
     if config.batch_size < parallel.WORLD:
         raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
     if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon" or config.compile):
@@ -309,6 +315,25 @@ def train(config, run_dir="run", resume=False, device=None):
         return train_on(config, data, saved, run_dir, device)
 
 
+def due(config, done, every):
+    """Whether what happens every `every` steps happens after `done` steps. After the last step all of it does."""
+    return done % every == 0 or done == config.steps
+
+
+def log_and_save(run, log, path, done, seconds, data, stopped):
+    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that is `stopped` saves.
+    Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
+    config = run.config
+    log_now, save_now = due(config, done, config.log_every), stopped or due(config, done, config.checkpoint_every)
+    if (log_now or save_now) and not log.collect():
+        raise not_finite("loss is", config, done)
+    if log_now:
+        log.write(done, learning_rate(config, done - 1))
+    if save_now:
+        save(run, path, done, seconds, data, log.window)
+    return bool(save_now)
+
+
 def train_on(config, data, saved, run_dir, device):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
@@ -317,36 +342,23 @@ def train_on(config, data, saved, run_dir, device):
     announce(config, data, run.model, device, start, run_dir)
     path, began = run_dir / "model.pth", time.monotonic() - before
     done, last_good, stopped = start, f"{path}, step {start:,}" if saved else "none", 0
-
-    def due(every):
-        return done % every == 0 or done == config.steps
-
-    def samples():
-        return run_dir / f"samples_{done:06d}.png"
-
     log = RunLog(run_dir / "log.csv", config.T, start, config.steps, config.batch_size, device,
                  saved and saved["window"])
     with log, catch_signals() as signals:
         def stop():
             return parallel.largest(signals[0] if signals else 0) if config.shard else bool(signals)
 
-        if saved and due(config.sample_every) and not samples().exists():  # it was killed before it could
-            draw_samples(run, samples(), device, stop)
+        if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
+            draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
         for step in range(start, config.steps):
             # Learn.
             batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
+            done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
 
             # Log and save.
-            done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
-            log_now, save_now = due(config.log_every), due(config.checkpoint_every) or stopped
             try:
-                if (log_now or save_now) and not log.collect():
-                    raise not_finite("loss is", config, done)
-                if log_now:
-                    log.write(done, learning_rate(config, step))
-                if save_now:
-                    save(run, path, done, time.monotonic() - began, fingerprint, log.window)
+                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None
@@ -354,8 +366,8 @@ def train_on(config, data, saved, run_dir, device):
             # Stop, or show.
             if stopped:
                 break
-            if due(config.sample_every):
-                draw_samples(run, samples(), device, stop)
+            if due(config, done, config.sample_every):
+                draw_samples(run, samples_path(run_dir, done), device, stop)
                 show_run(config, run_dir)
     if parallel.RANK == 0:
         plot_loss(run_dir / "log.csv", run_dir / "loss.png")
@@ -369,7 +381,7 @@ def train_on(config, data, saved, run_dir, device):
 def parse_args():
     parser = Parser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
     parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
-    parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
+    parser.add_argument("--run-dir", type=some_path, default=Path("run"), help="folder that gets model.pth, log.csv, "
                         "loss.png, the sample grids and index.html, a page of them all (default: run)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")

@@ -7,8 +7,17 @@
 Every variant runs in a process of its own, and they take turns, so that what else the machine does hits them all alike.
 """
 
-from support.commands import Parser, UserError, add_device_flag, dtype_of, pick_device, resolve_precision, run
-from support.files import write_atomically
+from support.commands import (
+    Parser,
+    UserError,
+    add_device_flag,
+    dtype_of,
+    pick_device,
+    resolve_precision,
+    run,
+    some_path,
+)
+from support.files import check_file, write_atomically
 
 import argparse
 import contextlib
@@ -167,7 +176,7 @@ def parse_args():
     parser.add_argument("--against", choices=["diffusers"], help="also the same networks built from this library")
     parser.add_argument("--rounds", type=int, default=3, help="how often every variant has its turn (default: 3)")
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
-    parser.add_argument("--json", type=Path, help="a file that gets the figures as well")
+    parser.add_argument("--json", type=some_path, help="a file that gets the figures as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
     add_flags(parser, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
     say_default(parser, ("batch_size", "sample_steps", "guidance"), "the preset's own")
@@ -175,8 +184,8 @@ def parse_args():
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
         raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise UserError(f"--json {args.json} cannot be written: it must be a file in a folder that exists")
+    if args.json:
+        check_file(args.json)
     return args
 
 
@@ -191,7 +200,8 @@ def take_turns(args):
         again = [sys.executable, "-m", "measure.benchmark", *sys.argv[1:], "--measure", kind, "--presets", preset]
         process = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True)
         if process.returncode:
-            raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
+            last = (process.stderr.splitlines() or ["failed"])[-1].removeprefix("error: ")
+            raise UserError(f"{preset}, {kind}: {last:.200}")
         results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
     return results
 
@@ -244,4 +254,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

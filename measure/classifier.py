@@ -5,8 +5,8 @@
 The weights are kept in the repository (float16, half a megabyte), so that scoring needs no download.
 """
 
-from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.files import write_atomically
+from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
+from support.files import check_file, write_atomically
 
 import os
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from config import Config
 from dataset import load_dataset, to_float
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
@@ -113,13 +114,15 @@ def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
 
 def main():
     parser = Parser(description="Trains the classifier of MNIST digits that measure.score uses.")
-    parser.add_argument("--data-dir", default=".", help="the folder that holds (or gets) MNIST/ (default: .)")
-    parser.add_argument("--out", default=WEIGHTS, help="the file to write (default: weights/digit_classifier.pth)")
+    parser.add_argument("--data-dir", type=some_path, default=".",
+                        help="the folder that holds (or gets) MNIST/ (default: .)")
+    parser.add_argument("--out", type=some_path, default=WEIGHTS,
+                        help="the file to write (default: weights/digit_classifier.pth)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add_device_flag(parser)
     args = parser.parse_args()
-    if os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
-        raise UserError(f"--out {args.out} cannot be written: it must be a file in a folder that exists")
+    check_file(args.out)
+    Config(seed=args.seed)  # it knows which seeds there are
     device = pick_device(args.device)
     train, test = (load_dataset("mnist", args.data_dir, train=part) for part in (True, False))
     classifier = train_classifier(train.images, train.labels, seed=args.seed, device=device)
@@ -134,4 +137,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, memory="what else needs memory here")
+    run(main, memory="what else needs memory here", alone=True)

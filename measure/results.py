@@ -5,7 +5,7 @@
                                                                    in the seed alone: mean and deviation
 """
 
-from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import make_dir, write_atomically
 from support.pictures import check_picture, grid
 
@@ -53,12 +53,17 @@ def plot(title, x_label, curves, real):
     return figure
 
 
+def settings(args, config):
+    """The `Config` of each cell of the table of samplers, row by row. Raises `UserError` for one that is none."""
+    return [[dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps, guidance=guidance)
+             for guidance in args.guidance] for sampler, steps in itertools.product(args.samplers, args.steps)]
+
+
 def samplers(args, judge, real):
     """The table of sampler x steps x guidance for one model."""
     content = load_checkpoint(args.paths[0])
     model, config = averaged_model(content, judge.device), content["config"]
-    rows = [[dataclasses.replace(config, seed=0, eta=0.0, sampler=sampler, sample_steps=steps, guidance=guidance)
-             for guidance in args.guidance] for sampler, steps in itertools.product(args.samplers, args.steps)]
+    rows = settings(args, config)
     print("read as asked, Fréchet distance\n")
     print("| sampler | steps |" + "".join(f" guidance {guidance:g} |" for guidance in args.guidance))
     print("|---|---|" + "---|" * len(args.guidance))
@@ -135,21 +140,24 @@ def main():
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
                               help="(default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
-        part.add_argument("--data-dir", default=".", help="the folder that holds MNIST/ (default: .)")
-        part.add_argument("--out", type=Path, default=Path("images"), help="folder for the pictures (default: images)")
+        part.add_argument("--data-dir", type=some_path, default=".", help="the folder that holds MNIST/ (default: .)")
+        part.add_argument("--out", type=some_path, default=Path("images"),
+                          help="folder for the pictures (default: images)")
         add_device_flag(part)
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
     names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
+    args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     make_dir(args.out)
     for name in names:
         check_picture(args.out / name)
-    args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     configs = [load_checkpoint(path)["config"] for path in args.paths]
     kinds = {((config.channels, *config.image_size), config.dataset) for config in configs}
     if len(kinds) > 1:
         raise UserError(f"runs of several kinds of images do not compare: {', '.join(sorted(map(str, kinds))):.150}")
+    if args.what == "samplers":
+        settings(args, configs[0])  # before the work
     (shape, dataset), = kinds
     judge = open_judge(shape, args.data_dir, pick_device(args.device), dataset)
     real = judge.brief_real(torch.arange(args.count) % 10) | {"ratio": 1.0}
@@ -160,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, memory="--count")
+    run(main, memory="--count", alone=True)

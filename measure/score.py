@@ -6,13 +6,12 @@
 Every figure stands beside the same figure of real images, which is what perfect fakes would get.
 """
 
-from support.commands import UserError, pick_device, run
+from support.commands import UserError, pick_device, run, some_path
 from support.files import make_dir
 from support.pictures import check_picture, grid, save_picture
 
 import argparse
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -305,13 +304,13 @@ def main():
     parser = sampling_parser("Draws digits from a checkpoint, or takes those in a folder, and scores them against the "
                              "real ones: MNIST, or scikit-learn's 8x8 digits, for which a small classifier is trained "
                              "first, in seconds (its scores compare with no others).")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="score the images in this folder, which "
+    parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
                         "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
     parser.add_argument("--count", type=int, help="how many to draw, equally many of each digit (default: 10000, or as "
                         "many as there are training images; scores of different counts do not compare)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
-    parser.add_argument("--pictures", type=Path, help="a folder that gets nearest.png, the fakes beside the training "
-                        "images nearest to them, and worst.png, those that are least read as what was asked for")
+    parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
+                        "training images nearest to them, and worst.png, those that are least read as asked for")
     args = parser.parse_args()
     if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
@@ -340,4 +339,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, memory="--count")
+    run(main, memory="--count", alone=True)

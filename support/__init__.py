@@ -21,12 +21,17 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, stream)
 
 
-def report_interrupt(kind, error, traceback, report=sys.excepthook):
-    """Ctrl-C while the modules are still being imported: one word instead of a traceback. See `sys.excepthook`."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return report(kind, error, traceback)
-    print("stopped", file=sys.stderr)
-    sys.exit(130)
+def report(kind, error, traceback, report_other=sys.excepthook):
+    """Ctrl-C while the modules are still being imported, and a library that is not there, in one line instead of a
+    traceback. See `sys.excepthook`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    if issubclass(kind, ModuleNotFoundError):
+        print(f"error: {error}: pip install -r requirements.txt installs what is needed, and -r requirements-dev.txt "
+              "what tests and comparisons need", file=sys.stderr)
+        sys.exit(1)
+    report_other(kind, error, traceback)
 
 
-sys.excepthook = report_interrupt
+sys.excepthook = report

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
@@ -17,8 +18,21 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake as a `UserError`, in one line, instead of printing its usage."""
 
+    def __init__(self, prog=None, **options):
+        name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
+        ours = name.startswith(("demo.", "latent.", "measure."))
+        super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
+
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists what there is)")
+
+
+def some_path(word):
+    """The type of a flag that names a file or a folder. An empty word, which an unset variable leaves, is not the
+    current folder, but a mistake."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty: name something, or leave it out")
+    return Path(word)
 
 
 def add_device_flag(parser):
@@ -70,6 +84,15 @@ def keep_memory():
         mallopt(-1, -1)          # M_TRIM_THRESHOLD: give nothing back
 
 
+def silence(*streams):
+    """From now on, what is written to these streams (1 standard output, 2 standard error) is lost without an error,
+    what waits to be flushed as well."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in streams:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Within the block, Ctrl-C, SIGTERM and SIGHUP (a lost terminal) do not end the process: each is appended to the
@@ -80,9 +103,7 @@ def catch_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
         if number == HANGUP:  # nobody is there to read, and to write to a lost terminal is an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+            silence(1, 2)
             return
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping: the last step is being saved; once more ends it at once\n")
@@ -110,14 +131,17 @@ def is_out_of_memory(error):
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
-def run(main, memory="--batch-size"):
+def run(main, memory="--batch-size", alone=False):
     """Calls `main()` as a command. Every end but success is at most one line on standard error, without a traceback.
 
     memory: the flags that need less memory when they are lowered.
+    alone: it is work for one process; of those that torchrun started, the first does it.
 
     Exit codes: 1 for bad input, for a file or a folder that the system refuses, and when memory runs out; 130 after
     Ctrl-C; 141 when nobody reads the output any more (`| head`).
     """
+    if alone and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        return
     keep_memory()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
@@ -131,7 +155,7 @@ def run(main, memory="--batch-size"):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes there
+        silence(sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         sys.exit(f"error: {error.filename or 'the system'}: {error.strerror or first_line(error)}")

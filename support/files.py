@@ -23,6 +23,20 @@ def make_dir(path):
         raise UserError(f"the folder {path} cannot be written: {error.strerror}") from None
 
 
+def check_file(path):
+    """Finds out before the work whether `write_atomically` can write to `path`: else `UserError`."""
+    path = Path(path)
+    try:
+        if not path.parent.is_dir():
+            raise OSError(None, f"there is no folder {path.parent}")
+        if path.exists() and not path.is_file():  # a device, such as /dev/null, would become a file
+            raise OSError(None, "it is a folder" if path.is_dir() else "it is no file")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def lock_dir(path):
     """Within the block the folder `path` is this process's: another that asks for it gets a `UserError`. The system
@@ -49,18 +63,18 @@ def lock_dir(path):
 
 def write_atomically(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then moves that to `path`. Whatever goes wrong, `path`
-    holds either the old content or all of the new. The next write overwrites what a killed process left. Raises
-    `UserError` when the file cannot be written."""
+    holds either the old content or all of the new. The next write overwrites what a killed process left. Where `path`
+    is a link, what it leads to is written. Raises `UserError` when the file cannot be written."""
     path = Path(path)
-    if not path.name:
-        raise UserError(f"{str(path)!r} cannot be written: it is no name of a file")
-    temporary = path.with_name(path.name + ".tmp")
+    check_file(path)
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(real.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,7 +1,7 @@
 """Pictures of samples, and their files."""
 
 from support.commands import UserError, first_line, is_out_of_memory
-from support.files import write_atomically
+from support.files import check_file, write_atomically
 
 import io
 from pathlib import Path
@@ -44,9 +44,7 @@ def write(picture, x, y, text, width):
 def check_picture(path, animated=False):
     """Finds out before the work whether `save_picture` can write to `path`: else `UserError`."""
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else
-                                                         f"there is no folder {path.parent}"))
+    check_file(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise UserError(f"{path} should end in .png, .gif or another ending of a picture")

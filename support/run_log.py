@@ -1,7 +1,7 @@
 """The log of a training run: log.csv, the progress bar, and the losses since the last row."""
 
 from support import parallel
-from support.commands import UserError
+from support.commands import UserError, silence
 from support.files import write_atomically
 
 import csv
@@ -13,6 +13,16 @@ import torch
 from tqdm import tqdm
 
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
+
+
+class Bar(tqdm):
+    """A progress bar that ends no run: a pipe that nobody reads any more or a full disk only ends the bar."""
+
+    def display(self, *args, **options):
+        try:
+            super().display(*args, **options)
+        except OSError:
+            silence(2)
 
 
 class RunLog:
@@ -37,8 +47,8 @@ class RunLog:
             names = ["step", "loss", *(f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)), "lr"]
             write_atomically(path, lambda file: file.write(to_csv([names, *kept_rows(path, names, start)])))
             self.file = path.open("a", newline="", buffering=1)
-        self.bar = tqdm(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
-                        desc="training", mininterval=0.2 if sys.stderr.isatty() else 20, disable=not writes)
+        self.bar = Bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
+                       desc="training", mininterval=0.2 if sys.stderr.isatty() else 20, disable=not writes)
 
     def __enter__(self):
         return self

@@ -1,10 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_refused
 
 from config import Config
+from dit import build_model
 from measure import benchmark
 
 CPU = torch.device("cpu")
@@ -20,16 +22,81 @@ def test_bench_measures_what_train_runs(command, tmp_path):
         assert word in process.stdout
     content = json.loads((tmp_path / "bench.json").read_text())
     assert [row["batch"] for row in content["rows"]] == [4, 4, 4]
-    assert all(row["of matrix rate"] > 0 and row["images/s"] > 0 for row in content["rows"])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of the seconds that have passed; they pass when a test adds to it."""
+    passed = [0.0]
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: sum(passed)))
+    return passed
+
+
+def test_calls_are_timed_by_the_clock(clock):
+    """After a fifth of the time to warm up, or three calls, and with numbers that go on."""
+    for warm, calls in ((0.25, 8 + 20), (5.0, 3 + 20)):
+        numbers = []
+
+        def call(i, warm=warm, calls=calls, numbers=numbers):
+            numbers.append(i)
+            clock.append(warm if i < calls - 20 else 0.5)
+
+        assert benchmark.seconds_per_call(call, CPU, 10) == 0.5
+        assert numbers == [*range(calls)]
+
+
+CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
+                batch_size=8, precision="fp32", sample_steps=4, guidance=1.0, optimizer="adamw", mlp_ratio=2.0)
+
+
+def test_matrix_rate_is_that_of_the_products_of_the_clock(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "seconds_per_call",
+                        lambda call, *_: seen.append(benchmark.flops(lambda: call(0))) or 4)
+    assert benchmark.matrix_rate(CONFIG, CPU, torch.float32, 8, 1) == 6 * (8 * 16) * 32 * 64 / 4
+    assert seen == [6 * (8 * 16) * 32 * 64]
+
+
+def test_rates_are_those_of_the_clock(monkeypatch):
+    """Of a drawing, the noise is one call more than there are steps."""
+    monkeypatch.setattr(benchmark, "seconds_per_call", lambda call, *_: (call(2), 0.5)[1])
+    monkeypatch.setattr(benchmark, "matrix_rate", lambda *_: 7.0)
+    drawn, trained = (benchmark.measure(what, CONFIG, CPU, 1) for what in ("draw", "train"))
+    assert drawn["images"] == 8 / (0.5 * 5) and trained["images"] == 8 / 0.5 and drawn["matrix_rate"] == 7
+    model = build_model(CONFIG)
+    forward = benchmark.flops(lambda: model(torch.randn(16, 1, 8, 8), 5, 1))  # a batch of 8 is filled up to 16
+    assert drawn["flops"] * 0.5 * 5 == 4 * forward
+    assert (drawn["count"], drawn["precision"], trained["count"]) == (8, "float32", 8)
+
+
+def test_the_table_holds_the_middle_of_the_turns(call, tmp_path, monkeypatch):
+    rates = {"train": [100, 110, 120], "draw": [7, 5, 6], "diffusers": [50, 44, 40]}
+    left = {kind: iter(values) for kind, values in rates.items()}
+
+    def run(words, **_):
+        rate = next(left[words[words.index("--measure") + 1]])
+        part = dict(images=rate, flops=rate * 1e9, matrix_rate=1e12, memory=rate * 1e6, precision="float32", count=4)
+        return SimpleNamespace(returncode=0, stdout="something\n" + json.dumps(part), stderr="")
+
+    starts = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(benchmark, "cold_start", lambda device: next(starts))
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    code, out, err = call(benchmark, "--presets", "default", "--against", "diffusers", "--rounds", 3, "--device", "cpu",
+                          "--json", tmp_path / "b.json")
+    assert code == 0, err
+    assert "| default: train | 4 | float32 | 110 | 18.2% | 110.0 | 11.0% | 110 |" in out
+    assert "| default: draw | 4 | float32 | 6 | 33.3% | 6.0 | 0.6% | 6 |" in out
+    assert "default: trains at 2.50 times the rate of diffusers" in out and "first picture after 2.0 s" in out
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert content["ratios"] == {"default": 2.5} and content["cold_start"] == 2
+    assert [row["images/s"] for row in content["rows"]] == [110, 6, 44]
 
 
 def test_operations_are_counted():
     """Of a matrix product 2 M N K; of a whole step more than three times what the forward pass has."""
     a, b = torch.randn(3, 5), torch.randn(5, 7)
     assert benchmark.flops(lambda: a @ b) == 2 * 3 * 5 * 7
-    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
-                    batch_size=8, precision="fp32", sample_steps=4, guidance=1.0, optimizer="adamw")
-    drawn, trained = (benchmark.measure(what, config, CPU, 0.01) for what in ("draw", "train"))
+    drawn, trained = (benchmark.measure(what, CONFIG, CPU, 0.01) for what in ("draw", "train"))
     forward = drawn["flops"] / drawn["images"] / 4  # per image and step; a batch of 8 is filled up to 16
     assert 2.7 < trained["flops"] / trained["images"] / (forward / 2) < 3.3
 

@@ -14,6 +14,8 @@ from conftest import TINY, assert_refused, same
 
 import checkpoint
 import inference
+import measure.benchmark
+import measure.classifier
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
@@ -42,6 +44,7 @@ def test_rebuilds_the_model_without_a_flag(saved):
     again, config = load_model(path, precision="fp32")
     assert config == CONFIG
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
+    assert not again.training and not again(x, t, y).requires_grad
     with torch.no_grad():
         assert torch.equal(again(x, t, y), model(x, t, y))
 
@@ -113,6 +116,18 @@ def test_weights_that_claim_more_than_the_file_holds(saved):
         load_checkpoint(path)
 
 
+def test_weights_that_share_what_is_stored(saved):
+    """Each is whole, but all are views of the same numbers: to load them would take more than the file."""
+    path, _ = saved
+    deep = Config(**{**vars(CONFIG), "depth": 9})
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_model(deep).state_dict().items()}
+    numbers = torch.randn(max(shape.numel() for shape in shapes.values()))
+    change(path, config=vars(deep), ema={name: numbers[:shape.numel()].view(shape) for name, shape in shapes.items()})
+    with pytest.raises(UserError, match="claim more than the file holds"):
+        load_checkpoint(path)
+
+
 def replaced(tree, keys, value):
     """A copy of nested dicts and lists in which what lies at `keys` is `value`, or `value(old)`."""
     if not keys:
@@ -166,6 +181,16 @@ def test_damage_within(damage, call, trained, tmp_path):
     assert (run / "model.pth").read_bytes() == before and not (tmp_path / "a.png").exists()
 
 
+def test_what_was_no_setting_yet_is_as_it_was_then(saved):
+    path, _ = saved
+    settings = dict(vars(CONFIG))
+    del settings["time_spacing"]
+    for values, format, expected in ((settings, "dit-checkpoint-1", "article"), (settings, checkpoint.FORMAT, "dit"),
+                                     (vars(CONFIG), "dit-checkpoint-1", "dit")):
+        change(path, config=values, format=format)
+        assert load_checkpoint(path)["config"].time_spacing == expected
+
+
 def test_parts_that_are_gone(call, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     content = torch.load(run / "model.pth", weights_only=True)
@@ -193,7 +218,7 @@ def test_weights_to_share_are_not_written_onto_their_source(call, trained, tmp_p
     for out in (run / "model.pth", run / ".." / "run" / "model.pth", tmp_path / "link.pth"):
         assert_refused(call(checkpoint, run / "model.pth", out), "the checkpoint itself")
     monkeypatch.chdir(tmp_path)
-    for out in ("", ".", "/", "nodir/x.pth"):
+    for out in (".", "/", "nodir/x.pth"):
         assert_refused(call(checkpoint, run / "model.pth", out), "cannot be written")
     assert (run / "model.pth").read_bytes() == before
 
@@ -235,8 +260,50 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_atomically(tmp_path, lambda file: file.write(b"over a folder"))
 
 
+def test_what_is_no_file_is_not_written(call, trained, tmp_path, monkeypatch):
+    """To root, a device is a file like another that can be replaced."""
+    os.mkfifo(tmp_path / "device.gif")
+    monkeypatch.setattr(inference, "sample", None)
+    for result in (call(checkpoint, trained / "model.pth", tmp_path / "device.gif"),
+                   call(measure.classifier, "--out", tmp_path / "device.gif"),
+                   call(measure.benchmark, "--json", tmp_path / "device.gif"),
+                   call(inference, "--checkpoint", trained, "--out", tmp_path / "device.gif")):
+        assert_refused(result, "device.gif cannot be written: it is no file")
+    assert (tmp_path / "device.gif").is_fifo() and os.listdir(tmp_path) == ["device.gif"]
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    """A checkpoint may lie on another disk than its run folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "run" / "model.pth"
+    link.symlink_to("../disk/big.pth")
+    for content in (b"first", b"second"):
+        write_atomically(link, lambda file, content=content: file.write(content))
+        assert link.is_symlink() and (tmp_path / "disk" / "big.pth").read_bytes() == content
+    assert os.listdir(tmp_path / "disk") == ["big.pth"] and os.listdir(tmp_path / "run") == ["model.pth"]
+
+
+def test_a_run_folder_stands_for_its_checkpoint(call, trained, tmp_path):
+    for source in (trained, trained / "model.pth"):
+        assert call(checkpoint, source, tmp_path / f"{source.name}.pth")[0] == 0
+    assert (tmp_path / "run.pth").read_bytes() == (tmp_path / "model.pth.pth").read_bytes()
+    (tmp_path / "empty").mkdir()
+    assert_refused(call(checkpoint, tmp_path / "empty", tmp_path / "a.pth"), "empty holds no model.pth")
+
+
+def test_an_eta_that_no_sampler_asks_for(call, trained, tmp_path):
+    small = tmp_path / "small.pth"
+    assert_refused(call(checkpoint, trained, small, "--eta", 0.5), "--eta", "ddim", "dpm")
+    assert_refused(call(train, *TINY, "--eta", 0.5, "--run-dir", tmp_path / "run"), "--eta", "ddim", "dpm")
+    assert not small.exists() and not (tmp_path / "run").exists()
+    assert call(checkpoint, trained, small, "--eta", 0.5, "--sampler", "ddim")[0] == 0
+    assert (load_checkpoint(small)["config"].eta, load_checkpoint(small)["config"].sampler) == (0.5, "ddim")
+
+
 def test_weights_to_share(saved, call):
     path, model = saved
+    change(path, config={**vars(CONFIG), "data_dir": "/home/me/pictures"})  # which concerns nobody
     small = path.with_name("small.pth")
     code, out, _ = call(checkpoint, path, small, "--guidance", 1.25)
     assert code == 0 and "trained for 7 steps" in out

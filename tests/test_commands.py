@@ -1,7 +1,7 @@
 """What every command promises: one line for each mistake, no traceback, whatever it is started in."""
 
 from support import parallel
-from support.commands import Parser, UserError, catch_signals, pick_device, run
+from support.commands import Parser, UserError, catch_signals, dtype_of, pick_device, resolve_precision, run
 from support.files import lock_dir, make_dir
 
 import json
@@ -16,6 +16,12 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
 import checkpoint
+import fid_computer
+import generator
+import measure.benchmark
+import measure.classifier
+import measure.results
+import measure.score
 import train
 
 COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
@@ -60,6 +66,13 @@ def test_how_threads_wait_is_up_to_the_user(given, stand_in):
     assert json.loads(start("train", env=stand_in | given).stdout) == given
 
 
+@pytest.mark.parametrize("name", ["train", "measure.score"])
+def test_a_library_that_is_not_installed(name, stand_in, tmp_path):
+    for module in ("torch", "numpy"):
+        (tmp_path / "site" / module / "__init__.py").write_text("import a_library_that_nobody_has")
+    assert_refused(start(name, env=stand_in), "a_library_that_nobody_has", "pip install -r requirements.txt")
+
+
 def closed_pipe():
     """The writing end of a pipe that nobody reads."""
     reader, writer = os.pipe()
@@ -82,6 +95,19 @@ def test_closed_streams(closed, tmp_path):
     words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in closed])
     assert process.wait(HANGS) == 0
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
+
+
+FULL = "/dev/full"  # what is written there finds no space left
+
+
+@pytest.mark.parametrize("err", ["full", "unread"])
+def test_a_run_outlives_its_bar(err, tmp_path):
+    """Standard error on a full disk, or a pipe that nobody reads: the run goes on, and ends well."""
+    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    with open(FULL if err == "full" else closed_pipe(), "w") as stream:
+        process = subprocess.run(words, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=HANGS)
+    assert process.returncode == 0 and "trained in" in process.stdout
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
 
 
@@ -136,6 +162,66 @@ def test_devices_that_cannot_be_used(name):
     with pytest.raises(UserError, match="--device") as caught:
         pick_device(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "flags"), [
+    (train, ["--run-dir", ""]), (train, [*TINY, "--data-dir", ""]), (generator, ["--real", ""]),
+    (generator, ["--fake", ""]), (generator, ["--data-dir", ""]), (fid_computer, ["--real", ""]),
+    (fid_computer, ["--fake", ""]), (fid_computer, ["--weights", ""]), (fid_computer, ["--save-stats", ""]),
+    (checkpoint, ["", "x.pth"]), (checkpoint, ["model.pth", ""]), (measure.score, ["--images", ""]),
+    (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
+    (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
+    (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
+    (measure.benchmark, ["--json", ""])])
+def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
+    """As an unset variable of a shell leaves it."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(module, *flags), "is empty")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_names_the_command_that_helps(name):
+    process = start(name, "--no-such-flag", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    named = f"python -m {name}" if "." in name else f"{name}.py"
+    assert_refused(process, f"({named} --help lists what there is)")
+
+
+def test_the_fastest_device_is_picked_by_itself(monkeypatch):
+    """Here there is none but the CPU, so an attempt to use another one says which."""
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert pick_device() == torch.device("cpu")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        with pytest.raises(UserError, match="--device mps cannot"):
+            pick_device()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(UserError, match="--device cuda cannot"):
+            pick_device()
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_the_precision_follows_from_the_hardware(monkeypatch):
+    """bf16 only where there are matrix units for it; and what is asked for is what one gets."""
+    for capabilities, wanted in (({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"),
+                                 ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert resolve_precision("auto", torch.device("cpu")) == wanted
+    for supported, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, supported=supported: supported or including_emulation)
+        assert resolve_precision("auto", torch.device("cuda")) == wanted
+    assert resolve_precision("auto", torch.device("mps")) == "fp32"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert dtype_of(name, torch.device("cpu")) == dtype
+
+
+def test_ctrl_c_is_one_word(capsys):
+    def pressed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run(pressed)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_a_mistaken_flag_is_one_line(capsys):
@@ -230,7 +316,7 @@ def test_a_lock_ends_with_its_block(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere"):
+    for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere", "/proc"):
         with pytest.raises(UserError, match="cannot be written"):
             make_dir(path)
 
@@ -257,6 +343,17 @@ def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
     assert (tmp_path / "run" / "model.pth").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_work_for_one_process_is_done_once(rank, trained, tmp_path):
+    """Two that write one file at the same time would get into each other's way."""
+    environment = {**os.environ, **TORCHRUN, "RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    for name, *flags in (["checkpoint", str(trained), str(tmp_path / "a.pth")],
+                         ["inference", "--checkpoint", str(trained), "--out", str(tmp_path / "a.png")]):
+        process = start(name, *flags, env=environment)
+        assert process.returncode == 0 and process.stdout.count("\n") == (not rank), process.stderr
+    assert len(os.listdir(tmp_path)) == (0 if rank else 2)
+
+
 def test_shares_cover_everything_once(monkeypatch):
     for world in (1, 2, 3, 7):
         for n in (0, 1, 9, 64):
@@ -267,6 +364,16 @@ def test_shares_cover_everything_once(monkeypatch):
                 parts.append(range(n)[parallel.share(n)])
             assert [i for part in parts for i in part] == list(range(n))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["block", "wait"]), (1, ["wait", "block"])])
+def test_the_first_process_is_first(rank, order, monkeypatch):
+    done = []
+    monkeypatch.setattr(parallel, "RANK", rank)
+    monkeypatch.setattr(parallel, "wait", lambda: done.append("wait"))
+    with parallel.first_process_first():
+        done.append("block")
+    assert done == order
 
 
 @pytest.mark.parametrize(("error", "words"), [

@@ -118,6 +118,7 @@ def download(mnist, monkeypatch):
     arriving = [4, None]
 
     def fetch(url, download_root, filename, md5):
+        assert 0 < socket.getdefaulttimeout() <= 10  # a network that swallows packets does not hang the run
         if not arriving[0]:
             raise arriving[1]
         arriving[0] -= 1
@@ -156,11 +157,13 @@ def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys, mon
 
 def test_mnist_is_downloaded(tmp_path, monkeypatch, mnist, download, capsys):
     monkeypatch.chdir(tmp_path)
+    before = socket.getdefaulttimeout()
     for name, folder in (("auto", "."), ("mnist", tmp_path / "new")):
         download(4, None)
         assert torch.equal(load_dataset(name, folder, train=False).images, load_dataset("mnist", mnist, False).images)
         assert f"downloading MNIST into {Path(folder) / 'MNIST'} ..." in capsys.readouterr().err
         assert sorted(os.listdir(Path(folder) / "MNIST/raw")) == sorted(os.listdir(mnist / "MNIST/raw"))
+        assert socket.getdefaulttimeout() == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the MD5 sum is another"), OSError(28, "No space left on device"),

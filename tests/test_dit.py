@@ -88,6 +88,21 @@ def test_untrained_block_is_the_identity_and_output_is_zero():
     assert not model(torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999]), torch.tensor([0, 9, 10])).any()
 
 
+def test_how_weights_start():
+    """As the paper's code has it: Xavier for what is linear, the time's MLP and the labels at 0.02, biases at 0."""
+    model = DiT(16, 2, channels=3, num_classes=200, hidden_size=64, depth=2, num_heads=2)
+    zero = {"final_layer.linear.weight"} | {name for name, _ in model.named_parameters() if "modulation" in name}
+    for name, weight in model.named_parameters():
+        if name in zero or name.endswith("bias"):
+            assert not weight.any(), name
+        elif name.startswith(("time_embedding", "label_embedding")):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05) and weight.abs().max() > 0.05, name
+        else:
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.97 * bound < weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
 def test_all_weights_learn():
     """After a few steps every weight has a gradient: the zeros do not cut a part of the network off."""
     model = DiT(8, 2, hidden_size=32, depth=2, num_heads=2)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import HANGS
 from PIL import Image
 from pytorch_fid import inception
 from sklearn.datasets import load_digits
@@ -93,7 +94,7 @@ def fails(call, tmp_path):
 def command(*args, script=(SCRIPT,), **env):
     # A dead proxy makes sure that nothing is downloaded, where there is a network too.
     env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, *script, *args], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *script, *args], env=env, capture_output=True, text=True, timeout=HANGS)
 
 
 def assert_failed(result, *words):

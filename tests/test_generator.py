@@ -189,3 +189,48 @@ def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch)
     code, _, err = call(generator, "--checkpoint", trained / "model.pth", "--count", 7, *folders(tmp_path))
     assert code == 0 and "only 5 training images" in err
     assert len(read(tmp_path / "real")) == 5 and len(read(tmp_path / "fake")) == 7
+
+
+def test_each_process_has_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(generator.parallel, "wait", lambda: None)
+    monkeypatch.setattr(generator.parallel, "WORLD", 3)
+    (tmp_path / "000001_1.png").touch()
+    (tmp_path / "settings.json").write_text("{}")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(generator.parallel, "RANK", rank)
+        shares.append(generator.open_folder(tmp_path, 8, {}))
+    assert shares == [[0, 2], [3, 4], [5, 6, 7]]
+
+
+def test_another_model_under_the_same_name(call, trained, tmp_path):
+    model = tmp_path / "model.pth"
+    flags = ["--checkpoint", model, "--count", 3, *folders(tmp_path)]
+    content = torch.load(trained / "model.pth", weights_only=True)
+    torch.save(content, model)
+    assert call(generator, *flags)[0] == 0
+    torch.save(content | {"ema": {name: 2 * value for name, value in content["ema"].items()}}, model)
+    assert_refused(call(generator, *flags), "another checkpoint", tmp_path / "fake")
+
+
+def test_no_image_is_half_written(call, trained, tmp_path, monkeypatch):
+    """The disk is full within the third one: those before it are whole, and what is left of it is no image."""
+    flags = ["--checkpoint", trained / "model.pth", "--count", 5, *folders(tmp_path)]
+    original, calls = Image.Image.save, []
+
+    def full(image, path, *args):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(28, os.strerror(28))
+        original(image, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert_refused(call(generator, *flags), "No space left", "the images before it are kept")
+    assert len(read(tmp_path / "real")) == 2 and not read(tmp_path / "fake")
+    assert call(generator, *flags)[0] == 0
+    assert len(read(tmp_path / "real")) == len(read(tmp_path / "fake")) == 5
+    for path in tmp_path.glob("*/*.png"):
+        with Image.open(path) as image:
+            image.load()

@@ -174,6 +174,7 @@ def test_parse_labels():
     assert parse_labels(["207", "360"], thousand) == [207, 360]
     assert parse_labels(None, thousand) == list(range(10))
     assert parse_labels(None, ("cat", "dog")) == [0, 1]
+    assert parse_labels(["31"], tuple(f"a{i}" for i in range(40))) == [31]  # two digits only where a digit is a class
 
 
 def test_labels_by_name():
@@ -340,7 +341,10 @@ def test_noise_is_standard_normal_and_fresh():
     vectors = torch.cat([first, second]).flatten(1)
     correlation = torch.corrcoef(vectors) - torch.eye(100)
     assert correlation.abs().max() < 0.2
-    assert not torch.equal(noise_source(1, [0], (1, 28, 28), "cpu")(), first[:1])
+    # No two pairs of seed and index share their noise, whatever way there is to mix the two numbers
+    pairs = [(seed, k) for seed in (0, 1, 2, 2**32, 2**63 - 1) for k in (0, 1, 2, 3)]
+    noises = torch.cat([noise_source(seed, [k], (1, 28, 28), "cpu")() for seed, k in pairs]).flatten(1)
+    assert (torch.corrcoef(noises) - torch.eye(len(pairs))).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3), (1, 28, 28)])

@@ -16,12 +16,16 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     assert orthogonalize(torch.zeros(1, 3, 5)).eq(0).all()
 
 
-def test_steps_are_those_of_torch():
-    """Against torch's own Muon, which computes in bfloat16, on a few steps of a quadratic problem."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_steps_are_those_of_torch(dtype, tolerance, monkeypatch):
+    """Against torch's own Muon, on a few steps of a quadratic problem. It casts to bfloat16 by itself, where the order
+    of a sum shows: without that cast both are the same."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     shapes = [(16, 8), (8, 8), (16, 8), (8, 24)]
     start, goal = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     results = []
-    for make in (lambda p: Muon(p, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16),
+    for make in (lambda p: Muon(p, lr=0.02, weight_decay=0.1, dtype=dtype),
                  lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.1, ns_steps=4, adjust_lr_fn="match_rms_adamw")):
         weights = [weight.clone().requires_grad_() for weight in start]
         optimizer = make(weights)
@@ -31,7 +35,7 @@ def test_steps_are_those_of_torch():
             optimizer.step()
         results.append(torch.cat([(weight - before).flatten() for weight, before in zip(weights, start, strict=True)]))
     ours, theirs = results
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert (ours - theirs).norm() < tolerance * theirs.norm() and theirs.norm() > 0.1
 
 
 def test_bfloat16_is_as_good():

@@ -151,3 +151,28 @@ def test_fid_does_not_depend_on_the_number_of_processes(command, weights, tmp_pa
     assert together.split()[0] == "FID" and together.split()[2:] == alone.stdout.split()[2:]
     assert float(together.split()[1]) == pytest.approx(float(alone.stdout.split()[1]), rel=1e-3)
     assert np.load(tmp_path / "stats.npz")["count"] == 5
+
+
+TOGETHER = """
+import numpy as np, torch
+from support import parallel
+@parallel.one_for_all()
+def main():
+    parallel.join("cpu")
+    rank = parallel.RANK
+    assert parallel.largest(15 * (rank == 1)) == 15 and parallel.largest(-rank) == 0
+    numbers = torch.tensor([1.0, rank])
+    parallel.add_up(numbers)
+    assert numbers.tolist() == [2, 1]
+    assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert parallel.gather(np.arange(5)[parallel.share(5)]).tolist() == [0, 1, 2, 3, 4]
+    assert parallel.gather(np.arange(1)[parallel.share(1)]).tolist() == [0]
+    print("all is well")
+main()
+"""
+
+
+def test_what_processes_do_together(tmp_path):
+    """The largest number, sums, and arrays in the order of ranks, some of which are empty; one of them speaks."""
+    (tmp_path / "script.py").write_text(TOGETHER)
+    assert finish(torchrun(2, tmp_path / "script.py")) == "all is well\n"

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from conftest import REPOSITORY, assert_refused
+from matplotlib.figure import Figure
 from PIL import Image
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -55,6 +56,27 @@ def test_samplers(call, checkpoint, parts, tmp_path):
         assert image.width > 1000
 
 
+def test_lines_of_the_plot_are_those_of_the_table(call, checkpoint, tmp_path, monkeypatch):
+    seen, original = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (seen.append(figure),
+                                                                             original(figure, *args, **options))[1])
+    path = checkpoint("run", 1.0) / "model.pth"
+    code, out, err = call(results, "samplers", "--checkpoint", path, "--samplers", "ddim", "--steps", 3, 2,
+                          "--guidance", 1, 2, "--count", 100, "--out", tmp_path)
+    assert code == 0, err
+    rows = [row for row in out.splitlines() if row.startswith("| ddim")]
+    cells = [[cell.strip().split("%, ") for cell in row.split("|")[3:-1]] for row in rows]
+    real = re.search(r"100 real ones: ([0-9.]+)%, ([0-9.]+)", out)
+    for axes, part, sign in zip(seen[0].axes, (1, 0), (1, -1), strict=True):  # Fréchet distance, share misread
+        lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+        expected = [float(real[2 if part else 1]) / (1 if part else 100), *(
+            float(cell[part]) / (1 if part else 100) for row in cells[::-1] for cell in row)]
+        shown = [lines["real images"][0][1], *(lines[f"ddim, guidance {guidance}"][i][1] for i in range(2)
+                                               for guidance in (1, 2))]
+        assert shown == pytest.approx([value if sign == 1 else 1 - value for value in expected], abs=1e-3)
+        assert [lines[f"ddim, guidance {guidance}"][:, 0].tolist() for guidance in (1, 2)] == [[2, 3], [4, 6]]
+
+
 def test_runs(call, checkpoint, tmp_path):
     folders = [checkpoint("a", 10.0, steps=5), checkpoint("b", 20.0, steps=5, seed=1), checkpoint("c", 99.0, steps=50)]
     code, out, err = call(results, "runs", *folders, "--count", 100, "--out", tmp_path)
@@ -68,8 +90,9 @@ def test_runs(call, checkpoint, tmp_path):
             assert image.width > 500
 
 
-def test_mistakes(call, checkpoint, tmp_path):
+def test_mistakes(call, checkpoint, tmp_path, monkeypatch):
     path = checkpoint("run", 1.0)
+    monkeypatch.setattr(results, "open_judge", None)  # they are found before the work
     assert_refused(call(results, "runs", tmp_path / "none", "--out", tmp_path), "none")
     assert_refused(call(results, "runs", path, "--count", 5, "--out", tmp_path), "--count 5")
     assert_refused(call(results, "samplers", "--checkpoint", path / "model.pth", "--steps", 0, "--count", 10,

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from conftest import TINY, assert_refused, train_until
+from matplotlib.figure import Figure
 
 import train
 from checkpoint import load_checkpoint
@@ -31,6 +32,19 @@ def test_a_row_holds_the_means_since_the_last_one(tmp_path):
         log.write(3, 0.25)
     assert (tmp_path / "log.csv").read_text().splitlines() == [
         ",".join(NAMES), "2,4.5,4.2,4.5,nan,6,0.5", "3,3,nan,nan,1,9,0.25"]
+
+
+def test_the_plot_shows_each_column_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text(",".join(NAMES) + "\n1,10,11,12,13,14,0.5\n3,20,21,22,nan,24,0.25\n")
+    seen, original = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (seen.append(figure.axes[0]),
+                                                                             original(figure, *args, **options))[1])
+    run_log.plot_loss(tmp_path / "log.csv", tmp_path / "loss.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in seen[0].lines}
+    assert (tmp_path / "loss.png").exists() and seen[0].lines[0].get_color() == "black"
+    assert lines.pop("t = 50-74")[0] == [1, 13]
+    assert lines == {"all t": [[1, 10], [3, 20]], "t = 0-24": [[1, 11], [3, 21]], "t = 25-49": [[1, 12], [3, 22]],
+                     "t = 75-99": [[1, 14], [3, 24]]}
 
 
 def test_losses_that_are_not_finite_are_noticed(tmp_path):
@@ -77,6 +91,14 @@ def test_the_bar_counts_images_from_where_the_run_goes_on(tmp_path):
 def test_rows_that_are_whole(text, steps, whole):
     rows, all_whole = sound_rows(",".join(NAMES) + "\r\n" + text, NAMES)
     assert [int(row[0]) for row in rows] == steps and all_whole == whole
+
+
+@pytest.mark.parametrize(("step", "kept"), [(3, [2]), (4, [2, 4]), (5, [2, 4]), (9, [2, 4, 6])])
+def test_rows_up_to_the_checkpoint_are_kept(tmp_path, step, kept):
+    """Of the checkpoint's own step too; what comes after it comes again."""
+    (tmp_path / "log.csv").write_text("".join(f"{row}\n" for row in (",".join(NAMES), *(
+        f"{i},1,1,1,1,1,1" for i in (2, 4, 6)))))
+    assert [int(row[0]) for row in run_log.kept_rows(tmp_path / "log.csv", NAMES, step)] == kept
 
 
 def test_another_header_is_no_log_of_ours():

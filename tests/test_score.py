@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, assert_refused
-from PIL import Image
+from PIL import Image, ImageDraw
 from threadpoolctl import threadpool_limits
 
 import measure.score
@@ -177,6 +177,7 @@ def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
 
     balanced = torch.arange(200) % 10
     assert drawn(balanced, 200)[1].tolist() == [20] * 10
+    assert drawn(torch.arange(26) % 10, 26)[1].tolist() == [3] * 6 + [2] * 4
     assert drawn(None, 200)[1][0] > 40  # as in the real set
     assert drawn(balanced[balanced != 3], 180)[1][3] > 0  # a missing class is no excuse for itself
     assert torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200)[0])
@@ -258,6 +259,18 @@ def test_training_images_passed_off_as_fakes_show_as_copies_alone(judge, parts):
     assert judge(mixed, None)["fake"]["copies"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_copies_are_told_by_the_limit_of_their_digit(judge, classifier, parts):
+    """By hand: nearer to a training image than 99 % of the test images that are read alike."""
+    noise = torch.randn(parts[0].images.shape, generator=torch.Generator().manual_seed(0))
+    fakes = (parts[0].images + 40 * torch.rand(599, 1, 1, 1) * noise).clamp(0, 255).byte()
+    reads, test_reads = (embed(classifier, images)[1].argmax(dim=1) for images in (fakes, parts[1].images))
+    distances, test_distances = (nearest(images, parts[0].images)[0] for images in (fakes, parts[1].images))
+    copies = [distances[i] < test_distances[test_reads == reads[i]].quantile(0.01) for i in range(599)]
+    share = sum(copies).item() / 599
+    assert judge(fakes, None)["fake"]["copies"] == pytest.approx(share, abs=1e-6)
+    assert 0.1 < share < 0.9
+
+
 def test_without_labels_all_but_the_accuracy_is_known(good, judge, parts):
     result = judge(parts[2].images, None)
     assert math.isnan(result["fake"]["accuracy"]) and not math.isnan(result["real"]["accuracy"])
@@ -286,6 +299,28 @@ def test_the_report_counts_and_warns(good):
     assert "warning" not in report(good | {"count": 2000})
 
 
+def test_each_figure_of_the_report_is_in_its_own_column():
+    numbers = (i / 1000 for i in range(1, 1000))
+
+    def figures(count):
+        names = (*METRICS, "accuracy", "nearest", "copies")
+        return {"count": count, "reference": count, "ratio": 1000 * next(numbers),
+                "fake": {name: next(numbers) for name in names}, "real": {name: next(numbers) for name in names}}
+
+    result = figures(3000) | {"reference": 2999, "classes": [figures(300 + digit) for digit in range(10)]}
+    lines = report(result).splitlines()
+    fake, real = result["fake"], result["real"]
+    assert lines[1].split()[2:] == [f"{fake['frechet']:.3f}", f"{real['frechet']:.3f}", "ratio", "1.00"]
+    for line, name in zip(lines[2:9], ("precision", "recall", "density", "coverage", "accuracy", "nearest", "copies"),
+                          strict=True):
+        assert line.split()[-2:] == [f"{fake[name]:.3f}", f"{real[name]:.3f}"], name
+    for digit, line in enumerate(lines[11:21]):
+        part = result["classes"][digit]
+        pairs = [f"{part['fake'][name]:.3f} ({part['real'][name]:.3f})" for name in ("frechet", "recall", "coverage")]
+        assert line.split() == f"{digit} {300 + digit} {part['fake']['accuracy']:.3f} {' '.join(pairs)}".split()
+    assert "real: 2,999 training images" in lines[22]
+
+
 def test_pictures(classifier, parts):
     images = torch.cat([parts[2].images[:50], parts[0].images[3:4]])
     picture = nearest_picture(images, parts[0], each=3)
@@ -304,6 +339,9 @@ def test_pictures(classifier, parts):
     for place, k in enumerate(order[:12]):  # the worst first, row by row
         top, left = 2 + place // 10 * (96 + 2), 2 + place % 10 * (84 + 2)
         assert np.array_equal(np.asarray(picture)[top:top + 84:3, left:left + 84:3], images[k, 0]), place
+        caption = Image.new("L", (80, 12))  # 80 of 84 pixels: text begins at the fifth
+        ImageDraw.Draw(caption).text((0, 0), f"{labels[k]} read {probs[k].argmax()}", fill=255)
+        assert np.array_equal(np.asarray(picture)[top + 84:top + 96, left + 4:left + 84], np.asarray(caption)), place
 
 
 def test_the_nearest_come_first(parts):
@@ -491,6 +529,8 @@ def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp
     monkeypatch.setattr(classifier_script, "load_dataset", None)
     for out in (tmp_path / "none" / "x.pth", tmp_path):
         assert_refused(call(classifier_script, "--out", out), out, "cannot be written")
+    for seed in (-1, 2**63, 10**30):
+        assert_refused(call(classifier_script, "--out", tmp_path / "x.pth", "--seed", seed), f"seed is {seed}")
 
 
 def test_a_classifier_is_written(call, parts, tmp_path, monkeypatch):

@@ -4,17 +4,25 @@ import copy
 import csv
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_refused, same, train_until
+from conftest import REPOSITORY, TINY, assert_refused, same, train_until
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
+import generator
 import inference
+import measure.score
 import train
 from checkpoint import load_checkpoint
 from config import PRESETS, Config
@@ -105,6 +113,30 @@ def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tm
     assert (run / "samples_000006.png").read_bytes() == (trained / "samples_000006.png").read_bytes()
     assert "samples_000006.png" in (run / "index.html").read_text()
     assert (run / "model.pth").read_bytes() == before
+
+
+def test_the_time_of_a_resumed_run_goes_on(call, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(run / "model.pth", weights_only=True)
+    torch.save(content | {"seconds": 1e6}, run / "model.pth")
+    code, out, _ = call(train, *TINY, "--steps", 7, "--run-dir", run, "--resume")
+    assert code == 0 and load_checkpoint(run / "model.pth")["seconds"] >= 1e6 and "trained in 1000" in out
+
+
+def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
+    """With the checkpoint's name, but for the run folder in which inference.py looks by itself."""
+    monkeypatch.chdir(tmp_path)
+    for folder, command in (("run", "inference.py"), ("my run", "inference.py --checkpoint 'my run/model.pth'")):
+        code, out, _ = call(train, *TINY, "--steps", 1, "--run-dir", folder)
+        assert code == 0 and out.endswith(f"draw with: python {command}\n")
+        assert call(inference, *shlex.split(command)[1:], "--count", 1)[0] == 0
+
+
+def test_flags_override_the_preset(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "S", dict(loss="l1", process="ddpm", steps=2, lr=0.125, hidden_size=64))
+    assert call(train, "--preset", "S", *TINY, "--steps", 1, "--lr", 0.5, "--run-dir", tmp_path / "run")[0] == 0
+    config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
+    assert (config.loss, config.process, config.steps, config.lr, config.hidden_size) == ("l1", "ddpm", 1, 0.5, 32)
 
 
 def test_deeper_networks_resume(call, tmp_path):
@@ -222,14 +254,16 @@ def test_from_a_notebook(tmp_path, monkeypatch):
 
 def test_a_trained_model_is_never_overwritten(call, trained):
     before = (trained / "model.pth").read_bytes()
-    assert_refused(call(train, *TINY, "--run-dir", trained), "model.pth exists", "--resume")
+    assert_refused(call(train, *TINY, "--steps", 7, "--run-dir", trained), "model.pth exists", "--resume")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 5), "--steps")
     assert_refused(call(train, *TINY, "--run-dir", trained, "--resume", "--steps", 8, "--lr", 0.1, "--seed", 1),
                    "lr 0.004 -> 0.1", "seed 0 -> 1")
     assert (trained / "model.pth").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, log_every):
+    """At the next row of the log, or else before the next checkpoint."""
     run = tmp_path / "run"
     original = train.train_step
 
@@ -237,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch):
         return original(*args) * (float("nan") if args[-1] == 4 else 1)
 
     monkeypatch.setattr(train, "train_step", explode)
-    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
+    result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--log-every", log_every, "--run-dir", run)
     assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth")["step"] == 3
 
@@ -335,6 +369,11 @@ def test_batch():
     dropped = y == 10
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(((x_0[:, 0, 0, 0] + 1) * 127.5 / 25).round().long()[~dropped], y[~dropped])
+    # Each image as it is, and as often as any other
+    images, config = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8), Config(batch_size=20_000, label_dropout=0)
+    drawn, y, *_ = make_batch(images, torch.arange(5), DDPM(), config, 0)
+    assert torch.equal(drawn, images[y].float() / 127.5 - 1)
+    assert y.bincount().tolist() == pytest.approx([4000] * 5, rel=0.06)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
@@ -470,3 +509,81 @@ def test_unwritable_while_training(call, tmp_path, monkeypatch):
     assert_refused(call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run), "No space left")
     assert load_checkpoint(run / "model.pth")["step"] == 3
     assert sorted(path.name for path in run.iterdir()) == ["log.csv", "model.pth"]
+
+
+# What a run has learned, read by a classifier of another library
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run of the command that has learned scikit-learn's digits."""
+    run = tmp_path_factory.mktemp("learned") / "run"
+    flags = ["--dataset", "digits", "--hidden-size", "48", "--depth", "2", "--steps", "600", "--lr", "0.006",
+             "--precision", "fp32", "--device", "cpu", "--run-dir", run]
+    process = subprocess.run([sys.executable, REPOSITORY / "train.py", *flags], text=True, capture_output=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def read():
+    """What scikit-learn's classifier, that knows its own digits alone, reads in greys 0..255 (N, 8, 8)."""
+    digits = load_digits()
+    classifier = SVC(gamma=0.001).fit(digits.data, digits.target)
+    return lambda images: classifier.predict(np.asarray(images, dtype=float).reshape(-1, 64) * 16 / 255).tolist()
+
+
+def alike(a, b):
+    """The share of labels that are the same in two lists."""
+    return np.mean([x == y for x, y in zip(a, b, strict=True)])
+
+
+def tiles(path, columns):
+    """The images (N, 8, 8) of a grid, row by row, each of which is enlarged by 7."""
+    picture = np.asarray(Image.open(path))[2:, 2:]
+    return [picture[top:top + 56:7, left:left + 56:7] for top in range(0, picture.shape[0], 58)
+            for left in range(0, 58 * columns, 58)]
+
+
+@pytest.mark.parametrize(("flags", "share"), [([], 0.95), (["--guidance", 1], 0.9)])
+def test_what_was_learned_is_in_the_files_that_generator_writes(call, learned, read, tmp_path, flags, share):
+    """With guidance and without, each file shows the digit that its name says; so do the real ones."""
+    code, _, err = call(generator, "--checkpoint", learned, "--count", 100, "--batch-size", 30, *flags,
+                        "--device", "cpu", "--real", tmp_path / "real", "--fake", tmp_path / "fake")
+    assert code == 0, err
+    for name, least in (("real", 0.99), ("fake", share)):
+        paths = sorted((tmp_path / name).glob("*.png"))
+        asked = [int(path.stem[7:]) for path in paths]
+        assert len(paths) == 100 and len({*asked}) == 10
+        assert alike(read([np.asarray(Image.open(path)) for path in paths]), asked) >= least
+
+
+def test_what_was_learned_is_drawn_when_asked_for(call, learned, read, tmp_path):
+    """In the grids of inference.py and of training, and at the end of a strip."""
+    flags = ["--checkpoint", learned, "--device", "cpu", "--out", tmp_path / "a.png"]
+    assert call(inference, *flags, "--labels", "31415", "--count", 8)[0] == 0
+    assert alike(read(tiles(tmp_path / "a.png", 5)), [3, 1, 4, 1, 5] * 8) > 0.9
+    assert call(inference, *flags, "--labels", 2, 7, 9, 0, 6, "--strip")[0] == 0
+    assert alike(read(tiles(tmp_path / "a.png", 7)[6::7]), [2, 7, 9, 0, 6]) > 0.7
+    assert alike(read(tiles(learned / "samples_000600.png", 10)), [*range(10)] * 6) > 0.9
+
+
+def test_what_was_learned_is_scored(call, learned):
+    code, out, err = call(measure.score, "--checkpoint", learned, "--count", 200, "--device", "cpu")
+    assert code == 0, err
+    assert float(re.search(r"read as the digit asked for +([0-9.]+)", out)[1]) > 0.9
+    assert {row.split()[0]: int(row.split()[1]) for row in out.splitlines() if re.match(r" {4}[0-9] ", row)} == {
+        str(digit): 20 for digit in range(10)}
+
+
+def test_what_draws_is_the_average(call, learned, read, tmp_path):
+    """Without the raw weights it draws as well, without the average it does not."""
+    content = torch.load(learned / "model.pth", weights_only=True)
+    assert not same(content["model"], content["ema"])
+    for gone, other in (("model", "ema"), ("ema", "model")):
+        noise = {name: torch.randn_like(value) * value.std() for name, value in content[gone].items()}
+        torch.save(content | {gone: noise}, tmp_path / "model.pth")
+        assert call(inference, "--checkpoint", tmp_path, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
+        share = alike(read(tiles(tmp_path / "a.png", 10)), [*range(10)] * 8)
+        assert share > 0.9 if other == "ema" else share < 0.4
