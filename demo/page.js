@@ -331,7 +331,8 @@ function useAsDrawing(image) {
 
 function redraw(extra, item) {
   const image = { label: Number(item), seed: seed(), place: 200, draw: ++draws };
-  const request = { kind: "draw", ...settings(), images: [{ ...image, picture: Float32Array.from(drawing), ...extra }] };
+  const picture = Float32Array.from(drawing);
+  const request = { kind: "draw", ...settings(), images: [{ ...image, picture, ...extra }] };
   if (item === "") request.guidance = 0;  // anything: no label is followed
   $("drawn").scrollIntoView({ block: "nearest", behavior: calm.matches ? "auto" : "smooth" });
   $("drawn-hint").hidden = true;
@@ -572,8 +573,9 @@ function check() {
     const largest = Math.max(...Object.values(found));
     $("checked").dataset.found = JSON.stringify(found);
     const verdict = largest < 1e-3 ? ["The same images", "图像相同"] : ["Other images", "图像不同"];
-    show($("checked"), `${verdict[0]}: of all pixels, from -1 to 1, the largest difference is ${largest.toExponential(1)}.`,
-         `${verdict[1]}：像素取值 -1 到 1，最大差别为 ${largest.toExponential(1)}。`);
+    const size = largest.toExponential(1);
+    show($("checked"), `${verdict[0]}: of all pixels, from -1 to 1, the largest difference is ${size}.`,
+         `${verdict[1]}：像素取值 -1 到 1，最大差别为 ${size}。`);
   });
 }
 
