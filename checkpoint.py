@@ -22,6 +22,7 @@ import dataclasses
 import math
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -143,8 +144,10 @@ def main():
     if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
         raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
-    # A path of this machine concerns nobody
-    config = dataclasses.replace(content["config"], data_dir=Config.data_dir, **given_flags(args))
+    config = content["config"]
+    # A path of this machine concerns nobody. The folder of a VAE is looked for beside its checkpoint too
+    vae = Path(config.vae).resolve().name if os.path.isdir(config.vae) else config.vae
+    config = dataclasses.replace(config, data_dir=Config.data_dir, vae=vae, **given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
 

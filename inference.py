@@ -20,6 +20,7 @@ from checkpoint import load_model
 from config import SAMPLING, add_flags, given_flags
 from dataset import BOUND, to_uint8
 from diffusion import SAMPLERS, build_process
+from latent.vae import load_vae
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
@@ -54,22 +55,24 @@ def sample(model, config, labels, indices=None):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    A generator: yields the noise (B, C, H, W), then x after each step; the last one is the images, in [-1, 1].
+    A generator: yields the noise (B, C, H, W), then x after each step; the last one is the images, in [-1, 1], or their
+    latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    shape = (config.channels, *config.image_size)
-    noise = noise_source(config.seed, indices, shape, labels.device, config.sample_steps)
-    process, options = build_process(config), {"eta": config.eta} if config.sampler == "ddim" else {}
+    noise = noise_source(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
+    process, bound = build_process(config), BOUND if config.clamp else math.inf
+    steps = process.descending_steps(config.sample_steps, config.spacing)
+    options = {"ddim": {"eta": config.eta}, "ddpm": {"spread": lambda: process.spread}}.get(config.sampler, {})
 
     def denoise(x, t):
-        return process.denoise(model, x, t, labels, config.guidance, BOUND)
+        return process.denoise(model, x, t, labels, config.guidance, bound, config.guided_channels)
 
     start = noise()
     yield start[:B]
-    for x in SAMPLERS[config.sampler](denoise, start, process.descending_steps(config.sample_steps), noise, **options):
+    for x in SAMPLERS[config.sampler](denoise, start, steps, noise, **options):
         yield x[:B]
 
 
@@ -78,14 +81,42 @@ def generate(model, config, labels, indices=None):
     return deque(sample(model, config, labels, indices), maxlen=1).pop()
 
 
+def to_images(x, config):
+    """Images uint8 (B, C, H, W) of a state x of `sample`: of latents, through their VAE. The one way to see a state."""
+    return to_uint8(find_vae(config, x.device).decode(x) if config.latent_shape else x)
+
+
+def find_vae(config, device):
+    """The `VAE` whose latents a configuration is of, with the statistics that the model has learned with. Raises
+    `UserError` when it is not there or is another one."""
+    return open_vae(config.vae, config.vae_hash, (config.channels, *config.image_size), config.latent_shape,
+                    config.latent_mean, config.latent_std, device)
+
+
+@functools.lru_cache(maxsize=1)
+def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
+    if not name:
+        raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
+    vae = load_vae(name, device)
+    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
+    if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
+        raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
+                        f"this model's are images {shape} out of latents {latent_shape}")
+    if fingerprint not in ("", vae.fingerprint):
+        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
+                        f"hash {vae.fingerprint}, not {fingerprint:.16}")
+    vae.normalize_by(mean, std)
+    return vae
+
+
 def batch_that_fits(config, device):
     """How many images to draw at once: an estimate, on the safe side, of what half of a GPU's free memory, or 2 GB of
     any other, holds; at most 4,096 on a GPU, and elsewhere 500, beyond which nothing gets quicker."""
-    tokens = math.prod(config.image_size) // math.prod(config.patch_size)
+    tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
     # What a block keeps for a token: qkv, its output and the MLP's two, in fp32; with guidance for two images
     floats = 2 * tokens * config.hidden_size * (8 + 2 * config.mlp_ratio)
     floats += 2 * tokens**2 * config.num_heads  # where attention has no kernel of its own
-    floats += 20 * config.channels * math.prod(config.image_size)  # the states, and noise drawn ahead
+    floats += 20 * math.prod(config.input_shape)  # the states, and noise drawn ahead
     free, most = (torch.cuda.mem_get_info(device)[0] / 2, 4096) if device.type == "cuda" else (2e9, 500)
     return int(min(max(free / (4 * floats), 1), most))
 
@@ -148,7 +179,14 @@ def load_for_sampling(args):
     args.checkpoint = find_checkpoint(args.checkpoint)
     device = pick_device(args.device)
     model, config = load_model(args.checkpoint, device, settings["precision"])
+    if "vae" in settings and not config.latent_shape:
+        raise UserError(f"{args.checkpoint} draws images without a VAE: leave --vae out")
+    beside = Path(args.checkpoint).parent / config.vae  # where weights are shared, their VAE is
+    if config.vae and not Path(config.vae).exists() and beside.is_dir():
+        settings = {"vae": str(beside), **settings}
     config = dataclasses.replace(config, **settings)
+    if config.latent_shape:
+        find_vae(config, device)
     if settings.get("eta") and config.sampler != "ddim":
         raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {config.sampler}: "
                         "add --sampler ddim, or leave --eta out")
@@ -165,7 +203,7 @@ def draw_states(model, config, labels, count, shown=1):
     kept = set(torch.linspace(total - 1, 0, min(total, shown)).round().long().tolist())
     states = tqdm(sample(model, config, y), total=total, desc=f"drawing {len(y)} images", unit="step", leave=False,
                   disable=None)
-    return torch.stack([to_uint8(x).cpu() for i, x in enumerate(states) if i in kept])
+    return torch.stack([to_images(x, config).cpu() for i, x in enumerate(states) if i in kept])
 
 
 def label_grid(images, config, labels):
@@ -178,10 +216,11 @@ def draw(labels=None, count=1, checkpoint=None, device=None, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0).
 
     labels: as `parse_labels` takes them. count: how many of each. checkpoint, device and settings (sampler,
-    sample_steps, guidance, eta, seed, precision): as the flags of these names. Raises `UserError`.
+    sample_steps, guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
     """
-    if settings.keys() - set(SAMPLING):
-        raise UserError(f"draw knows {', '.join(SAMPLING)}, but not {', '.join(settings.keys() - set(SAMPLING))}")
+    if settings.keys() - {*SAMPLING, "vae"}:
+        raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
+                        f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
     model, config = load_for_sampling(argparse.Namespace(checkpoint=checkpoint, device=device, **settings))
     labels = parse_labels(labels, config.class_names)
     return label_grid(draw_states(model, config, labels, count)[-1], config, labels)
@@ -201,6 +240,9 @@ def sampling_parser(description):
                         "else weights/mnist.pth)")
     add_flags(parser, SAMPLING)
     say_default(parser, set(SAMPLING) - {"seed", "precision"}, "the model's own")
+    parser.add_argument("--vae", default=argparse.SUPPRESS, help="of a model that draws latents, the VAE that makes "
+                        "images of them: a folder, or a name on the Hugging Face hub (default: where the model's own "
+                        "was when it was made)")
     add_device_flag(parser)
     return parser
 
