@@ -281,6 +281,17 @@ def test_files_that_are_cut_or_not_there(weights, call, tmp_path):
     assert path.read_bytes() == whole and not out.exists()
 
 
+def test_as_a_user_calls_it(command, weights, tmp_path):
+    torch.save(weights, tmp_path / "official.pt")
+    process = command("latent.import_dit", tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
+    assert process.returncode == 0 and process.stderr == ""
+    count = sum(weight.numel() for weight in weights.values()) - 16 * D  # the positions are no parameters
+    assert process.stdout.splitlines() == [
+        f"{tmp_path / 'xl.pth'}: {count:,} parameters, 2 blocks of width 48; "
+        "images of 64 x 64, 1,000 classes",
+        f"draw with: python inference.py --checkpoint {tmp_path / 'xl.pth'} --vae sd-vae-ft-ema --labels 207 360"]
+
+
 def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
     """--vae: the checkpoint knows the VAE, its statistics and its hash, and draws with no other encoder's."""
     config = json.loads((vae / "config.json").read_text())
