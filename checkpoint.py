@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from config import SAMPLING, Config, add_flags, given_flags
-from dit import build_model
+from dit import build_model, sincos_positions
 
 FORMAT = "dit-checkpoint-2"
 OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
@@ -127,9 +127,12 @@ def load_model(path, device="cpu", precision="auto"):
 
 
 def averaged_model(content, device="cpu", precision="auto"):
-    """The averaged model in the dict of `load_checkpoint`, to sample in that precision."""
-    model = build_model(content["config"])
-    model.load_state_dict(content["ema"])
+    """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
+    dict, where their type and device can stay."""
+    with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
+        model = build_model(content["config"])
+    model.load_state_dict(content["ema"], assign=True)
+    model.patch_embedding.positions = sincos_positions(model.grid, content["config"].hidden_size)
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)
 
 

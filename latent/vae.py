@@ -10,6 +10,7 @@ The root reads this file, so it imports `support` alone.
 from support.commands import UserError, first_line
 from support.files import make_dir, write_atomically
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -294,12 +295,12 @@ def find_files(name):
 def download(repository):
     """The same two paths of a VAE on the Hugging Face hub, from its cache where they are there already."""
     import huggingface_hub as hub  # here, since few need it
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return [Path(hub.hf_hub_download(repository, file, local_files_only=True)) for file in (CONFIG, WEIGHTS)]
-    except hub.errors.LocalEntryNotFoundError:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return [Path(hub.hf_hub_download(repository, file, local_files_only=True)) for file in (CONFIG, WEIGHTS)]
         print(f"downloading the VAE {repository} ...", file=sys.stderr)
-    try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries six times
         return [Path(hub.hf_hub_download(repository, file)) for file in (CONFIG, WEIGHTS)]
     except Exception as error:  # each of its layers fails in its own way

@@ -16,6 +16,7 @@ from PIL import Image
 import checkpoint
 import generator
 import inference
+import train
 from checkpoint import load_checkpoint, load_model
 from config import Config
 from dataset import to_uint8
@@ -24,6 +25,7 @@ from inference import generate, noise_source, parse_labels
 from latent import import_dit
 from latent.import_dit import class_names, make_config
 from latent.vae import VAE, load_vae, save_vae
+from measure.score import draw_fakes
 
 D, DEPTH, HEADS, CLASSES = 48, 2, 3, 1000
 
@@ -130,9 +132,54 @@ def test_output_equals_diffusers_put_right(weights, bring):
     assert (model.bfloat16()(x, t, y) - exact).abs().max() > 10 * difference
 
 
+class Plausible(torch.nn.Module):
+    """A network that is right about data N(0, 1), but for the label, and so keeps what it sees at that size."""
+
+    null_label = 1000
+
+    def forward(self, x, t, y):
+        noise = (1 - (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)).sqrt().float()[t].view(-1, 1, 1, 1)
+        return torch.cat([noise * x + 0.01 * torch.sin(y.view(-1, 1, 1, 1) + x), torch.cos(5 * x + t[0] / 50)], dim=1)
+
+
+class FirstAnswer(Plausible):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y).chunk(2, dim=1)[0]
+
+
+def official_samples(network, noise, y):
+    """What DiT's sample.py draws, with diffusers' scheduler: latents (B, 4, 8, 8) for the labels y (B,)."""
+    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
+                              timestep_spacing="linspace")
+    scheduler.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    scheduler.set_timesteps(250)
+    x = noise()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise())
+        for t in scheduler.timesteps:
+            cond, uncond = (network(x, t.expand(len(x)), labels) for labels in (y, torch.full_like(y, 1000)))
+            cond[:, :3] = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
+            x = scheduler.step(cond, t, x).prev_sample.float()
+    return x
+
+
+def test_the_settings_are_those_of_the_official_sampler():
+    """250 steps from 999 to 0, learned variance, guidance 4 on three channels, no clamping."""
+    config = make_config({name: torch.empty(shape, device="meta") for name, shape in official_shapes().items()}, {},
+                         HEADS)
+    y = torch.tensor([207, 360])
+    expected = official_samples(Plausible(), noise_source(0, range(2), (4, 8, 8), "cpu"), y)
+    assert 0.5 < expected.std() < 2
+    drawn = generate(Plausible(), config, y)
+    torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=0)
+    for other in (dict(variance="fixed"), dict(spacing="trailing"), dict(guided_channels=0), dict(guidance=3.0),
+                  dict(clamp=True), dict(sample_steps=249)):
+        network = Plausible() if "variance" not in other else FirstAnswer()
+        assert (generate(network, Config(**vars(config) | other), y) - expected).abs().max() > 0.01, other
+
+
 def test_draws_as_the_official_sampler_does(weights, bring, vae, call, tmp_path):
-    """The command's picture against diffusers' network, scheduler and VAE: 250 steps from 999 to 0, learned variance,
-    guidance 4 on three channels, no clamping, latents divided by 0.18215."""
+    """The command's picture against diffusers' network, scheduler and VAE."""
     path = bring(weights)
     code, out, err = call(inference, "--checkpoint", path, "--vae", vae, "--labels", "golden retriever", 360, "--count",
                           1, "--precision", "fp32", "--seed", 3, "--device", "cpu", "--out", tmp_path / "a.png")
@@ -141,19 +188,10 @@ def test_draws_as_the_official_sampler_does(weights, bring, vae, call, tmp_path)
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[:, -66:]
     shown = torch.stack([picture[:, :64, 2:66], picture[:, :64, 68:132]])
 
-    network, noise = diffusers_twin(weights), noise_source(3, range(2), (4, 8, 8), "cpu")
-    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
-                              timestep_spacing="linspace")
-    scheduler.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    scheduler.set_timesteps(250)
-    x, y = noise(), torch.tensor([207, 360])
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise())
-        for t in scheduler.timesteps:
-            cond, uncond = (network(x, timestep=t.expand(2), class_labels=labels).sample
-                            for labels in (y, torch.tensor([1000, 1000])))
-            cond[:, :3] = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
-            x = scheduler.step(cond, t, x).prev_sample.float()
+    twin = diffusers_twin(weights)
+    x = official_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample,
+                         noise_source(3, range(2), (4, 8, 8), "cpu"), torch.tensor([207, 360]))
+    with torch.no_grad():
         images = AutoencoderKL.from_pretrained(vae).decode(x / 0.18215).sample
     expected = ((images + 1) * 127.5).round().clamp(0, 255)
     assert expected.std() > 10
@@ -346,8 +384,8 @@ def test_shared_weights_find_the_vae_beside_them(weights, bring, vae, call, tmp_
 
 
 def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path):
-    """The grid, the strip, the animation, a notebook's picture and the folder of fakes are of the size of images, and
-    the same images."""
+    """The grid, the strip, the animation, a notebook's picture, the folder of fakes, those that are scored and the grid
+    of a training run show the same images, in their size."""
     path = bring(weights, "--vae", vae)
     flags = ["--checkpoint", path, "--labels", 0, 1, "--count", 1, "--sample-steps", 2, "--device", "cpu"]
     for extra, name in (([], "a.png"), (["--strip"], "b.png"), (["--gif"], "c.gif")):
@@ -366,6 +404,13 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path):
         assert np.array_equal(strip[2 + 66 * i:66 + 66 * i, -66:-2], expected)
     picture = inference.draw([0, 1], checkpoint=path, device="cpu", sample_steps=2, vae=str(vae))
     assert np.array_equal(np.asarray(picture), grid)
+    fakes, labels = draw_fakes(model, config, 2)
+    assert torch.equal(fakes, images) and labels.tolist() == [0, 1]
+    # The grid that training draws; it is of ten classes in six rows
+    train.draw_samples(train.Run(config, model, model, model, [], None), tmp_path / "d.png", "cpu", lambda: False)
+    with Image.open(tmp_path / "d.png") as sample_grid:
+        assert sample_grid.size == (2 + 10 * 66, 2 + 6 * 66)
+        assert np.array_equal(np.array(sample_grid)[2:66, 68:132], images[1].permute(1, 2, 0).numpy())
     for i, name in enumerate(("ant", "bee")):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.effect_noise((70, 90), 50).save(tmp_path / "data" / name / f"{i}.png")

@@ -225,6 +225,14 @@ def test_names_that_are_no_folder_and_no_name_of_a_hub(name, tmp_path, monkeypat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a..b", "a--b", "x" * 200])
+def test_names_that_the_hub_refuses(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be had from the Hugging Face hub") as caught:
+        load_vae(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_by_its_name_on_the_hub(folder, tmp_path, monkeypatch):
     """What is in its cache needs no network; what is not is asked for once."""
     import huggingface_hub as hub
