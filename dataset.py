@@ -200,8 +200,7 @@ def read_folder(root, train, image_size, channels):
     demand_memory(len(files), channels, image_size)
     images = torch.empty(len(files), channels, *image_size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
-        image = fit(read_image(file, "L" if channels == 1 else "RGB"), image_size)
-        images[i] = torch.from_numpy(np.array(image)).view(*image_size, channels).permute(2, 0, 1)
+        images[i] = to_tensor(fit(read_image(file, "L" if channels == 1 else "RGB"), image_size))
     return images, torch.tensor([label for _, label in files]), names
 
 
@@ -247,12 +246,17 @@ def available_memory():
     return math.inf
 
 
-def fit(image, size):
+def fit(image, size, resample=Image.Resampling.BICUBIC):
     """The centre of a PIL image, as much of it as has the shape of `size`, (height, width), and in that size."""
     width = min(image.width, image.height * size[1] / size[0])
     height = min(image.height, image.width * size[0] / size[1])
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return image.resize((size[1], size[0]), resample, box=(left, top, left + width, top + height))
+
+
+def to_tensor(image):
+    """A PIL image, grey or RGB, as uint8 (C, H, W)."""
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 BOUND = 1.0  # to_float's images lie in [-BOUND, BOUND]

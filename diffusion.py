@@ -24,10 +24,11 @@ class Process:
     x_0 (B, C, *size) is clean, in [-1, 1] where it holds pixels. t is a step 0..T-1; 0 has the least noise.
     signal, noise, error_scale (T,), float64: the shares of image and noise in x_t, and what the network's error at t is
     multiplied by in the loss. What training gathers by t is float32 on `device`.
+    spacing: of the steps that are taken to draw, see `descending_steps`.
     spread: of the step last denoised, where its variance lies between the two bounds that `ddpm` has.
     """
 
-    spread = 0.0
+    spacing, spread = "trailing", 0.0
 
     def __init__(self, signal, noise, error_scale, device="cpu"):
         self.T = len(signal)
@@ -69,15 +70,22 @@ class Process:
             output = torch.cat([uncond[:, :n] + guidance * (cond[:, :n] - uncond[:, :n]), cond[:, n:]], dim=1)
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
-    def descending_steps(self, count, spacing="trailing"):
+    def descending_steps(self, count, strength=1.0):
         """`count` of the T steps from T-1 on, for the samplers: a list of (t, (signal, noise) at t, (signal, noise) at
-        the step after it), of which the last leads to the clean image. spacing: "trailing", evenly (2305.08891, table
-        2), or "linspace", evenly with the step 0 as the last one, as in DiT's official code."""
-        if spacing == "linspace":
-            strides = itertools.repeat((self.T - 1) / max(count - 1, 1), count - 1)
-            steps = [round(t) for t in itertools.accumulate(strides, initial=0.0)][::-1] if count > 1 else [self.T - 1]
+        the step after it), of which the last leads to the clean image. How they are spaced says `self.spacing`:
+        "trailing", evenly (2305.08891, table 2), or "linspace", evenly with the step 0 as the last one, as in DiT's
+        official code.
+
+        strength: above 0, at most 1: the share of the T that they spread over, the least noisy ones; `count` or, where
+            that is less, all of these.
+        """
+        top = max(1, round(strength * self.T))
+        count = min(count, top)
+        if self.spacing == "linspace" and count > 1:
+            strides = itertools.repeat((top - 1) / (count - 1), count - 1)
+            steps = [round(t) for t in itertools.accumulate(strides, initial=0.0)][::-1]
         else:
-            steps = [round(self.T - i * self.T / count) - 1 for i in range(count)]
+            steps = [round(top - i * top / count) - 1 for i in range(count)]
         return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
 
 
@@ -195,9 +203,12 @@ class RectifiedFlow(Process):
 def build_process(config, device="cpu"):
     """The process of a `Config`."""
     if config.process == "flow":
-        return RectifiedFlow(config.T, config.shift, device)
-    kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
-    return kind(config.T, config.beta_start, config.beta_end, device)
+        process = RectifiedFlow(config.T, config.shift, device)
+    else:
+        kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
+        process = kind(config.T, config.beta_start, config.beta_end, device)
+    process.spacing = config.spacing
+    return process
 
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
@@ -262,6 +273,55 @@ def dpm(denoise, x, steps, noise):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
+
+
+# What to do with a sampler: these share one signature as well, and yield what they start from, then x after each step.
+#   process, sampler, count: whose steps to take, how, and how many      denoise, noise: as for the samplers
+
+
+def from_noise(process, sampler, denoise, noise, count):
+    """Draws new images."""
+    x = noise()
+    yield x
+    yield from sampler(denoise, x, process.descending_steps(count), noise)
+
+
+def edit(process, sampler, denoise, noise, count, picture, strength):
+    """SDEdit (2108.01073, algorithm 1): noises `picture`, like x or (1, C, *size), to a share `strength` of the T
+    steps, and denoises it from there. What the noise hides is drawn anew; of 1 that is nearly everything."""
+    steps = process.descending_steps(count, strength)
+    a, s = steps[0][1]
+    x = a * picture + s * noise()
+    yield x
+    yield from sampler(denoise, x, steps, noise)
+
+
+def inpaint(process, sampler, denoise, noise, count, picture, known, rounds=4):
+    """RePaint (2201.09865, algorithm 1): draws what `picture`, like x or (1, C, *size), is not `known` to be.
+
+    The known pixels are put in after each step, as noisy as x is by then. So they shape the next step, but what was
+    drawn beside them did not know them: each step is noised again and repeated, `rounds` times in all.
+    known: bool, broadcasts over x. x ends with just these pixels. The rest is drawn from about, not from just, the
+    conditional distribution: on Gaussians its mean is closer to the pixels' own mean than it should be.
+    """
+    steps = process.descending_steps(count)
+    (a, s), x = steps[0][1], noise()
+    x = torch.where(known, a * picture + s * x, x)
+    yield x
+    for t, (a, s), (a_after, s_after) in steps:
+        for left in reversed(range(rounds)):
+            *_, x = sampler(denoise, x, [(t, (a, s), (a_after, s_after))], noise)
+            x = torch.where(known, a_after * picture + s_after * noise(), x)
+            if left:
+                x = a / a_after * x + math.sqrt(s**2 - (a / a_after * s_after) ** 2) * noise()
+        yield x
+
+
+def between(a, b, share):
+    """Noise on the way from noise a (share 0) to noise b (share 1), both (B, ...), by shares (B,): on a quarter of a
+    circle, where it is standard normal all the way. On a straight line it would be weaker midway."""
+    angle = per_image(share, a) * (math.pi / 2)
+    return angle.cos() * a + angle.sin() * b
 
 
 def main():

@@ -1,6 +1,9 @@
-"""Draws samples: a grid of digits, the strip of their denoising, or its animation."""
+"""Draws samples: a grid of digits, the strip of their denoising, or its animation. Changes pictures, completes them,
+and leads from one label or seed to another."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.image_files import read_image
+from support.labels import are_numbers, parse_labels, parse_morph
 from support.pictures import check_picture, grid, save_picture
 
 import argparse
@@ -8,18 +11,19 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import load_model
 from config import SAMPLING, add_flags, given_flags
-from dataset import BOUND, to_uint8
-from diffusion import SAMPLERS, build_process
+from dataset import BOUND, fit, to_float, to_tensor, to_uint8
+from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
 from latent.vae import load_vae
 
 # The model just trained, else the weights that come with the repository
@@ -27,6 +31,9 @@ CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mni
 
 # Batches are filled up to a multiple of this: the libraries multiply a few rows in another order, and round otherwise.
 FULL_BATCH = 16
+
+STRIP, ANIMATION = 11, 61  # images of a strip, of an animation
+STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
 
 
 def noise_source(seed, indices, shape, device, calls=1):
@@ -51,28 +58,27 @@ def noise_source(seed, indices, shape, device, calls=1):
 
 
 @torch.no_grad()
-def sample(model, config, labels, indices=None):
+def sample(model, config, labels, indices=None, way=from_noise, source=None):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    A generator: yields the noise (B, C, H, W), then x after each step; the last one is the images, in [-1, 1], or their
-    latents: `to_images` shows either.
+    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
+    A generator: yields the noise (B, C, H, W) that it starts from, then x after each step; the last one is the images,
+    in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    noise = noise_source(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
+    noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
     process, bound = build_process(config), BOUND if config.clamp else math.inf
-    steps = process.descending_steps(config.sample_steps, config.spacing)
     options = {"ddim": {"eta": config.eta}, "ddpm": {"spread": lambda: process.spread}}.get(config.sampler, {})
+    sampler = functools.partial(SAMPLERS[config.sampler], **options)
 
     def denoise(x, t):
         return process.denoise(model, x, t, labels, config.guidance, bound, config.guided_channels)
 
-    start = noise()
-    yield start[:B]
-    for x in SAMPLERS[config.sampler](denoise, start, steps, noise, **options):
+    for x in way(process, sampler, denoise, noise, config.sample_steps):
         yield x[:B]
 
 
@@ -84,6 +90,16 @@ def generate(model, config, labels, indices=None):
 def to_images(x, config):
     """Images uint8 (B, C, H, W) of a state x of `sample`: of latents, through their VAE. The one way to see a state."""
     return to_uint8(find_vae(config, x.device).decode(x) if config.latent_shape else x)
+
+
+def from_images(x, config, known=None):
+    """Images x (B, C, H, W) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
+    bool (B, 1, H, W), also what of that is known: a latent is where all of its pixels are."""
+    if config.latent_shape:
+        x, _ = find_vae(config, x.device).encode(x)
+        if known is not None:
+            known = adaptive_avg_pool2d(known.float(), x.shape[2:]) == 1
+    return x if known is None else (x, known)
 
 
 def find_vae(config, device):
@@ -137,41 +153,6 @@ def find_checkpoint(path=None):
     return path
 
 
-def parse_labels(words, names):
-    """The labels that `words` (a list, or one) ask for, each by a class's name or its number, a list of ints.
-
-    31415 is five digits, 3 14 or 3,14 are two labels. None: each label, but at most 10.
-    names: of the classes. Raises `UserError` for what is neither.
-    """
-    if words is None:
-        return list(range(min(len(names), 10)))
-    known = {name: label for label, name in reversed([*enumerate(names)])}
-    parts = []
-    for word in map(str, [words] if isinstance(words, (str, int)) else words):
-        for part in [word] if word in known else word.split(","):
-            parts += [part.strip()] if part.strip() in known else part.split()
-    if len(parts) == 1 and len(names) <= 10 and parts[0] not in known and parts[0].isdecimal():
-        parts = list(parts[0])
-    labels = [known.get(part, int(part) if re.fullmatch("[0-9]{1,9}", part) else len(names)) for part in parts or [""]]
-    for part, label in zip(parts or [""], labels, strict=True):
-        if label >= len(names):
-            raise UserError(f"--labels: {part!r:.40} is no label; this model knows {list_names(names)}")
-    return labels
-
-
-def list_names(names):
-    """What a model knows, in a few words."""
-    if are_numbers(names):
-        return f"0 to {len(names) - 1}"
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return f"{', '.join(f'{name!r:.30}' for name in names[:10])}{more} (or their numbers, from 0)"
-
-
-def are_numbers(names):
-    """Whether the classes have no names but their numbers."""
-    return tuple(names) == tuple(map(str, range(len(names))))
-
-
 def load_for_sampling(args):
     """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for; sets
     `args.checkpoint` to the file."""
@@ -193,16 +174,16 @@ def load_for_sampling(args):
     return model, config
 
 
-def draw_states(model, config, labels, count, shown=1):
+def draw_states(model, config, labels, count, shown=1, **options):
     """Draws `count` rows of `labels` (a list): of all states, the last `shown` that are evenly spaced, as uint8
-    (shown, B, C, H, W) on the CPU. The rest is not kept."""
+    (shown, B, C, H, W) on the CPU. The rest is not kept. options: further arguments of `sample`."""
     if not 1 <= count * len(labels) <= 10_000:
         raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
     y = torch.tensor(labels * count, device=next(model.parameters()).device)
     total = config.sample_steps + 1
     kept = set(torch.linspace(total - 1, 0, min(total, shown)).round().long().tolist())
-    states = tqdm(sample(model, config, y), total=total, desc=f"drawing {len(y)} images", unit="step", leave=False,
-                  disable=None)
+    states = tqdm(sample(model, config, y, **options), total=total, desc=f"drawing {len(y)} images", unit="step",
+                  leave=False, disable=None)
     return torch.stack([to_images(x, config).cpu() for i, x in enumerate(states) if i in kept])
 
 
@@ -212,18 +193,117 @@ def label_grid(images, config, labels):
     return grid(images, len(labels), captions=() if are_numbers(names) else [names[label] for label in labels])
 
 
-def draw(labels=None, count=1, checkpoint=None, device=None, **settings):
-    """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0).
+def check_changes(args):
+    """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
+    kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
+    if len(kinds) > 1:
+        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other")
+    for name, kind in (("strength", "edit"), ("mask", "inpaint"), ("to_seed", "morph")):
+        if getattr(args, name) is not None and kind not in kinds:
+            raise UserError(f"--{name.replace('_', '-')} is for --{kind}: add that, or leave it out")
+    if args.inpaint is not None and args.mask is None:
+        raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
+                        "is drawn anew")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"--strength {args.strength:g}: must lie between 0, which would change nothing, and 1, which "
+                        "keeps nothing")
+    if args.morph is not None and args.labels is not None:
+        raise UserError("--morph names its labels itself: leave --labels out")
+    if args.to_seed is not None and not (0 <= args.to_seed < 2**63 and args.to_seed != getattr(args, "seed", 0)):
+        raise UserError(f"--to-seed {args.to_seed}: must be another seed than --seed, and not below 0")
 
-    labels: as `parse_labels` takes them. count: how many of each. checkpoint, device and settings (sampler,
-    sample_steps, guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
+
+def prepare(model, config, args, frames):
+    """What the flags ask for, as arguments of `draw_states`: the configuration, the labels of a row, and a dict of the
+    options.
+
+    A morph has `frames` images in a row. Reads the pictures; gives the model the labels of a morph.
+    """
+    if args.morph is not None:
+        ends = parse_morph(args.morph, config.class_names)
+        if ends[0] == ends[1] and args.to_seed is None:
+            raise UserError(f"--morph {args.morph} leads nowhere: name two labels, or another seed with --to-seed")
+        add_labels_between(model, *ends, frames)
+        return config, list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
+    labels, device = parse_labels(args.labels, config.class_names), next(model.parameters()).device
+    if args.edit is not None:
+        picture, _ = read_picture(args.edit, config)
+        strength = STRENGTH if args.strength is None else args.strength
+        steps = len(build_process(config).descending_steps(config.sample_steps, strength))
+        return dataclasses.replace(config, sample_steps=steps), labels, dict(
+            way=functools.partial(edit, picture=from_images(picture.to(device), config), strength=strength))
+    if args.inpaint is not None:
+        picture, known = read_picture(args.inpaint, config, args.mask)
+        picture, known = from_images(picture.to(device), config, known.to(device))
+        return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known))
+    return config, labels, {}
+
+
+def read_picture(path, config, mask=None):
+    """A picture as the model of `config` sees images, (1, C, H, W), and which of it is known by the picture `mask`,
+    bool (1, 1, H, W): what is black there. Without a mask None.
+
+    Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
+    Raises `UserError`.
+    """
+    if config.channels not in (1, 3):
+        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
+                        "picture")
+    image = read_image(path, "L" if config.channels == 1 else "RGB")
+    picture = to_float(to_tensor(fit(image, config.image_size)))[None]
+    if mask is None:
+        return picture, None
+    nearest = Image.Resampling.NEAREST
+    known = to_tensor(fit(read_image(mask, "L").resize(image.size, nearest), config.image_size, nearest))[None] < 128
+    if known.all() or not known.any():
+        raise UserError(f"{mask} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
+                        "it be black where the picture is kept, and white where it is drawn anew")
+    return picture, known
+
+
+def add_labels_between(model, first, last, count):
+    """Gives a `DiT`, in place, other labels: 0..count-1, which lead from its label `first` to its label `last`. Their
+    embeddings lie on a straight line."""
+    table = model.label_embedding.weight
+    rows = torch.stack([torch.lerp(table[first].float(), table[last].float(), i / (count - 1)) for i in range(count)])
+    rows = torch.cat([rows.to(table.dtype), table[model.null_label, None]])
+    model.label_embedding, model.null_label = torch.nn.Embedding.from_pretrained(rows), count
+
+
+def morphing_noise(count, to_seed, seed, indices, *rest):
+    """`noise_source` for rows of `count` images: in row k all have the noise of image k of `seed`, or lead from there
+    to that of `to_seed`."""
+    rows, places = [i // count for i in indices], [i % count / (count - 1) for i in indices]
+    here = noise_source(seed, rows, *rest)
+    if to_seed is None:
+        return here
+    there = noise_source(to_seed, rows, *rest)
+
+    def noise():
+        a, b = here(), there()
+        return between(a, b, torch.tensor(places, device=a.device))
+
+    return noise
+
+
+def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
+         morph=None, to_seed=None, **settings):
+    """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
+    draw("7", edit="three.png", strength=0.5), draw(morph="3:8").
+
+    labels: as `parse_labels` takes them. count: how many of each. The others and settings (sampler, sample_steps,
+    guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
     """
     if settings.keys() - {*SAMPLING, "vae"}:
         raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
                         f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
-    model, config = load_for_sampling(argparse.Namespace(checkpoint=checkpoint, device=device, **settings))
-    labels = parse_labels(labels, config.class_names)
-    return label_grid(draw_states(model, config, labels, count)[-1], config, labels)
+    args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
+                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
+    check_changes(args)
+    model, config = load_for_sampling(args)
+    config, labels, options = prepare(model, config, args, STRIP)
+    images = draw_states(model, config, labels, count, **options)[-1]
+    return grid(images, len(labels)) if morph is not None else label_grid(images, config, labels)
 
 
 def say_default(parser, names, default):
@@ -247,7 +327,21 @@ def sampling_parser(description):
     return parser
 
 
-def main():
+def add_changes(parser):
+    """The flags of `check_changes`."""
+    parser.add_argument("--edit", metavar="PICTURE", help="draw the labels onto this picture: noise it, and denoise it "
+                        "as what they ask for (SDEdit, 2108.01073)")
+    parser.add_argument("--strength", type=float, help="of --edit: how much of the picture is drawn anew, above 0 and "
+                        f"at most 1, which is all (default: {STRENGTH})")
+    parser.add_argument("--inpaint", metavar="PICTURE", help="complete this picture where --mask is white; the rest of "
+                        "it stays as it is (RePaint, 2201.09865; four times the network calls)")
+    parser.add_argument("--mask", metavar="PICTURE", help="of --inpaint: black where the picture is known")
+    parser.add_argument("--morph", metavar="A:B", help="draw the way from one label to another, 3:8 or cat:dog, as a "
+                        "strip, or with --gif there and back")
+    parser.add_argument("--to-seed", type=int, metavar="SEED", help="of --morph: go from --seed to this seed as well")
+
+
+def parse_args():
     parser = sampling_parser("Draws digits with a trained model. How it draws is up to the flags below; where one is "
                              "not given, to the model's own configuration.")
     parser.add_argument("--labels", nargs="+", help="what to draw, names or numbers: 31415, or a list: 3 1 4, cat dog "
@@ -257,23 +351,43 @@ def main():
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, from left to right")
     kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid")
+    add_changes(parser)
     args = parser.parse_args()
-    out = args.out if args.out is not None else (
-        "strip.png" if args.strip else "samples.gif" if args.gif else "samples.png")
-    check_picture(out, animated=args.gif)
+    if args.out is None:
+        args.out = "samples.gif" if args.gif else "strip.png" if args.strip or args.morph else "samples.png"
+    if args.count is None:
+        args.count = 1 if args.strip and args.morph is None else 8
+    return args
 
-    model, config = load_for_sampling(args)
-    labels = parse_labels(args.labels, config.class_names)
-    count = args.count if args.count is not None else 1 if args.strip else 8
-    states = draw_states(model, config, labels, count, 11 if args.strip else 61 if args.gif else 1)
-    if args.strip:
-        save_picture(out, grid(states.transpose(0, 1).flatten(0, 1), columns=len(states)))
+
+def lay_out(states, config, labels, args):
+    """What `draw_states` drew as PIL pictures, and how long each is shown in an animation, milliseconds."""
+    if args.morph is not None and args.gif:  # there and back
+        there = [grid(images, min(args.count, 10)) for images in states[-1].unflatten(0, (args.count, -1)).unbind(1)]
+        way = [60] * (len(there) - 2)
+        return there + there[-2:0:-1], [1000, *way, 1000, *way]
+    if args.morph is not None:
+        pictures = [grid(states[-1], len(labels))]
+    elif args.strip:
+        pictures = [grid(states.transpose(0, 1).flatten(0, 1), columns=len(states))]
     else:
-        frames = [label_grid(state, config, labels) for state in states]
-        options = dict(save_all=True, append_images=frames[1:], loop=0,
-                       duration=[1500 // len(frames)] * (len(frames) - 1) + [2000]) if args.gif else {}
-        save_picture(out, frames[0], **options)
-    print(f"{out}: {states.shape[1]} images, {config.sampler} with {config.sample_steps} steps, guidance "
+        pictures = [label_grid(state, config, labels) for state in states]
+    return pictures, [1500 // len(pictures)] * (len(pictures) - 1) + [2000]
+
+
+def main():
+    args = parse_args()
+    check_picture(args.out, animated=args.gif)
+    check_changes(args)
+    model, config = load_for_sampling(args)
+    frames = ANIMATION // 2 if args.gif else STRIP
+    config, labels, options = prepare(model, config, args, frames)
+    shown = 1 if args.morph is not None else STRIP if args.strip else ANIMATION if args.gif else 1
+    states = draw_states(model, config, labels, args.count, shown, **options)
+    pictures, durations = lay_out(states, config, labels, args)
+    animation = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if args.gif else {}
+    save_picture(args.out, pictures[0], **animation)
+    print(f"{args.out}: {states.shape[1]} images, {config.sampler} with {config.sample_steps} steps, guidance "
           f"{config.guidance:g}, seed {config.seed}, drawn with {args.checkpoint}")
 
 

@@ -15,6 +15,7 @@ from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
 from support.run_log import RunLog, plot_loss
+from support.run_page import write_page
 
 import contextlib
 import copy
@@ -177,6 +178,10 @@ def save(run, path, step, seconds, data, window):
                         window=window)
 
 
+def samples_path(run_dir, step):
+    return run_dir / f"samples_{step:06d}.png"
+
+
 def draw_samples(run, path, device, stop):
     """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
     config = run.config
@@ -189,6 +194,29 @@ def draw_samples(run, path, device, stop):
         x = state
     if parallel.RANK == 0:
         save_picture(path, grid(to_images(x, config), columns=10))
+
+
+def show_setting(name, value):
+    """The value of a field of `Config`, in a few words."""
+    if name in SIZES:
+        return show_size(value) if value else "0"
+    return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
+
+
+def show_run(config, run_dir):
+    """Writes the page of the run, index.html."""
+    if parallel.RANK:
+        return
+    settings, defaults = ({name: show_setting(name, value) for name, value in dataclasses.asdict(of).items()}
+                          for of in (config, Config()))
+    columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
+    folder = "" if run_dir == Path("run") else f" --run-dir {shlex.quote(str(run_dir))}"
+    checkpoint = folder.replace("--run-dir", "--checkpoint", 1)
+    commands = {"Draw with its last checkpoint:": f"python inference.py{checkpoint}",
+                "Go on where it was stopped:": f"python train.py{folder} --resume",
+                "Train it for longer:": f"python train.py{folder} --resume --steps {2 * config.steps}"}
+    write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, columns, settings, defaults,
+               commands)
 
 
 def can_compile(device):
@@ -248,11 +276,13 @@ def announce(config, data, model, device, start, run_dir):
           f"{config.hidden_size}, {math.prod(model.grid)} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
           f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
-    print(f"results   {run_dir}/model.pth, log.csv, loss.png, samples_*.png", flush=True)
+    print(f"results   {run_dir}/index.html (a page to watch it by), model.pth, log.csv, loss.png, samples_*.png",
+          flush=True)
 
 
 def train(config, run_dir="run", resume=False, device=None):
-    """Trains, and leaves model.pth, log.csv, loss.png and grids of samples in the folder `run_dir`.
+    """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
+    folder `run_dir`.
 
     config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
@@ -283,6 +313,25 @@ def train(config, run_dir="run", resume=False, device=None):
         return train_on(config, data, saved, run_dir, device)
 
 
+def due(config, done, every):
+    """Whether what happens every `every` steps happens after `done` steps. After the last step all of it does."""
+    return done % every == 0 or done == config.steps
+
+
+def log_and_save(run, log, path, done, seconds, data, stopped):
+    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that is `stopped` saves.
+    Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
+    config = run.config
+    log_now, save_now = due(config, done, config.log_every), stopped or due(config, done, config.checkpoint_every)
+    if (log_now or save_now) and not log.collect():
+        raise not_finite("loss is", config, done)
+    if log_now:
+        log.write(done, learning_rate(config, done - 1))
+    if save_now:
+        save(run, path, done, seconds, data, log.window)
+    return bool(save_now)
+
+
 def train_on(config, data, saved, run_dir, device):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
@@ -291,36 +340,23 @@ def train_on(config, data, saved, run_dir, device):
     announce(config, data, run.model, device, start, run_dir)
     path, began = run_dir / "model.pth", time.monotonic() - before
     done, last_good, stopped = start, f"{path}, step {start:,}" if saved else "none", 0
-
-    def due(every):
-        return done % every == 0 or done == config.steps
-
-    def samples():
-        return run_dir / f"samples_{done:06d}.png"
-
     log = RunLog(run_dir / "log.csv", config.T, start, config.steps, config.batch_size, device,
                  saved and saved["window"])
     with log, catch_signals() as signals:
         def stop():
             return parallel.largest(signals[0] if signals else 0) if config.shard else bool(signals)
 
-        if saved and due(config.sample_every) and not samples().exists():  # it was killed before it could
-            draw_samples(run, samples(), device, stop)
+        if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
+            draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
         for step in range(start, config.steps):
             # Learn.
             batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
+            done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
 
             # Log and save.
-            done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
-            log_now, save_now = due(config.log_every), due(config.checkpoint_every) or stopped
             try:
-                if (log_now or save_now) and not log.collect():
-                    raise not_finite("loss is", config, done)
-                if log_now:
-                    log.write(done, learning_rate(config, step))
-                if save_now:
-                    save(run, path, done, time.monotonic() - began, fingerprint, log.window)
+                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None
@@ -328,10 +364,12 @@ def train_on(config, data, saved, run_dir, device):
             # Stop, or show.
             if stopped:
                 break
-            if due(config.sample_every):
-                draw_samples(run, samples(), device, stop)
+            if due(config, done, config.sample_every):
+                draw_samples(run, samples_path(run_dir, done), device, stop)
+                show_run(config, run_dir)
     if parallel.RANK == 0:
         plot_loss(run_dir / "log.csv", run_dir / "loss.png")
+    show_run(config, run_dir)
     stopped = stopped or parallel.largest(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
@@ -342,7 +380,7 @@ def parse_args():
     parser = Parser(description="Trains a diffusion transformer; on MNIST unless told otherwise.")
     parser.add_argument("--preset", choices=PRESETS, help="named settings, which the flags below override")
     parser.add_argument("--run-dir", type=Path, default=Path("run"), help="folder that gets model.pth, log.csv, "
-                        "loss.png and the sample grids (default: run)")
+                        "loss.png, the sample grids and index.html, a page of them all (default: run)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")
     add_flags(parser)

@@ -180,14 +180,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    device = pick_device(args.device)
-    if args.measure:
-        config = configuration(args.presets[0], given_flags(args))
-        print(json.dumps(measure(args.measure, config, device, args.seconds)))
-        return
-
+def take_turns(args):
+    """What every variant measures, each time it has its turn: a dict from (preset, kind) to lists of results."""
     kinds = ("train", "draw", "diffusers") if args.against else ("train", "draw")
     results = {(preset, kind): [] for preset in args.presets for kind in kinds}
     turns = tqdm(itertools.product(range(args.rounds), results), total=args.rounds * len(results), leave=False,
@@ -199,31 +193,48 @@ def main():
         if process.returncode:
             raise UserError(f"{preset}, {kind}: {(process.stderr.splitlines() or ['failed'])[-1]:.200}")
         results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
-    starts = [cold_start(device) for _ in range(args.rounds)]
+    return results
 
-    machine = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
-    def middle(name, parts):
-        return statistics.median(part[name] for part in parts)
+def summarize(what, results):
+    """One row of the table: the medians of the `results` of a variant."""
+    def middle(name):
+        return statistics.median(result[name] for result in results)
 
-    table = []
-    for (preset, kind), parts in results.items():
-        rates = [part["images"] for part in parts]
-        table.append({
-            "what": f"{preset}: {'diffusers, train' if kind == 'diffusers' else kind}", "batch": parts[0]["count"],
-            "precision": parts[0]["precision"], "images/s": round(middle("images", parts), 1),
-            "spread": round((max(rates) - min(rates)) / middle("images", parts), 3),
-            "GFLOP/s": round(middle("flops", parts) / 1e9, 1),
-            "of matrix rate": round(statistics.median(part["flops"] / part["matrix_rate"] for part in parts), 3),
-            "memory, MB": "-" if parts[0]["memory"] is None else round(middle("memory", parts) / 1e6)})
-    print(f"{machine}; the median of {args.rounds} turns of {args.seconds:g} s\n")
-    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for row in table:
+    rates = [result["images"] for result in results]
+    return {
+        "what": what, "batch": results[0]["count"], "precision": results[0]["precision"],
+        "images/s": round(middle("images"), 1), "spread": round((max(rates) - min(rates)) / middle("images"), 3),
+        "GFLOP/s": round(middle("flops") / 1e9, 1),
+        "of matrix rate": round(statistics.median(result["flops"] / result["matrix_rate"] for result in results), 3),
+        "memory, MB": "-" if results[0]["memory"] is None else round(middle("memory") / 1e6)}
+
+
+def print_table(rows):
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
         print("| " + " | ".join(format(value, ".1%") if name in ("spread", "of matrix rate") else format(value, ",")
                                 if not isinstance(value, str) else value for name, value in row.items()) + " |")
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    if args.measure:
+        config = configuration(args.presets[0], given_flags(args))
+        print(json.dumps(measure(args.measure, config, device, args.seconds)))
+        return
+
+    results = take_turns(args)
+    starts = [cold_start(device) for _ in range(args.rounds)]
+    table = [summarize(f"{preset}: {'diffusers, train' if kind == 'diffusers' else kind}", parts)
+             for (preset, kind), parts in results.items()]
     ratios = {preset: round(statistics.median(ours["images"] / theirs["images"] for ours, theirs in zip(
         results[preset, "train"], results[preset, "diffusers"], strict=True)), 2)
         for preset in args.presets if args.against}
+    machine = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}; the median of {args.rounds} turns of {args.seconds:g} s\n")
+    print_table(table)
     for preset, ratio in ratios.items():
         print(f"{preset}: trains at {ratio:.2f} times the rate of {args.against}")
     print(f"first picture after {statistics.median(starts):.1f} s (python inference.py, from a cold start)")

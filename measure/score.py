@@ -157,6 +157,15 @@ class Judge:
         features, _ = self.read(self.train.images[drawn])
         return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
 
+    def find_copies(self, fakes, fake_reads):
+        """The distance of each fake to the nearest training image, and whether it is nearer than 99 % of the test
+        images that are read alike; then both of the test images."""
+        distances, _ = nearest(torch.cat([fakes, self.test.images]), self.train.images, device=self.device)
+        fake_near, test_near = distances.split([len(fakes), len(self.test.images)])
+        # A limit for each digit: the simple stroke of a 1 is always near another.
+        limits = torch.stack([test_near[self.test_reads == digit].quantile(0.01) for digit in range(10)])
+        return fake_near, fake_near < limits[fake_reads], test_near, test_near < limits[self.test_reads]
+
     def score(self, fakes, labels, seed=0):
         """All figures of `fakes` uint8 (N, 1, H, W) that were asked to show `labels` int64 (N,), None where not known.
 
@@ -181,11 +190,7 @@ class Judge:
         fake_right = (fake_reads == asked) if labels is not None else torch.full((len(fake),), float("nan"))
         test_right = self.test_reads == self.test_labels
 
-        distances, _ = nearest(torch.cat([fakes, self.test.images]), self.train.images, device=self.device)
-        fake_near, test_near = distances.split([len(fakes), len(test_right)])
-        # A limit for each digit: the simple stroke of a 1 is always near another.
-        limits = torch.stack([test_near[self.test_reads == digit].quantile(0.01) for digit in range(10)])
-        fake_copies, test_copies = fake_near < limits[fake_reads], test_near < limits[self.test_reads]
+        fake_near, fake_copies, test_near, test_copies = self.find_copies(fakes, fake_reads)
 
         def figures(compare, of_fake, of_train, of_test):
             result = {"count": int(of_fake.sum()), "reference": int(of_train.sum()),

@@ -6,6 +6,7 @@ Without torchrun there is one process, and everything here does nothing.
 from support.commands import UserError, first_line, pick_device
 
 import contextlib
+import inspect
 import os
 import sys
 
@@ -43,12 +44,22 @@ def join(device_name=None):
     return device
 
 
+def joined():
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @contextlib.contextmanager
 def one_for_all():
     """Wraps all that the processes do together, as a decorator or a block: when one dies, the others end with one clear
-    error."""
+    error. Where torchrun has started several, the process ends with the block."""
+    code = 0
     try:
         yield
+    except SystemExit as end:
+        if not joined():
+            raise
+        code = end.code
     except RuntimeError as error:
         signs = ("Connection closed", "Connection reset", "Connection refused", "imed out")
         lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in signs)
@@ -56,8 +67,13 @@ def one_for_all():
             raise
         what = f"another of the {WORLD} processes is gone" if lost else f"the {WORLD} processes cannot work together"
         raise UserError(f"{what}: {first_line(error):.150}") from None
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
+        # DDP keeps gloo's threads alive. One that lets go of a tensor while Python takes itself down aborts the
+        # process: so that part is left out.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def share(n):
@@ -100,8 +116,10 @@ def share_gradients(network):
     """`network`, whose backward pass gives every process the mean of all processes' gradients (DDP)."""
     if WORLD == 1:
         return network
-    # The positions, its one buffer, never change.
-    return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    DDP = torch.nn.parallel.DistributedDataParallel
+    names = inspect.signature(DDP).parameters  # newer versions of torch have another name for it
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DDP(network, **{sync: False})  # the positions, its one buffer, never change
 
 
 def shard_network(network, device, dtype):

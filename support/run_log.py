@@ -117,16 +117,26 @@ def sound_rows(text, names):
     return kept, len(kept) + 1 == len(lines)
 
 
+def read_log(path):
+    """The names of log.csv's columns, and its rows that are whole, lists of floats. None where it is no log."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return [], []
+    names = next(csv.reader([text.partition("\n")[0]]), [])
+    if names[:2] != ["step", "loss"]:
+        return [], []
+    return names, [[float(word) for word in row] for row in sound_rows(text, names)[0]]
+
+
 def plot_loss(log, path):
     """Plots the losses of log.csv, in all and by noise level, as a picture. No rows, no picture."""
     from matplotlib.figure import Figure  # here, so that a run starts sooner
 
-    text = log.read_text(errors="replace")
-    names = next(csv.reader([text.partition("\n")[0]]), [])
-    rows, _ = sound_rows(text, names)
+    names, rows = read_log(log)
     if not rows:
         return
-    columns = [[float(value) for value in column] for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
     axes.plot(columns[0], columns[1], label="all t", color="black", linewidth=2)

@@ -4,6 +4,7 @@ mixes devices raises, as it would there."""
 from support.run_log import RunLog
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 import inference
 import train
 from config import Config
-from diffusion import SAMPLERS, build_process
+from diffusion import SAMPLERS, build_process, edit, inpaint
 from dit import build_model
 from latent.vae import VAE
 from train import start_run, train_step
@@ -109,6 +110,22 @@ def test_latents_are_decoded_where_they_are(fake, monkeypatch):
     images = inference.to_images(torch.randn(3, 4, 8, 8, device=CUDA), config)
     assert images.device == CUDA and images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
     assert vae.encode(torch.randn(2, 3, 8, 8, device=CUDA))[1].device == CUDA
+
+
+@pytest.mark.parametrize("way", [edit, inpaint, None])
+def test_changing_pictures(way, fake, monkeypatch):
+    """None: a morph."""
+    monkeypatch.setattr(inference, "noise_source", lambda seed, indices, shape, device, *_: (
+        lambda: torch.randn(len(indices), *shape, device=device)))
+    model, picture = build_model(CONFIG).to(CUDA), torch.rand(1, 1, 8, 8, device=CUDA)
+    options = {edit: dict(strength=0.5), inpaint: dict(known=picture > 0.5)}
+    if way is None:
+        inference.add_labels_between(model, 1, 2, 4)
+        options = dict(source=functools.partial(inference.morphing_noise, 4, 1))
+    else:
+        options = dict(way=functools.partial(way, picture=picture, **options[way]))
+    *_, x = inference.sample(model, CONFIG, torch.arange(4, device=CUDA), **options)
+    assert x.device == CUDA and x.shape == (4, 1, 8, 8)
 
 
 def test_numbers_for_times_and_labels(fake):

@@ -4,7 +4,21 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion import DDPM, SAMPLERS, LearnedVarianceDDPM, RectifiedFlow, ddim, ddpm, dpm, per_image, posterior
+from diffusion import (
+    DDPM,
+    SAMPLERS,
+    LearnedVarianceDDPM,
+    RectifiedFlow,
+    between,
+    ddim,
+    ddpm,
+    dpm,
+    edit,
+    from_noise,
+    inpaint,
+    per_image,
+    posterior,
+)
 
 PROCESSES = {"ddpm": DDPM, "flow": RectifiedFlow}
 
@@ -359,6 +373,7 @@ def test_steps_of_learned_variance_equal_diffusers(steps, spacing, monkeypatch):
     theirs = scheduler(DDPMScheduler, clip_sample=False, timestep_spacing=spacing, variance_type="learned_range")
     timesteps = set_trailing_timesteps(theirs, steps)
     process, network, y = LearnedVarianceDDPM(), TwoAnswers(), torch.tensor([3, 4])
+    process.spacing = spacing
     theirs.alphas_cumprod = process.alphas_cumprod  # theirs are float32, which x_0 is divided by
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     draws = [torch.randn_like(x) for _ in range(steps - 1)] + [torch.zeros_like(x)]  # none is on the clean image
@@ -367,9 +382,9 @@ def test_steps_of_learned_variance_equal_diffusers(steps, spacing, monkeypatch):
     def denoise(x, t):
         return process.denoise(network, x, t, y, 1, math.inf)
 
-    states = [x, *ddpm(denoise, x, process.descending_steps(steps, spacing), lambda: next(noise),
+    states = [x, *ddpm(denoise, x, process.descending_steps(steps), lambda: next(noise),
                        spread=lambda: process.spread)]
-    assert [t for t, *_ in process.descending_steps(steps, spacing)] == timesteps
+    assert [t for t, *_ in process.descending_steps(steps)] == timesteps
     for i in (0, 1, steps // 2, steps - 2, steps - 1):
         t, x = timesteps[i], states[i]
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, d=draws[i], **__: d)
@@ -381,8 +396,9 @@ def test_learned_variance_by_its_formula():
     """2102.09672, equation 15, in the chain of the steps taken: f = 0 and 1 are the bounds, and between them the
     logarithm is linear."""
     process, x_0, x = LearnedVarianceDDPM(), torch.zeros(1), torch.zeros(1)
-    (t, at, after), *_ = process.descending_steps(250, "linspace")
-    assert (t, process.descending_steps(250, "linspace")[1][0]) == (999, 995)
+    process.spacing = "linspace"
+    (t, at, after), (next_t, *_), *_ = process.descending_steps(250)
+    assert (t, next_t) == (999, 995)
     kept, kept_after = process.alphas_cumprod[[999, 995]].tolist()
     beta = 1 - kept / kept_after
     smallest = beta * (1 - kept_after) / (1 - kept)
@@ -468,15 +484,19 @@ def official_timesteps(T, count):
 @pytest.mark.parametrize("count", [2, 7, 21, 35, 50, 250, 999, 1000])
 def test_timesteps_of_the_official_code(count):
     process = DDPM()
-    timesteps = [t for t, *_ in process.descending_steps(count, "linspace")]
+    process.spacing = "linspace"
+    timesteps = [t for t, *_ in process.descending_steps(count)]
     assert timesteps == official_timesteps(1000, count) and len(set(timesteps)) == count
     assert (timesteps[0], timesteps[-1]) == (999, 0)
     if count in (50, 250, 1000):  # no sum lies halfway
         assert timesteps == torch.linspace(999, 0, count, dtype=torch.float64).round().long().tolist()
-    assert process.descending_steps(count, "linspace")[-1][2] == (1.0, 0.0)
+    assert process.descending_steps(count)[-1][2] == (1.0, 0.0)
     if count < 1000:
-        assert timesteps != [t for t, *_ in process.descending_steps(count)]
-    assert [t for t, *_ in process.descending_steps(1, "linspace")] == [999]
+        assert timesteps != [t for t, *_ in DDPM().descending_steps(count)]
+    assert [t for t, *_ in process.descending_steps(1)] == [999]
+    # From the midst, as an edit does it
+    some = min(count, 500)
+    assert [t for t, *_ in process.descending_steps(count, 0.5)] == official_timesteps(500, some)
 
 
 @pytest.mark.parametrize("network", [LabelEcho(), lambda *args: LabelEcho()(*args).repeat(1, 2, 1, 1)])
@@ -501,3 +521,99 @@ def test_guidance_of_some_channels(network):
             expected = [(10 + scale * (label - 10) if c < guided and scale else label) * 10**c for c in range(4)]
             assert row[:4] == pytest.approx(expected)
             assert row[4:] in ([], [label * 10**c for c in range(4)])
+
+
+def last(states):
+    *_, x = states
+    return x
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_law_of_an_edited_picture(process, sampler, strength):
+    """Of a picture x, on data N(m, std^2), with the exact denoiser. An edit noises it to x_t = a x + s eps, whose
+    variance over all data is v = a^2 std^2 + s^2. Then ddim shifts and scales x_t to the data's law, and ddpm draws
+    from the posterior N(m + a std^2 / v (x_t - a m), std^2 s^2 / v)."""
+    process, m, std, picture = PROCESSES[process](), 0.3, 0.4, torch.full((1, 1, 1, 1), -0.8, dtype=torch.float64)
+    a, s = process.path[round(strength * 1000) - 1]
+    v = a**2 * std**2 + s**2
+    slope = a * std / math.sqrt(v) if sampler == "ddim" else a**2 * std**2 / v
+    variance = std**2 * s**2 / v * (1 if sampler == "ddim" else 1 + a**2 * std**2 / v)
+    x = last(edit(process, SAMPLERS[sampler], exact_denoiser(process, m, std),
+                  lambda: torch.randn(1, 1, 100, 100, dtype=torch.float64), 300, picture, strength))
+    assert x.mean().item() == pytest.approx(m + slope * (-0.8 - m), abs=0.025)
+    assert x.std().item() == pytest.approx(math.sqrt(variance), rel=0.04)
+
+
+def test_an_edit_begins_where_its_strength_says():
+    process, seen = RectifiedFlow(), []
+    picture, noise = torch.rand(1, 1, 2, 2), torch.randn(3, 1, 2, 2)
+
+    def denoise(x, t):
+        seen.append(t)
+        return x
+
+    states = list(edit(process, ddim, denoise, lambda: noise, 4, picture, 0.5))
+    assert seen == [499, 374, 249, 124] and len(states) == 5
+    a, s = process.path[499]
+    torch.testing.assert_close(states[0], a * picture + s * noise)
+    assert [t for t, *_ in RectifiedFlow(T=10).descending_steps(8, 0.3)] == [2, 1, 0]  # there are no more
+    assert [t for t, *_ in process.descending_steps(8, 1e-9)] == [0]
+    assert process.descending_steps(7, 1.0) == process.descending_steps(7)
+
+
+def completed(process, sampler, steps, rounds, hidden=0.0):
+    """A pixel completed from its neighbour, which is 0.6: both N(0, 0.6^2) of correlation 0.8, 1,000 times."""
+    covariance = 0.36 * torch.tensor([[1, 0.8], [0.8, 1]], dtype=torch.float64)
+    picture, known = torch.tensor([[0.6, hidden]], dtype=torch.float64), torch.tensor([[True, False]])
+    generator = torch.Generator().manual_seed(0)
+
+    def denoise(x, t):
+        a, s = process.path[t]
+        return x @ (a * covariance @ torch.linalg.inv(a**2 * covariance + s**2 * torch.eye(2))).T
+
+    return last(inpaint(process, SAMPLERS[sampler], denoise, lambda: torch.randn(
+        1000, 2, dtype=torch.float64, generator=generator), steps, picture, known, rounds))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_what_is_completed_depends_on_what_is_known(process, sampler):
+    """Of a correlated Gaussian the law given the known is N(0.48, 0.36^2). Rounds bring the mean towards it: on equally
+    many calls they do better than more steps, and many come near; without any the mean is about half of it."""
+    process = PROCESSES[process]()
+    few, plain, many = (completed(process, sampler, *how) for how in ((8, 4), (32, 1), (40, 8)))
+    assert all((x[:, 0] == 0.6).all() for x in (few, plain, many))
+    few, plain, many = few[:, 1], plain[:, 1], many[:, 1]
+    assert 0.15 < plain.mean() < 0.33 and 0.27 < few.mean() < 0.4
+    assert few.mean() > plain.mean() + 0.02
+    assert many.mean().item() == pytest.approx(0.48, rel=0.15)
+    assert many.std().item() == pytest.approx(0.36, rel=0.3)
+
+
+def test_what_lies_under_the_mask_does_not_matter():
+    process = RectifiedFlow()
+    assert torch.equal(completed(process, "dpm", 6, 2), completed(process, "dpm", 6, 2, hidden=500.0))
+
+
+def test_ways_yield_their_start_and_every_step():
+    process, x, picture = RectifiedFlow(), torch.randn(2, 1, 2, 2), torch.rand(1, 1, 2, 2)
+    known = torch.tensor([[[[True, False], [False, True]]]])
+    a, s = process.path[999]
+    starts = {from_noise: x, edit: a * picture + s * x, inpaint: torch.where(known, a * picture + s * x, x)}
+    for way, options in ((from_noise, {}), (edit, dict(picture=picture, strength=1)),
+                         (inpaint, dict(picture=picture, known=known))):
+        states = list(way(process, dpm, lambda x, t: x.clamp(-1, 1), lambda: x, 5, **options))
+        assert len(states) == 6 and torch.equal(states[0], starts[way])
+    assert torch.equal(states[-1][..., known[0, 0]], picture.expand_as(x)[..., known[0, 0]])
+
+
+def test_between_is_standard_normal_all_the_way():
+    a, b, share = torch.randn(5, 1, 200, 200), torch.randn(5, 1, 200, 200), torch.arange(5) / 4
+    x = between(a, b, share)
+    assert torch.equal(x[0], a[0])
+    torch.testing.assert_close(x[4], b[4], atol=1e-6, rtol=1e-6)
+    assert x.mean(dim=(1, 2, 3)).abs().max() < 0.03 and (x.std(dim=(1, 2, 3)) - 1).abs().max() < 0.03
+    towards = [torch.corrcoef(torch.stack([x[i].flatten(), b[i].flatten()]))[0, 1] for i in range(5)]
+    assert towards == sorted(towards)

@@ -20,6 +20,7 @@ import train
 from checkpoint import load_checkpoint, load_model
 from config import Config
 from dataset import to_uint8
+from demo import export
 from dit import sincos_positions
 from inference import generate, noise_source, parse_labels
 from latent import import_dit
@@ -430,3 +431,31 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path):
     assert_refused(call(generator, *fill, "--vae", tmp_path / "other"), "another vae")
     shutil.move(vae, tmp_path / "moved")
     assert call(generator, *fill, "--vae", tmp_path / "moved")[0] == 0
+
+
+def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
+    """What little an edit adds to is the picture as the VAE sees it; what a mask keeps is kept as latents are: whole,
+    where all of their pixels are kept."""
+    path = bring(weights, "--vae", vae)
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 64, 36))  # black: kept; four rows of latents and a half
+    mask.save(tmp_path / "mask.png")
+    flags = ["--checkpoint", path, "--labels", 0, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png",
+             "--device", "cpu"]
+    for change in (["--edit", tmp_path / "in.png"], ["--inpaint", tmp_path / "in.png", "--mask", tmp_path / "mask.png"],
+                   ["--morph", "0:1"]):
+        code, _, err = call(inference, *flags[:2], *flags[4 if "--morph" in change else 2:], *change)
+        assert code == 0, err
+        with Image.open(tmp_path / "a.png") as picture:
+            assert picture.height in (68, 82)
+    config = load_checkpoint(path)["config"]
+    picture, known = inference.read_picture(tmp_path / "in.png", config, tmp_path / "mask.png")
+    latents, kept = inference.from_images(picture, config, known)
+    assert torch.equal(latents, load_vae(vae).encode(picture)[0]) and latents.shape == (1, 4, 8, 8)
+    assert kept[0, 0].all(dim=1).tolist() == kept[0, 0].any(dim=1).tolist() == [True] * 4 + [False] * 4
+    assert inference.from_images(picture, Config()) is picture
+
+
+def test_the_page_refuses_what_it_cannot_draw(weights, bring, call, tmp_path):
+    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "latent_shape (4, 8, 8)")

@@ -3,6 +3,7 @@ from support.commands import UserError, resolve_precision
 from support.pictures import check_picture, grid, save_picture
 
 import dataclasses
+import functools
 import hashlib
 import resource
 import shutil
@@ -17,7 +18,8 @@ from PIL import Image, ImageDraw
 import inference
 from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
-from dataset import to_uint8
+from dataset import to_float, to_uint8
+from diffusion import edit, inpaint
 from inference import (
     batch_that_fits,
     draw,
@@ -26,6 +28,7 @@ from inference import (
     load_for_sampling,
     noise_source,
     parse_labels,
+    parse_morph,
     sample,
     sampling_parser,
 )
@@ -475,3 +478,185 @@ def test_pictures_that_cannot_be_written(tmp_path):
             continue
         for mode in ("L", "RGB"):
             save_picture(tmp_path / f"b{ending}", Image.new(mode, (60, 60)))
+
+
+def tile(picture, row, column, scale=7, side=56):
+    """An image of a grid of 8 x 8 ones, each of its pixels once."""
+    top, left = 2 + (side + 2) * row, 2 + (side + 2) * column
+    return np.asarray(picture)[top:top + side:scale, left:left + side:scale]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkpoint, and a picture and a mask for it, black where the picture is known."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "picture.png")
+    Image.fromarray(rng.choice(np.array([0, 255], np.uint8), (8, 8))).save(tmp_path / "mask.png")
+    return make_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_what_is_known_is_kept_to_the_last_bit(call, small, tmp_path, sampler):
+    flags = ["--checkpoint", small, "--inpaint", tmp_path / "picture.png", "--mask", tmp_path / "mask.png",
+             "--sampler", sampler, "--out", tmp_path / "a.png"]
+    code, _, err = call(inference, *flags, "--labels", 3, 5, "--count", 2)
+    assert code == 0, err
+    drawn = [tile(Image.open(tmp_path / "a.png"), *place) for place in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    picture, mask = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("picture", "mask"))
+    for image in drawn:
+        assert np.array_equal(image[mask == 0], picture[mask == 0])
+        assert not np.array_equal(image[mask == 255], picture[mask == 255])
+    assert len({image.tobytes() for image in drawn}) == 4
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)
+
+
+def test_masks_of_another_size_and_pictures_of_any(call, small, tmp_path):
+    """The picture is cropped at its centre; the mask, stretched over it, as well."""
+    Image.new("RGBA", (40, 16), (200, 200, 200, 255)).save(tmp_path / "wide.webp", lossless=True)
+    Image.new("L", (5, 1)).save(tmp_path / "mask.png")
+    mask = Image.open(tmp_path / "mask.png")
+    mask.putpixel((2, 0), 255)  # the middle fifth: half of the square in the middle
+    mask.save(tmp_path / "mask.png")
+    assert call(inference, "--checkpoint", small, "--inpaint", tmp_path / "wide.webp", "--mask", tmp_path / "mask.png",
+                "--labels", 3, "--count", 1, "--out", tmp_path / "a.png")[0] == 0
+    image = tile(Image.open(tmp_path / "a.png"), 0, 0)
+    assert (image[:, [0, 1, 6, 7]] == 200).all() and not (image[:, 2:6] == 200).all(axis=0).any()
+
+
+@pytest.mark.parametrize("kind", ["edit", "inpaint", "morph"])
+@pytest.mark.parametrize("settings", [dict(channels=3, image_size=(8, 12), patch_size=(4, 6), num_classes=2,
+                                           classes=("cat: big", "dog")), {}, dict(process="ddpm", T=10)])
+def test_every_model_edits_completes_and_morphs(call, tmp_path, kind, settings):
+    """Colour, not square, with names, or small; from a photo, as grid, strip and animation."""
+    path = make_checkpoint(tmp_path / "model.pth", **settings)
+    Image.effect_noise((50, 30), 90).convert("CMYK").save(tmp_path / "photo.jpg")
+    Image.linear_gradient("L").save(tmp_path / "mask.gif")
+    names = load_model(path)[1].class_names
+    flags = {"edit": ["--edit", tmp_path / "photo.jpg", "--labels", *names[:2]],
+             "inpaint": ["--inpaint", tmp_path / "photo.jpg", "--mask", tmp_path / "mask.gif", "--count", 1],
+             "morph": ["--morph", ":".join(names[:2]), "--to-seed", 9]}
+    for more, name in (([], "a.png"), (["--strip"], "b.png"), (["--gif", "--sample-steps", 9], "c.gif")):
+        code, _, err = call(inference, "--checkpoint", path, *flags[kind], *more, "--out", tmp_path / name)
+        assert code == 0, err
+    assert size(tmp_path / "a.png")[1] == ("RGB" if settings.get("channels") else "L")
+    steps = 7 if kind == "edit" and "T" in settings else 9  # of 10 there are no more within the default strength
+    assert size(tmp_path / "c.gif")[2] == (58 if kind == "morph" else steps + 1)
+
+
+def test_an_edited_or_completed_image_is_a_function_of_seed_and_index():
+    model, config = load_model(SHIPPED)
+    picture, known = torch.rand(1, 1, 28, 28) * 2 - 1, torch.arange(28).view(1, 1, 1, 28) < 14
+    labels = torch.arange(20) % 10
+    for sampler, way in (("ddpm", functools.partial(edit, picture=picture, strength=0.5)),
+                         ("dpm", functools.partial(inpaint, picture=picture, known=known))):
+        config = dataclasses.replace(config, sampler=sampler, sample_steps=3)
+        *_, together = sample(model, config, labels, way=way)
+        for indices in ([5], [17, 2, 9]):
+            *_, drawn = sample(model, config, labels[indices], indices, way=way)
+            assert torch.equal(drawn, together[indices]), indices
+
+
+def test_the_more_strength_the_more_changes(call, tmp_path):
+    digit = tile(draw(3, checkpoint=SHIPPED), 0, 0, scale=2)
+    Image.fromarray(digit).save(tmp_path / "three.png")
+    changes = []
+    for strength in (0.001, 0.4, 0.7, 1):
+        assert call(inference, "--checkpoint", SHIPPED, "--edit", tmp_path / "three.png", "--labels", 7, "--count", 1,
+                    "--strength", strength, "--out", tmp_path / "a.png")[0] == 0
+        drawn = tile(Image.open(tmp_path / "a.png"), 0, 0, scale=2)
+        changes.append(np.abs(np.subtract(drawn, digit, dtype=float)).mean())
+    assert changes == sorted(changes) and changes[0] < 2 and changes[1] < 20 < changes[3]
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddpm"])
+def test_a_morph_leads_from_one_draw_to_another(call, tmp_path, sampler):
+    """Its ends are what is drawn without it; rows do not depend on how many there are."""
+    flags = ["--checkpoint", SHIPPED, "--sampler", sampler, "--sample-steps", 4, "--out", tmp_path / "a.png"]
+
+    def drawn(*more):
+        code, _, err = call(inference, *flags, *more)
+        assert code == 0, err
+        return np.asarray(Image.open(tmp_path / "a.png"))
+
+    def row(picture, number, columns):
+        return [tile(picture, number, column, scale=2) for column in columns]
+
+    first, last, other = (drawn("--labels", *flags, "--count", 2) for flags in ((3,), (8,), (8, "--seed", 7)))
+    labels, both, one = drawn("--morph", "3:8", "--count", 2), drawn("--morph", "3:8", "--to-seed", 7, "--count", 2), (
+        drawn("--morph", "3:8", "--count", 1))
+    for k in range(2):
+        for morph, end in ((labels, last), (both, other)):
+            ends = [*row(first, k, [0]), *row(end, k, [0])]
+            assert np.abs(np.subtract(row(morph, k, [0, 10]), ends, dtype=float)).mean() < 1
+        steps = np.abs(np.diff(np.array(row(both, k, range(11)), dtype=float), axis=0)).mean(axis=(1, 2))
+        assert steps.min() > 0 and steps.max() < np.abs(np.subtract(*row(both, k, (0, 10)), dtype=float)).mean()
+    assert np.array_equal(row(one, 0, range(11)), row(labels, 0, range(11)))
+
+
+def test_a_morph_is_animated_there_and_back(call, small, tmp_path):
+    assert call(inference, "--checkpoint", small, "--morph", "3:3", "--to-seed", 1, "--gif", "--count", 12,
+                "--out", tmp_path / "a.gif")[0] == 0
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.size == (2 + 10 * 58, 2 + 2 * 58)
+        frames = []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            frames.append(np.asarray(animation.convert("L")))
+    assert len(frames) == 58 and all(np.array_equal(frames[i], frames[-i]) for i in range(1, 29))
+    assert not np.array_equal(frames[0], frames[len(frames) // 2])
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--edit", "picture.png", "--morph", "3:8"], ["--edit and --morph"]),
+    (["--edit", "picture.png", "--inpaint", "picture.png", "--mask", "mask.png"], ["--edit and --inpaint"]),
+    (["--mask", "mask.png"], ["--mask is for --inpaint"]), (["--inpaint", "picture.png"], ["--inpaint needs --mask"]),
+    (["--strength", 0.5], ["--strength is for --edit"]), (["--to-seed", 5], ["--to-seed is for --morph"]),
+    (["--edit", "picture.png", "--mask", "mask.png"], ["--mask is for --inpaint"]),
+    *[(["--edit", "picture.png", "--strength", strength], [f"--strength {strength}", "0", "1"])
+      for strength in (0, 1.01, "nan")],
+    (["--edit", "none.png"], ["none.png cannot be read", "No such file"]), (["--edit", ""], ["cannot be read"]),
+    (["--edit", "."], ["cannot be read"]), (["--edit", "damaged.png"], ["damaged.png cannot be read"]),
+    (["--inpaint", "picture.png", "--mask", "damaged.png"], ["damaged.png cannot be read"]),
+    (["--inpaint", "picture.png", "--mask", "black.png"], ["black.png is black all over"]),
+    (["--inpaint", "picture.png", "--mask", "white.png"], ["white.png is white all over"]),
+    (["--edit", "picture.png", "--labels", "cat"], ["'cat' is no label"]),
+    (["--morph", "3:8", "--labels", 3], ["leave --labels out"]), (["--morph", "3"], ["'3'", "3:8"]),
+    *[(["--morph", words], ["two labels", "0 to 9"]) for words in ("", ":", "3:", "3:cat", "31:8", "3:8:1", "3:10")],
+    (["--morph", "3:3"], ["leads nowhere", "--to-seed"]), (["--morph", "3:8", "--to-seed", -1], ["--to-seed -1"]),
+    *[(["--morph", "3:8", "--to-seed", seed, *more], ["another seed"]) for seed, *more in ((4, "--seed", 4), (0,))],
+    (["--morph", "3:8", "--count", 1000], ["--count 1000"]),
+])
+def test_bad_changes(call, small, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "picture.png").read_bytes()[:60])
+    for colour in ("black", "white"):
+        Image.new("L", (9, 9), colour).save(f"{colour}.png")
+    assert_refused(call(inference, "--checkpoint", small, *flags), *words)
+    assert not list(tmp_path.glob("s*.png"))
+
+
+def test_latents_are_no_picture(call, small, tmp_path):
+    flags = ["--checkpoint", make_checkpoint(tmp_path / "latent.pth", channels=4)]
+    assert_refused(call(inference, *flags, "--edit", tmp_path / "picture.png"), "4 channels", "no picture")
+    assert call(inference, *flags, "--morph", "3:8", "--out", tmp_path / "a.png")[0] == 0
+
+
+def test_a_morph_of_names_with_colons():
+    names = ("a", "b", "a:b", "c:")
+    assert parse_morph("a:b", names) == [0, 1]
+    assert parse_morph("a:b:b", names) == [2, 1] and parse_morph("b:a:b", names) == [1, 2]
+    assert parse_morph("c::a", names) == [3, 0] and parse_morph("0:3", names) == [0, 3]
+
+
+def test_draw_changes_pictures_too(small, tmp_path):
+    flags = dict(checkpoint=small, device="cpu")
+    picture, mask = tmp_path / "picture.png", tmp_path / "mask.png"
+    assert draw("37", edit=picture, strength=0.5, **flags).size == (2 + 2 * 58, 2 + 58)
+    assert draw([3], edit=picture, **flags).tobytes() != draw([3], **flags).tobytes()
+    completed, known = tile(draw(3, inpaint=picture, mask=mask, **flags), 0, 0), np.asarray(Image.open(mask)) == 0
+    assert np.array_equal(completed[known], np.asarray(Image.open(picture))[known])
+    assert draw(morph="3:8", count=2, to_seed=9, **flags).size == (2 + 11 * 58, 2 + 2 * 58)
+    for wrong in (dict(mask=mask), dict(edit=picture, morph="3:8"), dict(morph="3:8", labels="3")):
+        with pytest.raises(UserError):
+            draw(**wrong, **flags)

@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 # In reading order: each may import those before it.
 ARTICLE = ("config", "dataset", "diffusion", "time_emb", "dit_block", "dit", "checkpoint", "inference", "train",
            "generator", "fid_computer")
-FOLDERS = ("latent", "measure")
+FOLDERS = ("demo", "latent", "measure")
 # The one file of a folder that the root reads: whoever draws shows latents as images. It imports support alone.
 BELOW_THE_ROOT = ("latent", "vae")
 NOT_CODE = {"README.md", "EXPERIMENTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml"}

@@ -99,6 +99,8 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(kills, tmp_path):
     assert (whole / "log.csv").read_text() == (killed / "log.csv").read_text()
     names = {path.name for path in killed.iterdir()} - {"log_damaged.csv"}
     assert names == {path.name for path in whole.iterdir()}
+    page = (whole / "index.html").read_text().replace(whole.name, killed.name)  # it names its folder
+    assert (killed / "index.html").read_text() == page
     for path in whole.glob("*.png"):
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
 

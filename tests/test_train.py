@@ -27,7 +27,7 @@ from train import Run, learning_rate, make_batch, start_run, train_step
 
 def test_run_folder(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
-        "log.csv", "loss.png", "model.pth", "samples_000006.png"]
+        "index.html", "log.csv", "loss.png", "model.pth", "samples_000006.png"]
     with (trained / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4", "6"]
@@ -92,7 +92,8 @@ def test_ctrl_c_within_the_sample_grid_does_not_wait_for_it(call, tmp_path, monk
         assert same(load_checkpoint(run / "model.pth")[part], load_checkpoint(whole / "model.pth")[part]), part
 
 
-@pytest.mark.parametrize("missing", [["samples_000006.png"], ["samples_000006.png", "loss.png"], ["loss.png"]])
+@pytest.mark.parametrize("missing", [["samples_000006.png"], ["samples_000006.png", "loss.png"],
+                                     ["loss.png", "index.html"]])
 def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tmp_path, missing):
     run = shutil.copytree(trained, tmp_path / "run")
     for name in missing:
@@ -102,6 +103,7 @@ def test_a_run_that_was_killed_before_its_last_picture_gets_it(call, trained, tm
     assert code == 0 and "draw with" in out
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.iterdir())
     assert (run / "samples_000006.png").read_bytes() == (trained / "samples_000006.png").read_bytes()
+    assert "samples_000006.png" in (run / "index.html").read_text()
     assert (run / "model.pth").read_bytes() == before
 
 

@@ -1,0 +1,104 @@
+"""Writes the page: one HTML file that draws with the network in a browser, from a double click, without a network.
+
+    python -m demo.export                                       dit.html, of run/model.pth or weights/mnist.pth
+    python -m demo.export --checkpoint run_mine --out mine.html
+"""
+
+from support.commands import Parser, UserError, run
+from support.files import write_atomically
+
+import base64
+import itertools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from checkpoint import averaged_model, load_checkpoint
+from config import Config
+from dataset import BOUND
+from diffusion import SAMPLERS, build_process
+from inference import find_checkpoint
+
+LARGEST = 6_000_000  # bytes of the page: what a phone loads in a few seconds
+CHECKED = {"dpm": None, "ddim": 4, "ddpm": 4}  # the steps of each sampler's reference; None: the checkpoint's own
+MOST_STEPS = 100  # of the page's slider
+HERE = Path(__file__).parent
+
+
+def pack(tensor, dtype):
+    """The values of a tensor as base64 of little-endian numbers."""
+    return base64.b64encode(tensor.contiguous().to(dtype).numpy().tobytes()).decode()
+
+
+@torch.no_grad()
+def reference(content):
+    """What the page must compute too, from the same weights in float32: the network's output at one step, and the image
+    that each sampler makes of the same noise. A dict for JSON."""
+    model, config = averaged_model(content, precision="fp32"), content["config"]
+    process, label, t = build_process(config), torch.tensor([config.num_classes // 2]), config.T // 2
+    noise = torch.randn(1 + max(filter(None, CHECKED.values())), 1, config.channels, *config.image_size,
+                        generator=torch.Generator().manual_seed(0))
+    samples = {}
+    for name, steps in CHECKED.items():
+        steps = min(steps or config.sample_steps, config.T, MOST_STEPS)
+        fresh = itertools.chain(noise[1:], itertools.repeat(None))
+        states = SAMPLERS[name](lambda x, t: process.denoise(model, x, t, label, config.guidance, BOUND), noise[0],
+                                process.descending_steps(steps), lambda fresh=fresh: next(fresh))
+        *_, image = states
+        samples[name] = {"steps": steps, "image": pack(image, torch.float32)}
+    return {"noise": pack(noise, torch.float32), "label": label.item(), "t": t, "guidance": config.guidance,
+            "output": pack(model(noise[0], t, label), torch.float32), "samples": samples}
+
+
+def export(path):
+    """The page of a checkpoint, a string. Raises `UserError` when the page cannot show what the network draws, or would
+    be too large."""
+    content = load_checkpoint(path)
+    config = content["config"]
+    for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp"):
+        if getattr(config, name) != getattr(Config, name):
+            raise UserError(f"{path} draws with {name} {getattr(config, name)}, which the page does not know")
+    if config.channels not in (1, 3) or len(config.image_size) != 2:
+        raise UserError(f"{path} draws images of {config.channels} channels, but the page shows grey (1) or colour (3)")
+    halves = {name: weight.half() for name, weight in content["ema"].items()}
+    if not all(weight.isfinite().all() for weight in halves.values()):
+        raise UserError(f"{path} has weights that half precision cannot hold")
+    count = sum(weight.numel() for weight in halves.values())
+    parts = {path.name: path.read_text(encoding="utf-8") for path in HERE.iterdir() if path.suffix in (".css", ".js")}
+    size = 4 * -(-2 * count // 3) + sum(len(part.encode()) for part in parts.values())
+    if size <= LARGEST:
+        content["ema"] = {name: weight.float() for name, weight in halves.items()}
+        names = ("image_size", "patch_size", "channels", "num_classes", "hidden_size", "depth", "num_heads", "T",
+                 "time_spacing", "process", "beta_start", "beta_end", "shift", "sampler", "sample_steps", "guidance")
+        settings = {name: getattr(config, name) for name in names} | {"class_names": config.class_names}
+        model = {"config": settings, "most_steps": min(MOST_STEPS, config.T), "count": count,
+                 "weights": [[name, list(weight.shape)] for name, weight in halves.items()],
+                 "reference": reference(content)}
+        parts["model"] = json.dumps(model, ensure_ascii=False).replace("<", "\\u003c")  # a name may be </script>
+        parts["numbers"] = pack(torch.cat([weight.flatten() for weight in halves.values()]), torch.float16)
+        page = re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]],
+                      (HERE / "page.html").read_text(encoding="utf-8"))
+        size = len(page.encode())
+    if size > LARGEST:
+        raise UserError(f"{path} has {count:,} weights, a page of {size / 1e6:.1f} MB; {LARGEST / 1e6:.0f} MB is the "
+                        "most: train a smaller network (--hidden-size, --depth)")
+    return page
+
+
+def main():
+    parser = Parser(description="Writes one HTML file that draws with the network in a browser. It needs no server, no "
+                                "network and no installation: double-click it, or send it to someone.")
+    parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
+                        "else weights/mnist.pth)")
+    parser.add_argument("--out", default="dit.html", help="the page to write (default: dit.html)")
+    args = parser.parse_args()
+    checkpoint = find_checkpoint(args.checkpoint)
+    page = export(checkpoint).encode()
+    write_atomically(args.out, lambda file: file.write(page))
+    print(f"{args.out}: {len(page) / 1e6:.1f} MB, draws with {checkpoint}; open it in a browser")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,53 @@
+"""The labels that a user asks for, by the names of their classes or by number."""
+
+from support.commands import UserError
+
+import contextlib
+import re
+
+
+def parse_labels(words, names):
+    """The labels that `words` (a list, or one) ask for, each by a class's name or its number, a list of ints.
+
+    31415 is five digits, 3 14 or 3,14 are two labels. None: each label, but at most 10.
+    names: of the classes. Raises `UserError` for what is neither.
+    """
+    if words is None:
+        return list(range(min(len(names), 10)))
+    known = {name: label for label, name in reversed([*enumerate(names)])}
+    parts = []
+    for word in map(str, [words] if isinstance(words, (str, int)) else words):
+        for part in [word] if word in known else word.split(","):
+            parts += [part.strip()] if part.strip() in known else part.split()
+    if len(parts) == 1 and len(names) <= 10 and parts[0] not in known and parts[0].isdecimal():
+        parts = list(parts[0])
+    labels = [known.get(part, int(part) if re.fullmatch("[0-9]{1,9}", part) else len(names)) for part in parts or [""]]
+    for part, label in zip(parts or [""], labels, strict=True):
+        if label >= len(names):
+            raise UserError(f"--labels: {part!r:.40} is no label; this model knows {list_names(names)}")
+    return labels
+
+
+def list_names(names):
+    """What a model knows, in a few words."""
+    if are_numbers(names):
+        return f"0 to {len(names) - 1}"
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return f"{', '.join(f'{name!r:.30}' for name in names[:10])}{more} (or their numbers, from 0)"
+
+
+def are_numbers(names):
+    """Whether the classes have no names but their numbers."""
+    return tuple(names) == tuple(map(str, range(len(names))))
+
+
+def parse_morph(text, names):
+    """The two labels of "3:8" or "cat:dog". Raises `UserError`."""
+    words = text.split(":")
+    for i in range(1, len(words)):  # a name may have a colon itself
+        with contextlib.suppress(UserError):
+            first, last = (parse_labels([":".join(part)], names) for part in (words[:i], words[i:]))
+            if len(first) == len(last) == 1:
+                return first + last
+    raise UserError(f"--morph {text!r:.80}: must be two labels with a colon between, such as 3:8; this model knows "
+                    f"{list_names(names)}")
