@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from config import SAMPLING, Config, add_flags, check_eta, given_flags
-from dit import build_model
+from dit import build_model, sincos_positions
 
 FORMAT = "dit-checkpoint-2"
 OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
@@ -140,9 +140,12 @@ def load_model(path, device="cpu", precision="auto"):
 
 
 def averaged_model(content, device="cpu", precision="auto"):
-    """The averaged model in the dict of `load_checkpoint`, to sample in that precision."""
-    model = build_model(content["config"])
-    model.load_state_dict(content["ema"])
+    """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
+    dict, where their type and device can stay."""
+    with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
+        model = build_model(content["config"])
+    model.load_state_dict(content["ema"], assign=True)
+    model.patch_embedding.positions = sincos_positions(model.grid, content["config"].hidden_size)
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)
 
 
@@ -158,8 +161,10 @@ def main():
     if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
         raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
     ema = {name: tensor.half() for name, tensor in content["ema"].items()}
-    # A path of this machine concerns nobody
-    config = dataclasses.replace(content["config"], data_dir=Config.data_dir, **given_flags(args))
+    config = content["config"]
+    # A path of this machine concerns nobody. The folder of a VAE is looked for beside its checkpoint too
+    vae = Path(config.vae).resolve().name if os.path.isdir(config.vae) else config.vae
+    config = dataclasses.replace(config, data_dir=Config.data_dir, vae=vae, **given_flags(args))
     check_eta(config, given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")

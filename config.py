@@ -30,6 +30,12 @@ class Config:
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers
+    # Nor have these: whoever makes latents of the images says them. Where there are none, the network sees pixels.
+    vae: str = ""             # where the VAE was found: a folder, or its name on the Hugging Face hub
+    vae_hash: str = ""        # `fingerprint` of the VAE; "" = not known
+    latent_shape: tuple = ()  # (C, *size) of an image's latents
+    latent_mean: tuple = ()   # the latents are normalized to (z - latent_mean) / latent_std: one number, or one for
+    latent_std: tuple = ()    # each channel
 
     # Model (DiT, arXiv 2212.09748)
     patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; 0 = a quarter of the image, which "
@@ -47,6 +53,8 @@ class Config:
                         "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
+    variance: str = flag("fixed", "of a step of the ddpm sampler: fixed; or learned (2102.09672), for which the "
+                         "network of process ddpm predicts it beside the noise", choices=("fixed", "learned"))
     shift: float = flag(2.2, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
                         0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
@@ -85,6 +93,12 @@ class Config:
     guidance: float = flag(1.4, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
+    spacing: str = flag("trailing", "which of the T steps are taken: trailing, evenly spaced from the last one on "
+                        "(2305.08891); or linspace, evenly from the last to the first, as DiT's official code does",
+                        choices=("trailing", "linspace"))
+    guided_channels: int = flag(0, "so many channels, the first ones, are guided, and the others follow the label "
+                                "as at guidance 1; 0 = all. DiT's official code guides 3 of its 4", 0, 1024)
+    clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels, which latents do not have")
 
     def __post_init__(self):
         for name in SIZES:
@@ -93,6 +107,9 @@ class Config:
             check_value(field, getattr(self, field.name))
         if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
             raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
+        self.check_latents()
+        if self.variance == "learned" and self.process != "ddpm":
+            raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):
@@ -102,15 +119,42 @@ class Config:
             raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
-        if self.image_size and self.patch_size and (len(self.patch_size) != len(self.image_size) or any(
-                side % part for side, part in zip(self.image_size, self.patch_size, strict=True))):
-            raise UserError(f"patch_size {show_size(self.patch_size)} does not divide image_size "
-                            f"{show_size(self.image_size)}: choose one of {show_divisors(self.image_size)}")
+        if self.image_size and self.patch_size:
+            self.check_patches("latent_shape" if self.latent_shape else "image_size", self.input_shape[1:])
+
+    def check_latents(self):
+        """Raises `UserError` unless what is said of latents belongs together."""
+        if not self.latent_shape and not (self.vae or self.vae_hash or self.latent_mean or self.latent_std):
+            return
+        C, *size = self.latent_shape or (0,)
+        if not size or not all(type(n) is int and 1 <= n <= 1024 for n in self.latent_shape):
+            raise UserError(f"latent_shape is {self.latent_shape!r:.80}, but must be channels, height and width")
+        for name, numbers in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
+            if len(numbers) not in (1, C) or not all(type(n) is float and math.isfinite(n) for n in numbers) or (
+                    name == "latent_std" and min(numbers) <= 0):
+                raise UserError(f"{name} is {numbers!r:.80}, but must be one number, or one for each of {C} channels")
+
+    def check_patches(self, name, size):
+        """Raises `UserError` unless patches divide the `size` of what the network sees, which is the setting `name`."""
+        if len(self.patch_size) != len(size) or any(
+                side % part for side, part in zip(size, self.patch_size, strict=True)):
+            raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {name} {show_size(size)}: choose "
+                            f"one of {show_divisors(size)}")
 
     def log_signal(self):
         """The logarithm of sqrt(alphas_cumprod[T-1]), the share of the image that is left after all steps of ddpm."""
         step = (self.beta_end - self.beta_start) / (self.T - 1)
         return sum(math.log1p(-self.beta_start - i * step) for i in range(self.T)) / 2
+
+    @property
+    def input_shape(self):
+        """The shape (C, *size) of what the network sees: of latents, or of the images themselves."""
+        return self.latent_shape or (self.channels, *self.image_size)
+
+    @property
+    def output_channels(self):
+        """What the network predicts for each position: the noise or the image, and perhaps the variance."""
+        return self.input_shape[0] * (2 if self.variance == "learned" else 1)
 
     @property
     def class_names(self):
@@ -140,7 +184,8 @@ PRESETS = {
     "XL": dict(hidden_size=1152, depth=28, num_heads=16) | PAPER,
 }
 
-SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")  # the fields that say how to draw
+# The fields that say how to draw
+SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "spacing", "guided_channels", "clamp", "seed", "precision")
 
 
 def show_divisors(size):

@@ -24,7 +24,11 @@ class Process:
     x_0 (B, C, *size) is clean, in [-1, 1] where it holds pixels. t is a step 0..T-1; 0 has the least noise.
     signal, noise, error_scale (T,), float64: the shares of image and noise in x_t, and what the network's error at t is
     multiplied by in the loss. What training gathers by t is float32 on `device`.
+    spacing: of the steps that are taken to draw, see `descending_steps`.
+    spread: of the step last denoised, where its variance lies between the two bounds that `ddpm` has.
     """
+
+    spacing, spread = "trailing", 0.0
 
     def __init__(self, signal, noise, error_scale, device="cpu"):
         self.T = len(signal)
@@ -47,32 +51,41 @@ class Process:
         error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
         return (error.abs() if loss == "l1" else error.square()).flatten(1).mean(dim=1)
 
-    def denoise(self, model, x, t, y, guidance, bound):
+    def denoise(self, model, x, t, y, guidance, bound, guided_channels=0):
         """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
 
         guidance: the scale of classifier-free guidance (2207.12598): 0 ignores the labels, 1 follows them, above 1
             exaggerates them. Both predictions go through the network as one batch.
         bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
             never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
+        guided_channels: how many of the C channels are guided, the first ones; 0 = all. What else the network answers
+            is that for the labels.
         """
         t_all, null = torch.full_like(y, t), torch.full_like(y, model.null_label)
         if guidance in (0, 1):
             output = model(x, t_all, y if guidance else null)
         else:
             cond, uncond = model(torch.cat([x, x]), torch.cat([t_all, t_all]), torch.cat([y, null])).chunk(2)
-            output = uncond + guidance * (cond - uncond)
+            n = guided_channels or x.shape[1]
+            output = torch.cat([uncond[:, :n] + guidance * (cond[:, :n] - uncond[:, :n]), cond[:, n:]], dim=1)
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
     def descending_steps(self, count, strength=1.0):
-        """`count` of the T steps from T-1 on, evenly spaced (2305.08891, "trailing"), for the samplers: a list of
-        (t, (signal, noise) at t, (signal, noise) at the step after it), of which the last leads to the clean image.
+        """`count` of the T steps from T-1 on, for the samplers: a list of (t, (signal, noise) at t, (signal, noise) at
+        the step after it), of which the last leads to the clean image. How they are spaced says `self.spacing`:
+        "trailing", evenly (2305.08891, table 2), or "linspace", evenly with the step 0 as the last one, as in DiT's
+        official code.
 
         strength: above 0, at most 1: the share of the T that they spread over, the least noisy ones; `count` or, where
             that is less, all of these.
         """
         top = max(1, round(strength * self.T))
         count = min(count, top)
-        steps = [round(top - i * top / count) - 1 for i in range(count)]
+        if self.spacing == "linspace" and count > 1:
+            strides = itertools.repeat((top - 1) / (count - 1), count - 1)
+            steps = [round(t) for t in itertools.accumulate(strides, initial=0.0)][::-1]
+        else:
+            steps = [round(top - i * top / count) - 1 for i in range(count)]
         return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
 
 
@@ -100,6 +113,61 @@ class DDPM(Process):
         """The clean image that the network's output for x at the one step t stands for (equation 4, solved)."""
         signal, noise = self.path[t]
         return (x - noise * output) / signal
+
+
+class LearnedVarianceDDPM(DDPM):
+    """DDPM whose network also predicts the variance of each step (improved DDPM, 2102.09672). It answers with 2C
+    channels: the noise, and v, which should lie in [-1, 1].
+
+    log variance = f log(beta) + (1 - f) log(posterior variance),  f = (v + 1) / 2      (equation 15)
+    """
+
+    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
+        super().__init__(T, beta_start, beta_end, device)
+        before = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+        variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)  # (T,), of equation 7 of DDPM
+        variance[0] = variance[1]  # its logarithm would be infinite
+        # What an error of the noise amounts to in the mean of the step before (DDPM, equation 11)
+        error_to_mean = self.betas / (1 - self.alphas_cumprod).sqrt() / self.alphas.sqrt()
+        self.log_posterior, self.log_betas, self.error_to_mean = (
+            a.float().to(device) for a in (variance.log(), self.betas.log(), error_to_mean))
+
+    def losses(self, model, x_0, t, y, noise, loss="l2"):
+        """What training minimises: the loss of the noise, that of `DDPM`, and T / 1000 times the term at t of the
+        variational bound in bits per value, which teaches the variance alone (equation 16)."""
+        answer = []
+
+        def predict_noise(*inputs):
+            answer.extend(model(*inputs).chunk(2, dim=1))
+            return answer[0]
+
+        losses = super().losses(predict_noise, x_0, t, y, noise, loss)
+        eps, v = answer
+        return losses + self.T / 1000 * self.bound_terms(eps.detach() - noise, v, x_0, t)
+
+    def bound_terms(self, error, v, x_0, t):
+        """The terms at t (B,) of the variational bound, in bits per value, of each image (B,): the divergence of what
+        the network says from the posterior (DDPM, equation 5), and at t = 0 the negative log likelihood of x_0 among
+        the 256 levels of pixels (DDPM, equation 13), which DiT's official code takes of latents as well.
+
+        error: of the predicted noise, like x_0. v: the network's answer, like x_0.
+        """
+        low, high, scale = (per_image(a[t], x_0) for a in (self.log_posterior, self.log_betas, self.error_to_mean))
+        f = (v + 1) / 2
+        log_variance, gap = f * high + (1 - f) * low, scale * error  # gap: x_0 or the posterior's mean, less ours
+        divergence = (log_variance - low - 1 + (low - log_variance).exp() + gap.square() / log_variance.exp()) / 2
+
+        upper, lower = (0.5 + torch.erf((gap + half) * (-log_variance / 2).exp() / math.sqrt(2)) / 2
+                        for half in (1 / 255, -1 / 255))
+        upper, lower = upper.masked_fill(x_0 > 0.999, 1), lower.masked_fill(x_0 < -0.999, 0)  # the outermost levels
+        unlikelihood = -(upper - lower).clamp(min=1e-12).log()
+        return torch.where(per_image(t, x_0) == 0, unlikelihood, divergence).flatten(1).mean(dim=1) / math.log(2)
+
+    def to_x_0(self, output, x, t):
+        """The clean image that the network's output stands for, as in `DDPM`; keeps f in `self.spread`."""
+        eps, v = output.chunk(2, dim=1)
+        self.spread = (v + 1) / 2
+        return super().to_x_0(eps, x, t)
 
 
 class RectifiedFlow(Process):
@@ -135,8 +203,12 @@ class RectifiedFlow(Process):
 def build_process(config, device="cpu"):
     """The process of a `Config`."""
     if config.process == "flow":
-        return RectifiedFlow(config.T, config.shift, device)
-    return DDPM(config.T, config.beta_start, config.beta_end, device)
+        process = RectifiedFlow(config.T, config.shift, device)
+    else:
+        kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
+        process = kind(config.T, config.beta_start, config.beta_end, device)
+    process.spacing = config.spacing
+    return process
 
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
@@ -157,12 +229,16 @@ def posterior(x_0, x_t, at, after):
     return mean, beta * s_after**2 / s**2
 
 
-def ddpm(denoise, x, steps, noise):
-    """Ancestral sampling (DDPM, 2006.11239, algorithm 2) over all T steps or any subset of them."""
+def ddpm(denoise, x, steps, noise, spread=lambda: 0.0):
+    """Ancestral sampling (DDPM, 2006.11239, algorithm 2) over all T steps or any subset of them.
+
+    spread(): where the variance of the step just denoised lies between its bounds, in logarithms: 0 is the posterior's,
+        1 the step's beta (improved DDPM, 2102.09672, equation 15). A number, or one for each value of x.
+    """
     for t, at, after in steps:
         x, posterior_variance = posterior(denoise(x, t), x, at, after)
-        if posterior_variance:
-            x = x + math.sqrt(posterior_variance) * noise()
+        if posterior_variance:  # beta is (s / s_after)^2 times as large
+            x = x + math.sqrt(posterior_variance) * (at[1] / after[1]) ** spread() * noise()
         yield x
 
 

@@ -86,13 +86,14 @@ class DiT(nn.Module):
     integers.
 
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
+    out_channels: of the prediction; None: as many as x has.
     time_spacing: see `time_emb.sinusoids`.
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=(28, 28), patch_size=(7, 7), channels=1, num_classes=10, hidden_size=128, depth=4,
-                 num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False):
+                 num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False, out_channels=None):
         super().__init__()
         size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
         if len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
@@ -105,7 +106,7 @@ class DiT(nn.Module):
         self.time_embedding = TimeEmbedding(hidden_size, spacing=time_spacing)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, math.prod(patch) * channels)
+        self.final_layer = FinalLayer(hidden_size, math.prod(patch) * (out_channels or channels))
         self.initialize()
 
     def initialize(self):
@@ -140,8 +141,9 @@ class DiT(nn.Module):
 
 def build_model(config):
     """The untrained `DiT` of a `Config` whose sizes are all known."""
-    return DiT(config.image_size, config.patch_size, config.channels, config.num_classes, config.hidden_size,
-               config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute)
+    channels, *size = config.input_shape
+    return DiT(size, config.patch_size, channels, config.num_classes, config.hidden_size, config.depth,
+               config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute, config.output_channels)
 
 
 def main():

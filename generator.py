@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import SAMPLING
-from dataset import list_images, load_dataset, to_uint8
-from inference import batch_that_fits, generate, load_for_sampling, sampling_parser
+from config import SAMPLING, Config
+from dataset import list_images, load_dataset
+from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, to_images
 
 
 def missing_indices(folder, count):
@@ -44,7 +44,8 @@ def open_folder(folder, count, settings):
         if os.path.lexists(note):
             try:
                 before = json.loads(note.read_bytes())
-                changed = [name for name, value in settings.items() if before.get(name) != value]
+                changed = [name for name, value in settings.items()  # what was no setting yet is as it was then
+                           if before.get(name, getattr(Config, name, None)) != value]
             except (OSError, ValueError, AttributeError, RecursionError):
                 raise UserError(f"{note} does not say what made the images beside it: remove the folder, or choose "
                                 "another one") from None
@@ -88,7 +89,7 @@ def fill_fake(folder, model, config, todo, batch_size):
         for start in range(0, len(todo), batch_size):
             indices = todo[start:start + batch_size]
             labels = torch.tensor(indices) % config.num_classes
-            images = to_uint8(generate(model, config, labels.to(device), indices)).cpu()
+            images = to_images(generate(model, config, labels.to(device), indices), config).cpu()
             for index, label, image in zip(indices, labels, images, strict=True):
                 write_image(folder / f"{index:06d}_{label}.png", image)
             bar.update(len(indices))
@@ -124,6 +125,7 @@ def main():
                                           "image_size": list(config.image_size), "channels": config.channels})
     fake = open_folder(args.fake, args.count, {
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        **({"vae": find_vae(config, args.device).hash_of("decoder", "post_quant_conv")} if config.latent_shape else {}),
         **{name: getattr(config, name) for name in SAMPLING}})
     fill_real(args.real, data, real)
     fill_fake(args.fake, model, config, fake,

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import checkpoint_file, load_model
 from config import SAMPLING, add_flags, check_eta, given_flags
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
 from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
+from latent.vae import load_vae
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
@@ -62,19 +64,19 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
     way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
     A generator: yields the noise (B, C, H, W) that it starts from, then x after each step; the last one is the images,
-    in [-1, 1].
+    in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    shape = (config.channels, *config.image_size)
-    noise = (source or noise_source)(config.seed, indices, shape, labels.device, config.sample_steps)
-    process, options = build_process(config), {"eta": config.eta} if config.sampler == "ddim" else {}
+    noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
+    process, bound = build_process(config), BOUND if config.clamp else math.inf
+    options = {"ddim": {"eta": config.eta}, "ddpm": {"spread": lambda: process.spread}}.get(config.sampler, {})
     sampler = functools.partial(SAMPLERS[config.sampler], **options)
 
     def denoise(x, t):
-        return process.denoise(model, x, t, labels, config.guidance, BOUND)
+        return process.denoise(model, x, t, labels, config.guidance, bound, config.guided_channels)
 
     for x in way(process, sampler, denoise, noise, config.sample_steps):
         yield x[:B]
@@ -85,14 +87,52 @@ def generate(model, config, labels, indices=None):
     return deque(sample(model, config, labels, indices), maxlen=1).pop()
 
 
+def to_images(x, config):
+    """Images uint8 (B, C, H, W) of a state x of `sample`: of latents, through their VAE. The one way to see a state."""
+    return to_uint8(find_vae(config, x.device).decode(x) if config.latent_shape else x)
+
+
+def from_images(x, config, known=None):
+    """Images x (B, C, H, W) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
+    bool (B, 1, H, W), also what of that is known: a latent is where all of its pixels are."""
+    if config.latent_shape:
+        x, _ = find_vae(config, x.device).encode(x)
+        if known is not None:
+            known = adaptive_avg_pool2d(known.float(), x.shape[2:]) == 1
+    return x if known is None else (x, known)
+
+
+def find_vae(config, device):
+    """The `VAE` whose latents a configuration is of, with the statistics that the model has learned with. Raises
+    `UserError` when it is not there or is another one."""
+    return open_vae(config.vae, config.vae_hash, (config.channels, *config.image_size), config.latent_shape,
+                    config.latent_mean, config.latent_std, device)
+
+
+@functools.lru_cache(maxsize=1)
+def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
+    if not name:
+        raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
+    vae = load_vae(name, device)
+    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
+    if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
+        raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
+                        f"this model's are images {shape} out of latents {latent_shape}")
+    if fingerprint not in ("", vae.fingerprint):
+        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
+                        f"hash {vae.fingerprint}, not {fingerprint:.16}")
+    vae.normalize_by(mean, std)
+    return vae
+
+
 def batch_that_fits(config, device):
     """How many images to draw at once: an estimate, on the safe side, of what half of a GPU's free memory, or 2 GB of
     any other, holds; at most 4,096 on a GPU, and elsewhere 500, beyond which nothing gets quicker."""
-    tokens = math.prod(config.image_size) // math.prod(config.patch_size)
+    tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
     # What a block keeps for a token: qkv, its output and the MLP's two, in fp32; with guidance for two images
     floats = 2 * tokens * config.hidden_size * (8 + 2 * config.mlp_ratio)
     floats += 2 * tokens**2 * config.num_heads  # where attention has no kernel of its own
-    floats += 20 * config.channels * math.prod(config.image_size)  # the states, and noise drawn ahead
+    floats += 20 * math.prod(config.input_shape)  # the states, and noise drawn ahead
     free, most = (torch.cuda.mem_get_info(device)[0] / 2, 4096) if device.type == "cuda" else (2e9, 500)
     return int(min(max(free / (4 * floats), 1), most))
 
@@ -116,8 +156,15 @@ def load_for_sampling(args):
     args.checkpoint = find_checkpoint(args.checkpoint)
     device = pick_device(args.device)
     model, config = load_model(args.checkpoint, device, settings["precision"])
+    if "vae" in settings and not config.latent_shape:
+        raise UserError(f"{args.checkpoint} draws images without a VAE: leave --vae out")
+    beside = Path(args.checkpoint).parent / config.vae  # where weights are shared, their VAE is
+    if config.vae and not Path(config.vae).exists() and beside.is_dir():
+        settings = {"vae": str(beside), **settings}
     config = dataclasses.replace(config, **settings)
     check_eta(config, settings)
+    if config.latent_shape:
+        find_vae(config, device)
     return model, config
 
 
@@ -131,7 +178,7 @@ def draw_states(model, config, labels, count, shown=1, **options):
     kept = set(torch.linspace(total - 1, 0, min(total, shown)).round().long().tolist())
     states = tqdm(sample(model, config, y, **options), total=total, desc=f"drawing {len(y)} images", unit="step",
                   leave=False, disable=None)
-    return torch.stack([to_uint8(x).cpu() for i, x in enumerate(states) if i in kept])
+    return torch.stack([to_images(x, config).cpu() for i, x in enumerate(states) if i in kept])
 
 
 def label_grid(images, config, labels):
@@ -178,11 +225,11 @@ def prepare(model, config, args, frames):
         strength = STRENGTH if args.strength is None else args.strength
         steps = len(build_process(config).descending_steps(config.sample_steps, strength))
         return dataclasses.replace(config, sample_steps=steps), labels, dict(
-            way=functools.partial(edit, picture=picture.to(device), strength=strength))
+            way=functools.partial(edit, picture=from_images(picture.to(device), config), strength=strength))
     if args.inpaint is not None:
         picture, known = read_picture(args.inpaint, config, args.mask)
-        return config, labels, dict(
-            way=functools.partial(inpaint, picture=picture.to(device), known=known.to(device)))
+        picture, known = from_images(picture.to(device), config, known.to(device))
+        return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known))
     return config, labels, {}
 
 
@@ -239,10 +286,11 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
     draw("7", edit="three.png", strength=0.5), draw(morph="3:8").
 
     labels: as `parse_labels` takes them. count: how many of each. The others and settings (sampler, sample_steps,
-    guidance, eta, seed, precision): as the flags of these names. Raises `UserError`.
+    guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
     """
-    if settings.keys() - set(SAMPLING):
-        raise UserError(f"draw knows {', '.join(SAMPLING)}, but not {', '.join(settings.keys() - set(SAMPLING))}")
+    if settings.keys() - {*SAMPLING, "vae"}:
+        raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
+                        f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
     args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
                               inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
     check_changes(args)
@@ -266,6 +314,9 @@ def sampling_parser(description):
                         "else weights/mnist.pth)")
     add_flags(parser, SAMPLING)
     say_default(parser, set(SAMPLING) - {"seed", "precision"}, "the model's own")
+    parser.add_argument("--vae", default=argparse.SUPPRESS, help="of a model that draws latents, the VAE that makes "
+                        "images of them: a folder, or a name on the Hugging Face hub (default: where the model's own "
+                        "was when it was made)")
     add_device_flag(parser)
     return parser
 

@@ -33,14 +33,14 @@ import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
 from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
-from dataset import load_dataset, to_float, to_uint8
+from dataset import load_dataset, to_float
 from diffusion import Process, build_process
 from dit import build_model
-from inference import sample
+from inference import sample, to_images
 
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
-              "guidance", "eta", "compile", "recompute", "shard")
+              "guidance", "eta", "spacing", "guided_channels", "clamp", "compile", "recompute", "shard")
 ADAMW_BETAS = (0.9, 0.99)
 EMA_WARMUP = 10  # steps, about
 AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size")  # "auto" or 0: as resolved at the start
@@ -204,7 +204,7 @@ def draw_samples(run, path, device, stop):
         x = state
     if parallel.RANK == 0:
         with warned():
-            save_picture(path, grid(to_uint8(x), columns=10))
+            save_picture(path, grid(to_images(x, config), columns=10))
 
 
 def show_setting(name, value):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import averaged_model, load_checkpoint
-from config import show_size
+from config import Config, show_size
 from dataset import BOUND
 from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
 from inference import find_checkpoint
@@ -62,6 +62,9 @@ def export(path):
     be too large."""
     content = load_checkpoint(path)
     config = content["config"]
+    for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp"):
+        if getattr(config, name) != getattr(Config, name):
+            raise UserError(f"{path} draws with {name} {getattr(config, name)}, which the page does not know")
     if config.channels not in (1, 3) or len(config.image_size) != 2:
         raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page "
                         "shows images, grey (1 channel) or colour (3)")

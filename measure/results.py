@@ -105,7 +105,7 @@ def runs(args, judge, real):
             cells.append(format(statistics.mean(values), form))
             if len(values) > 1:
                 cells[-1] += f" ± {format(statistics.stdev(values), form)}"
-        tokens = math.prod(config.image_size) // math.prod(config.patch_size)
+        tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
         network = f"{config.process}, {config.depth} blocks, {tokens} tokens of {config.hidden_size}"
         print(f"| {network}, {config.steps:,} steps | {network_calls(config)} | {' | '.join(cells)} |")
         point = (statistics.mean(result[name] for result in results) for name in ("seconds", "accuracy", "frechet"))

@@ -20,9 +20,9 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 from config import given_flags
-from dataset import list_images, load_dataset, read_image, to_float, to_uint8
+from dataset import list_images, load_dataset, read_image, to_float
 from fid_computer import frechet_distance, statistics
-from inference import batch_that_fits, generate, load_for_sampling, sampling_parser
+from inference import batch_that_fits, generate, load_for_sampling, sampling_parser, to_images
 from measure.classifier import load_classifier, train_classifier
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
@@ -295,7 +295,8 @@ def draw_fakes(model, config, count):
     fakes = []
     with tqdm(total=count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
         for indices in torch.arange(count).split(batch_that_fits(config, device)):
-            fakes.append(to_uint8(generate(model, config, labels[indices].to(device), indices.tolist())).cpu())
+            x = generate(model, config, labels[indices].to(device), indices.tolist())
+            fakes.append(to_images(x, config).cpu())
             bar.update(len(indices))
     return torch.cat(fakes), labels
 

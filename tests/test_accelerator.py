@@ -16,11 +16,14 @@ import train
 from config import Config
 from diffusion import SAMPLERS, build_process, edit, inpaint
 from dit import build_model
+from latent.vae import VAE
 from train import start_run, train_step
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
                 batch_size=4, sample_steps=3)
 CUDA = torch.device("cuda", 0)
+PROCESSES = [("flow", "fixed"), ("ddpm", "fixed"), ("ddpm", "learned")]
+SCHEDULES = ("signal", "noise", "error_scale", "log_posterior", "log_betas", "error_to_mean")
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def fake(monkeypatch):
         """The process computes with the values of its schedule, so it is made of real tensors, and they made fake."""
         with unset_fake_temporarily():
             diffusion = build_process(config)
-        for name in ("signal", "noise", "error_scale"):
+        for name in set(SCHEDULES) & vars(diffusion).keys():
             setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
         return diffusion
 
@@ -51,11 +54,11 @@ def fake(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("process", ["flow", "ddpm"])
+@pytest.mark.parametrize(("process", "variance"), PROCESSES)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, process=process, optimizer=optimizer, precision=precision)
+def test_a_training_step(process, variance, optimizer, precision, fake, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, process=process, variance=variance, optimizer=optimizer, precision=precision)
     run = start_run(config, CUDA)
 
     def backward(loss):
@@ -76,10 +79,11 @@ def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypa
         assert {weight.device for weight in part.state_dict().values()} == {CUDA}
 
 
-@pytest.mark.parametrize("process", ["flow", "ddpm"])
+@pytest.mark.parametrize(("process", "variance"), PROCESSES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling(process, sampler, fake, monkeypatch):
-    config = dataclasses.replace(CONFIG, process=process, sampler=sampler, eta=0.5 * (sampler == "ddim"))
+def test_sampling(process, variance, sampler, fake, monkeypatch):
+    config = dataclasses.replace(CONFIG, process=process, variance=variance, sampler=sampler,
+                                 eta=0.5 * (sampler == "ddim"))
     model = build_model(config).to(CUDA)
 
     def noise_source(seed, indices, shape, device, *_):
@@ -88,6 +92,24 @@ def test_sampling(process, sampler, fake, monkeypatch):
     monkeypatch.setattr(inference, "noise_source", noise_source)  # NumPy's numbers cannot be faked
     *_, x = inference.sample(model, config, torch.arange(4, device=CUDA))
     assert x.device == CUDA and x.shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("process", "variance"), PROCESSES)
+def test_schedules_are_gathered_from_where_the_images_are(process, variance):
+    diffusion = build_process(dataclasses.replace(CONFIG, process=process, variance=variance), torch.device("meta"))
+    gathered = [getattr(diffusion, name) for name in SCHEDULES[:6 if variance == "learned" else 3]]
+    assert {schedule.device.type for schedule in gathered} == {"meta"}
+    assert {schedule.dtype for schedule in gathered} == {torch.float32}  # MPS has no float64
+
+
+def test_latents_are_decoded_where_they_are(fake, monkeypatch):
+    vae = VAE(block_out_channels=(8, 16), norm_num_groups=4).to(CUDA)
+    monkeypatch.setattr(inference, "find_vae", lambda config, device: vae)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: np.ones(1))  # a fake tensor has no values to ask about
+    config = dataclasses.replace(CONFIG, latent_shape=(4, 8, 8), latent_mean=(0.0,), latent_std=(1.0,))
+    images = inference.to_images(torch.randn(3, 4, 8, 8, device=CUDA), config)
+    assert images.device == CUDA and images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
+    assert vae.encode(torch.randn(2, 3, 8, 8, device=CUDA))[1].device == CUDA
 
 
 @pytest.mark.parametrize("way", [edit, inpaint, None])
@@ -104,13 +126,6 @@ def test_changing_pictures(way, fake, monkeypatch):
         options = dict(way=functools.partial(way, picture=picture, **options[way]))
     *_, x = inference.sample(model, CONFIG, torch.arange(4, device=CUDA), **options)
     assert x.device == CUDA and x.shape == (4, 1, 8, 8)
-
-
-@pytest.mark.parametrize("process", ["flow", "ddpm"])
-def test_schedules_are_gathered_from_where_the_images_are(process):
-    diffusion = build_process(dataclasses.replace(CONFIG, process=process), torch.device("meta"))
-    assert {diffusion.signal.device.type, diffusion.noise.device.type, diffusion.error_scale.device.type} == {"meta"}
-    assert diffusion.signal.dtype == torch.float32  # MPS has no float64
 
 
 def test_numbers_for_times_and_labels(fake):

@@ -161,7 +161,7 @@ def test_help_names_its_flags(command):
 
 def test_help_knows_that_a_model_has_its_own_defaults():
     text = " ".join(sampling_parser("").format_help().split())
-    assert text.count("(default: the model's own)") == 4 and "(default: 6)" not in text and "(default: 1.4)" not in text
+    assert text.count("(default: the model's own)") == 7 and "(default: 6)" not in text and "(default: 1.4)" not in text
     assert "seed of everything random (default: 0)" in text
 
 

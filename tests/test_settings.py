@@ -22,11 +22,12 @@ from sklearn.datasets import load_digits
 
 import inference
 import train
-from checkpoint import load_model
+from checkpoint import load_model, save_checkpoint
 from config import Config
 from diffusion import build_process
 from dit import sincos_positions
 from dit_block import DiTBlock
+from latent.vae import VAE, save_vae
 
 BASE = ["--precision", "fp32", "--warmup", "0", "--lr-decay", "constant", "--optimizer", "adamw", "--grad-clip", "0",
         "--patch-size", "2"]
@@ -34,11 +35,13 @@ BETA_1, BETA_2 = 0.9, 0.99  # AdamW's
 EMBEDDING, LAST = "patch_embedding.linear.weight", "final_layer.linear.weight"
 # Written out, so that a setting that wrongly became changeable is noticed
 CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, checkpoint_every=1, sampler="ddim",
-                  sample_steps=2, guidance=0.0, eta=0.5, compile=True, recompute=True, shard=True)
+                  sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1, clamp=False,
+                  compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
     dataset="folder", image_size=16, channels=3, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64,
     depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3, beta_end=0.01,
-    shift=1.0, loss="l1", batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
+    shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,),
+    latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
     grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
 
 
@@ -369,6 +372,33 @@ def test_shift(go):
         assert_first_step(go(shift=shift, batch_size=64))
 
 
+def test_variance(go, call):
+    """The network answers twice as much: 0, which is midway between the two bounds of the variance."""
+    assert shapes(go(process="ddpm", variance="fixed"))[LAST] == (4, 32)
+    learned = go(process="ddpm", variance="learned", batch_size=64, beta_start=1e-3)
+    assert shapes(learned)[LAST] == (8, 32)
+    _, _, t, noise = draws(learned.config)
+    kept, _, _ = path(learned.config, torch.arange(1000))
+    kept = kept.square()
+    low, gap = torch.zeros(2, 1000, dtype=torch.float64)
+    betas = 1 - kept / torch.cat([torch.ones(1), kept[:-1]])
+    low[1:] = (betas[1:] * (1 - kept[:-1]) / (1 - kept[1:])).log()
+    gap = betas / (1 - kept).sqrt() / (1 - betas).sqrt()
+    spread = (betas.log() - low) / 2
+    at = [part[t].view(-1, 1, 1, 1) for part in (low, gap, spread)]
+    bits = (at[2] - 1 + (-at[2]).exp() + (at[1] * noise).square() / (at[0] + at[2]).exp()) / 2 / math.log(2)
+    assert t.min() > 0  # where the bound is another one
+    expected = noise.square().mean() + bits.mean()
+    assert float(learned.rows[0]["loss"]) == pytest.approx(expected.item(), rel=1e-4)
+    assert bits.mean() > 0.01
+    gradient = learned.gradients()[LAST].float().view(4, 2, 32)  # values of a patch, then noise and variance
+    torch.testing.assert_close(gradient[:, 0], by_hand(learned)[2], rtol=1e-3, atol=1e-6)
+    assert gradient[:, 1].any()
+    assert call(train, "--resume", "--steps", 2, "--run-dir", learned.folder, "--device", "cpu")[0] == 0
+    assert_refused(call(train, *TINY, "--process", "flow", "--variance", "learned", "--run-dir", learned.folder / "x"),
+                   "process ddpm alone")
+
+
 @pytest.mark.parametrize("process", ["flow", "ddpm"])
 def test_loss(go, process):
     for loss in ("l2", "l1"):
@@ -635,6 +665,139 @@ def test_eta(call, taught, draw, tmp_path):
     assert np.abs(grid - draw("--count", 6, sampler="ddim", eta=0.5)).max() <= 1
 
 
+def test_spacing(call, taught, draw, tmp_path, monkeypatch):
+    calls, forward = [], train.build_model.__globals__["DiT"].forward
+    monkeypatch.setattr("dit.DiT.forward", lambda *args: (calls.append(args[2].unique().tolist()), forward(*args))[1])
+    for spacing, times in (("trailing", [999, 749, 499, 249]), ("linspace", [999, 666, 333, 0])):
+        calls.clear()
+        drawn = draw("--count", 6, sample_steps=4, spacing=spacing)
+        assert calls == [[t] for t in times]
+    grid = further(call, taught, tmp_path / "run", sample_steps=4, spacing="linspace")
+    assert np.abs(grid - drawn).max() <= 1 < 8 < np.abs(grid - draw("--count", 6, sample_steps=4)).max()
+
+
+def test_guided_channels(call, go, own, tmp_path):
+    """Drawn in one step: the first channels are u + 5 (c - u), the others c."""
+    run = go(dataset="folder", data_dir=own, channels=3, steps=200, lr=0.01, batch_size=16)
+    model, _ = load_model(run.folder / "model.pth", precision="fp32")
+    noise = inference.noise_source(0, range(3), (3, 8, 8), "cpu")()
+    with torch.no_grad():
+        c, u = (model(noise, 999, y) for y in (torch.arange(3), 3))
+    assert ((c - u).abs() * 4 * 127.5).mean((0, 2, 3)).min() > 2
+    for n in (0, 1, 2, 3):
+        expected = c.clone()
+        expected[:, :n or 3] = (u + 5 * (c - u))[:, :n or 3]
+        assert call(inference, "--checkpoint", run.folder, "--guidance", 5, "--sample-steps", 1, "--guided-channels", n,
+                    "--count", 1, "--precision", "fp32", "--out", tmp_path / "a.png", "--device", "cpu")[0] == 0
+        drawn = picture(tmp_path / "a.png")[-58:-2:7, :, :]
+        for i in range(3):
+            pixels = torch.from_numpy(drawn[:, 2 + 58 * i:58 + 58 * i:7]).permute(2, 0, 1)
+            assert ((expected[i].clamp(-1, 1) + 1) * 127.5 - pixels).abs().max() < 0.6, n
+
+
+def test_clamp(call, taught, draw, tmp_path):
+    """The image is what the last step sees, cut off or not; what is cut off at an early step leads elsewhere."""
+    model, config = load_model(taught / "model.pth", precision="fp32")
+    for clamp in (True, False):
+        settings = dataclasses.replace(config, guidance=5.0, clamp=clamp)
+        assert (inference.generate(model, settings, torch.arange(10)).abs().max() > 1.1) == (not clamp)
+    assert np.abs(draw(guidance=5, clamp=False) - draw(guidance=5)).max() > 8
+    assert np.abs(draw(guidance=5, clamp=False, sample_steps=1) - draw(guidance=5, sample_steps=1)).max() == 0
+    grid = further(call, taught, tmp_path / "run", guidance=5, clamp=False)
+    assert np.abs(grid - draw("--count", 6, guidance=5, clamp=False)).max() <= 1
+
+
+# Latents: no flag of train.py sets them yet
+
+
+@pytest.fixture
+def latent(tmp_path, call):
+    """Draws two images in one step with a network that has never learned, and answers 0: latent(**fields) returns the
+    picture's tiles, uint8 (2, 8, 8), and their VAE."""
+    torch.manual_seed(1)
+    vae = VAE(in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 16), norm_num_groups=4).eval()
+    save_vae(vae, tmp_path / "vae")
+
+    def latent(**fields):
+        inference.open_vae.cache_clear()
+        config = Config(**dict(
+            dataset="digits", image_size=8, channels=1, num_classes=2, patch_size=2, hidden_size=16, depth=1,
+            num_heads=2, sample_steps=1, clamp=False, latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,),
+            vae=str(tmp_path / "vae"), vae_hash=vae.fingerprint) | fields)
+        save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, train.build_model(config).state_dict())
+        result = call(inference, "--checkpoint", tmp_path / "model.pth", "--count", 1, "--out", tmp_path / "a.png",
+                      "--device", "cpu")
+        if result[0]:
+            return result, vae
+        drawn = picture(tmp_path / "a.png")[2:-2:7]
+        return torch.from_numpy(np.stack([drawn[:, 2:58:7], drawn[:, 60:116:7]])), vae
+
+    return latent
+
+
+def assert_decoded(latent, vae, z, **fields):
+    """An untrained network sees the clean latent 0, which stands for z (C,)."""
+    with torch.no_grad():
+        expected = (vae.reconstruct(torch.tensor(z).view(1, -1, 1, 1).expand(1, 2, 4, 4))[0, 0] + 1) * 127.5
+    for tile in latent(**fields)[0]:
+        assert (tile - expected.clamp(0, 255)).abs().max() < 0.6
+
+
+def test_latent_shape(latent):
+    drawn, vae = latent()
+    assert drawn.shape == (2, 8, 8)
+    assert_decoded(latent, vae, [0.0, 0.0])
+    for shape in ((2, 2, 2), (2, 4, 2), (3, 4, 4)):
+        assert_refused(latent(latent_shape=shape)[0], str(shape), "(1, 8, 8)")
+    for shape in ((2,), (2, 0, 4), (2, 4, 4.0), ("2", 4, 4), (2, 4, 10**6)):
+        with pytest.raises(UserError, match="latent_shape"):
+            Config(latent_shape=shape, latent_mean=(0.0,), latent_std=(1.0,))
+    with pytest.raises(UserError, match=r"patch_size 2 does not divide latent_shape 5x4: choose one of \[1, 5\]"):
+        Config(image_size=8, patch_size=2, latent_shape=(2, 5, 4), latent_mean=(0.0,), latent_std=(1.0,))
+
+
+def test_latent_mean(latent):
+    _, vae = latent()
+    assert_decoded(latent, vae, [3.0, 3.0], latent_mean=(3.0,))
+    assert_decoded(latent, vae, [3.0, -1.0], latent_mean=(3.0, -1.0))
+    for wrong in ((), (1.0, 2.0, 3.0), (math.nan,), ("a",), (1,)):
+        with pytest.raises(UserError, match="latent_mean"):
+            latent(latent_mean=wrong)
+
+
+def test_latent_std(latent, tmp_path):
+    """The network's 0 stays 0, whatever it is; a state before the end does not."""
+    drawn, vae = latent(latent_std=(2.0, 9.0))
+    assert torch.equal(drawn, latent()[0])
+    z = torch.randn(3, 2, 4, 4)
+    config = Config(image_size=8, channels=1, latent_shape=(2, 4, 4), latent_mean=(0.5,), latent_std=(2.0, 9.0),
+                    vae=str(tmp_path / "vae"))
+    with torch.no_grad():
+        expected = (vae.reconstruct(z * torch.tensor([2.0, 9.0]).view(2, 1, 1) + 0.5) + 1) * 127.5
+    assert (inference.to_images(z, config) - expected.clamp(0, 255)).abs().max() < 0.6
+    for wrong in ((), (1.0, 2.0, 3.0), (0.0,), (-1.0, 1.0), (math.inf,)):
+        with pytest.raises(UserError, match="latent_std"):
+            latent(latent_std=wrong)
+
+
+def test_vae(latent, tmp_path):
+    drawn, _ = latent()
+    shutil.move(tmp_path / "vae", tmp_path / "other")
+    assert torch.equal(latent(vae=str(tmp_path / "other"))[0], drawn)
+    assert torch.equal(latent(vae="other")[0], drawn)  # beside the checkpoint
+    assert_refused(latent()[0], f"there is no folder {str(tmp_path / 'vae')!r}")
+    assert_refused(latent(vae="")[0], "--vae FOLDER")
+    for fields in (dict(vae="x"), dict(vae_hash="x"), dict(latent_std=(1.0,))):
+        with pytest.raises(UserError, match="latent_shape"):
+            Config(**fields)
+
+
+def test_vae_hash(latent):
+    drawn, vae = latent()
+    assert torch.equal(latent(vae_hash="")[0], drawn)
+    assert_refused(latent(vae_hash="0123456789abcdef")[0], "is another VAE", vae.fingerprint, "0123456789abcdef")
+
+
 # What a resumed run may change
 
 
@@ -649,7 +812,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("name", NOT_CHANGEABLE)
 def test_a_resumed_run_refuses(name, call, whole):
     before, value = (whole / "model.pth").read_bytes(), NOT_CHANGEABLE[name]
-    if name in ("num_classes", "classes"):
+    if "help" not in Config.__dataclass_fields__[name].metadata:  # it has no flag
         with pytest.raises(UserError, match=f"cannot be resumed with other settings: {name} "):
             train.train({name: value}, whole, resume=True, device="cpu")
     else:

@@ -1,0 +1,195 @@
+"""Makes a checkpoint of ours out of a file of DiT's official code (github.com/facebookresearch/DiT, arXiv 2212.09748):
+of the weights that its authors released, or of what its train.py has saved.
+
+    python -m latent.import_dit DiT-XL-2-256x256.pt xl.pth
+    python inference.py --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
+
+The two codes are the same network. What differs, and where it is bridged:
+
+    the network     frequencies of the time        config.time_spacing = "dit", which is our default too
+                    cosines before sines           columns of time_embedding.mlp.0 change places here
+                    a patch is (C, p, p)           columns of patch_embedding.linear change places here
+                    GELU by tanh                   not bridged: the exact one moves the output by less than bfloat16
+                                                   rounds it, and needs no setting (tests/test_import_dit.py)
+    the process     noise and v, 2C channels       config.variance = "learned": diffusion.LearnedVarianceDDPM, which
+                    learned variance, its loss     draws and learns with it
+    drawing         250 steps, the last is t = 0   config.spacing = "linspace"
+                    guidance on 3 of 4 channels    config.guided_channels = 3
+                    x_0 is not clamped             config.clamp = False
+                    latents are z * 0.18215        config.latent_std
+                    noise of one stream, twice     not bridged: here each image has a stream of its own
+    the file        an argparse.Namespace          is read as plain values; nothing else but tensors and numbers is
+"""
+
+from support.commands import Parser, UserError, first_line, run
+
+import argparse
+import math
+import re
+import shlex
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from checkpoint import check_tensors, save_checkpoint
+from config import PAPER, PRESETS, Config
+from dit import build_model, sincos_positions
+from latent.vae import load_vae
+
+NAMES = (("patch_embedding.linear", "x_embedder.proj"), ("time_embedding", "t_embedder"),
+         ("label_embedding", "y_embedder.embedding_table"), ("attention.out", "attn.proj"), ("attention", "attn"),
+         (r"(blocks\.\d+\.mlp)\.0", r"\1.fc1"), (r"(blocks\.\d+\.mlp)\.2", r"\1.fc2"),
+         ("modulation", "adaLN_modulation"))  # (ours, theirs)
+SCALE = 0.18215  # of latents, in DiT's sample.py and train.py
+VAE = "stabilityai/sd-vae-ft-mse"  # of sample.py; the FID of the paper was measured with sd-vae-ft-ema
+VAE_FACTOR, VAE_CHANNELS = 8, 3
+
+
+def official_name(name):
+    """The name that a weight of ours has in DiT's code."""
+    for ours, theirs in NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def read_official(path):
+    """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. Of a large file nothing is in
+    memory yet. Nothing in it can run code. Raises `UserError` when it is another file."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: download it as the README of facebookresearch/DiT says") from None
+    except Exception as error:  # torch.load raises nearly anything when a file is not its own
+        raise UserError(f"{path} is no file of DiT's code, is cut short, or holds more than weights and flags "
+                        f"({type(error).__name__}: {first_line(error):.100})") from None
+    if isinstance(content, dict) and "format" in content:
+        raise UserError(f"{path} is a checkpoint of this project already, or of another one, but no file of DiT's code")
+    flags = content.get("args") if isinstance(content, dict) else None
+    for name in ("ema", "model"):  # of train.py
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
+        raise UserError(f"{path} is no file of DiT's code: it holds no weights by name")
+    return content, vars(flags) if isinstance(flags, argparse.Namespace) else {}
+
+
+def read_sizes(weights):
+    """The fields of `Config` that the shapes of `weights`, by their official names, tell: a dict. Raises `UserError`
+    when they are not those of a DiT."""
+    try:
+        D, C, p, _ = weights["x_embedder.proj.weight"].shape
+        side = math.isqrt(weights["pos_embed"].shape[1])
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        hidden = len(weights["blocks.0.mlp.fc1.weight"])
+        learned = len(weights["final_layer.linear.weight"]) == 2 * p * p * C
+        classes = len(weights["y_embedder.embedding_table.weight"]) - 1  # the last is the null label
+        return dict(hidden_size=D, patch_size=p, depth=depth, mlp_ratio=hidden / D, num_classes=classes,
+                    latent_shape=(C, side * p, side * p), variance="learned" if learned else "fixed")
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {first_line(error):.80}"
+        raise UserError(f"these are not the weights of a DiT ({what})") from None
+
+
+def heads_of(sizes):
+    """The attention heads of one of the paper's sizes, which the weights do not tell."""
+    for name in ("S", "B", "L", "XL"):
+        if all(PRESETS[name][key] == sizes[key] for key in ("hidden_size", "depth")):
+            return PRESETS[name]["num_heads"]
+    raise UserError(f"a width of {sizes['hidden_size']} and {sizes['depth']} blocks are no size of the paper (S, B, L, "
+                    "XL): say with --num-heads how many attention heads it has")
+
+
+def class_names(count):
+    """The names of ImageNet's 1,000 classes; of another number of classes, none are known."""
+    if count != 1000:
+        return ()
+    from torchvision.models import get_weight  # here: it takes a second, and no other command needs it
+
+    return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
+
+
+def latents_of(vae, shape):
+    """The fields of `Config` that the VAE called `vae` tells of latents of this shape; None: as DiT's code has it."""
+    if vae is None:
+        factor, channels, found = VAE_FACTOR, VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
+    else:
+        loaded = load_vae(vae)
+        if loaded.settings["latent_channels"] != shape[0]:
+            raise UserError(f"the latents of {vae} have {loaded.settings['latent_channels']} channels, but the model's "
+                            f"{shape[0]}")
+        factor, channels = loaded.factor, loaded.settings["out_channels"]
+        found = dict(vae=vae, vae_hash=loaded.fingerprint, latent_mean=tuple(loaded.mean.flatten().tolist()),
+                     latent_std=tuple(loaded.std.flatten().tolist()))
+    return found | dict(image_size=tuple(factor * side for side in shape[1:]), channels=channels)
+
+
+def make_config(weights, flags, num_heads=None, vae=None):
+    """The `Config` of official weights, that draws as DiT's sample.py does. flags: of DiT's train.py, a dict."""
+    sizes = read_sizes(weights)
+    if flags.get("num_classes") == sizes["num_classes"] + 1:
+        raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
+    return Config(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
+                  num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
+                  sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
+                  guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False)
+
+
+def convert(weights, config):
+    """Official weights by our names, for a `DiT` of `config`. Only what differs is copied. Raises `UserError` unless
+    names, shapes, types and positions are those of the official code."""
+    with torch.device("meta"):  # shapes without memory, however large a size the file claims
+        shapes = {name: weight.shape for name, weight in build_model(config).state_dict().items()}
+    names = {official_name(name): name for name in shapes}
+    (C, *_), (p, _), D = config.latent_shape, config.patch_size, config.hidden_size
+    grid = [side // p for side in config.latent_shape[1:]]
+    expected = {name: shapes[names[name]] for name in names} | {
+        "x_embedder.proj.weight": (D, C, p, p), "pos_embed": (1, math.prod(grid), D)}
+    for name in [*(expected.keys() - weights.keys()), *(weights.keys() - expected.keys())]:
+        raise UserError(f"{name:.80} is {'missing' if name in expected else 'no weight of a DiT'}")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise UserError(f"{name} is {tuple(weights[name].shape)}, but should be {tuple(shape)}")
+    check_tensors("weights", weights, expected, (torch.float32, torch.float16, torch.bfloat16))
+    if not torch.allclose(weights["pos_embed"].float(), sincos_positions(grid, D), rtol=0, atol=1e-3):
+        raise UserError("pos_embed does not hold DiT's sines and cosines")
+
+    ours = {name: weights[official].detach() for official, name in names.items()}
+    cosines, sines = ours["time_embedding.mlp.0.weight"].chunk(2, dim=1)
+    ours["time_embedding.mlp.0.weight"] = torch.cat([sines, cosines], dim=1)
+    patches = ours["patch_embedding.linear.weight"]                                           # (D, C, p, p)
+    ours["patch_embedding.linear.weight"] = patches.permute(0, 2, 3, 1).reshape(D, p * p * C)
+    return ours
+
+
+def main():
+    parser = Parser(description="Makes a checkpoint out of a file of DiT's official code: of the weights released, or "
+                                "of what its train.py has saved. It then draws as DiT's sample.py does.")
+    parser.add_argument("official", type=Path, help="the file, such as DiT-XL-2-256x256.pt")
+    parser.add_argument("out", type=Path, help="the checkpoint to write")
+    parser.add_argument("--num-heads", type=int, help="attention heads (default: those of DiT-S, B, L or XL)")
+    parser.add_argument("--vae", help="the VAE that it was trained with, a folder or a name on the Hugging Face hub, "
+                        f"if that is not Stability's (default: {VAE})")
+    args = parser.parse_args()
+    if args.out.exists() and args.official.exists() and args.out.samefile(args.official):
+        raise UserError(f"{args.out} is the official file itself: choose another name")
+    weights, flags = read_official(args.official)
+    try:
+        config = make_config(weights, flags, args.num_heads, args.vae)
+        ours = convert(weights, config)
+    except UserError as error:
+        raise UserError(f"{args.official}: {error}") from None
+    save_checkpoint(args.out, config, 0, 0.0, ours)
+    height, width = config.image_size
+    print(f"{args.out}: {sum(weight.numel() for weight in ours.values()):,} parameters, {config.depth} blocks of width "
+          f"{config.hidden_size}; images of {height} x {width}, {config.num_classes:,} classes")
+    vae = args.vae or "sd-vae-ft-ema"
+    print(f"draw with: python inference.py --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} --labels "
+          + ("207 360" if config.classes else "0"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,390 @@
+"""The autoencoder of latent diffusion (2112.10752, section 3.1): an image as a small grid of latents, and back.
+
+Names of weights and the format of its folder (config.json, diffusion_pytorch_model.safetensors) are those of diffusers'
+AutoencoderKL: a folder that either has written, the other reads. The letters: B batch, C channels, H W pixels, h w
+latents, f = H / h.
+
+The root reads this file, so it imports `support` alone.
+"""
+
+from support.commands import UserError, first_line
+from support.files import make_dir, write_atomically
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
+PIXELS = 2**16  # of the images that go through at once: 16 of 64 x 64, or one of 256 x 256 or more
+
+
+class ResidualBlock(nn.Module):
+    """x plus two convolutions of it. forward: (B, C, H, W) -> (B, C_out, H, W)"""
+
+    def __init__(self, channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x):
+        update = self.conv1(F.silu(self.norm1(x)))       # (B, C_out, H, W)
+        update = self.conv2(F.silu(self.norm2(update)))  # (B, C_out, H, W)
+        return self.conv_shortcut(x) + update
+
+
+class Attention(nn.Module):
+    """x plus self-attention of one head over its pixels. forward: (B, C, H, W) -> (B, C, H, W)"""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).mT                                           # (B, HW, C)
+        q, k, v = (layer(tokens)[:, None] for layer in (self.to_q, self.to_k, self.to_v))   # each (B, 1, HW, C)
+        update = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])              # (B, HW, C)
+        return update.mT.reshape(x.shape) + x  # in this order: the sum's memory has channels last, as in diffusers
+
+
+class Middle(nn.Module):
+    """Two residual blocks, and between them attention where there is any. forward: (B, C, h, w) -> (B, C, h, w)"""
+
+    def __init__(self, channels, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList(Attention(channels, groups) for _ in range(int(attention)))
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Halve(nn.Module):
+    """forward: (B, C, H, W) -> (B, C, H / 2, W / 2)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Double(nn.Module):
+    """forward: (B, C, H, W) -> (B, C, 2 H, 2 W)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and, except at the last level, the way to the next.
+
+    forward: (B, C, H, W) -> (B, C_out, H, W), or half or twice that size
+    """
+
+    def __init__(self, channels, out_channels, depth, groups, way=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels if i == 0 else out_channels, out_channels, groups)
+                                     for i in range(depth))
+        if way:
+            self.add_module("downsamplers" if way is Halve else "upsamplers", nn.ModuleList([way(out_channels)]))
+
+    def forward(self, x):
+        for part in self.children():
+            for layer in part:
+                x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """forward: images (B, C, H, W) in [-1, 1] -> mean and log variance of their latents (B, 2 C_latent, h, w)"""
+
+    def __init__(self, in_channels, latent_channels, widths, depth, groups, attention):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(0, i - 1)], width, depth, groups, Halve if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.mid_block = Middle(widths[-1], groups, attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """forward: latents (B, C_latent, h, w) -> images (B, C, H, W), about in [-1, 1]"""
+
+    def __init__(self, out_channels, latent_channels, widths, depth, groups, attention):
+        super().__init__()
+        widths = widths[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups, attention)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(0, i - 1)], width, depth + 1, groups, Double if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """A variational autoencoder: images (B, C, H, W), floats in [-1, 1], <-> latents (B, C_latent, h, w).
+
+    `posterior` and `reconstruct` are the network as it is. `encode` and `decode` are what a diffusion model works with:
+    their latents are normalized to (z - mean) / std, here and nowhere else. mean, std: (1 or C_latent, 1, 1).
+
+    The settings have diffusers' names and defaults. block_out_channels: the width of each level, of which each but the
+    last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
+    """
+
+    def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
+                 norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True):
+        super().__init__()
+        self.settings = dict(in_channels=in_channels, out_channels=out_channels, latent_channels=latent_channels,
+                             block_out_channels=tuple(block_out_channels), layers_per_block=layers_per_block,
+                             norm_num_groups=norm_num_groups, mid_block_add_attention=mid_block_add_attention,
+                             use_quant_conv=use_quant_conv, use_post_quant_conv=use_post_quant_conv)
+        shape = tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention
+        self.encoder = Encoder(in_channels, latent_channels, *shape)
+        self.decoder = Decoder(out_channels, latent_channels, *shape)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
+        self.post_quant_conv = (nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv
+                                else nn.Identity())
+        self.factor = 2 ** (len(block_out_channels) - 1)
+        self.normalize_by((0.0,), (1.0,))
+
+    def normalize_by(self, mean, std):
+        """Sets the statistics of `encode` and `decode`: sequences of one number, or of one for each latent channel."""
+        device = self.encoder.conv_in.weight.device
+        for name, numbers in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1),
+                                 persistent=False)
+
+    def posterior(self, x):
+        """Mean and standard deviation of the latents of images x, each (B, C_latent, h, w)."""
+        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
+    def reconstruct(self, z):
+        """The images (B, C, H, W) of latents z that are not normalized."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Mean and standard deviation of the normalized latents of images x, each (B, C_latent, h, w)."""
+        mean, std = in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3]
+                                    ).unbind(1)
+        return (mean - self.mean) / self.std, std / self.std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """The images float (B, C, H, W) of normalized latents. Each is the same to the last bit in whatever batch, on
+        one kind of CPU. Raises `UserError` for latents that are not finite."""
+        if not latents.isfinite().all():
+            raise UserError("the latents to decode are not all finite numbers: the model that drew them is broken, or "
+                            "its guidance too strong")
+        pixels = latents.shape[2] * latents.shape[3] * self.factor**2
+        return in_full_batches(self.reconstruct, latents.float() * self.std + self.mean, pixels)
+
+    @property
+    def fingerprint(self):
+        """A hash, 16 hexadecimal digits, of all that makes latents: the encoder. The same latents can have several
+        decoders, such as sd-vae-ft-ema's and -mse's."""
+        return self.hash_of("encoder", "quant_conv")
+
+    def hash_of(self, *parts):
+        """A hash, 16 hexadecimal digits, of the settings and the weights of these children."""
+        digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
+        for name, weight in sorted(self.state_dict().items()):
+            if name.partition(".")[0] in parts:
+                digest.update(name.encode())
+                digest.update(weight.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+def in_full_batches(function, x, pixels):
+    """`function` of x (B, ...), in batches of one size for images of so many pixels, the last one filled up: libraries
+    compute another batch in another order, and round otherwise."""
+    size = max(1, min(16, PIXELS // pixels))
+    parts = []
+    for part in x.split(size):
+        fill = part[:1].expand(size - len(part), *part.shape[1:])
+        parts.append(function(torch.cat([part, fill]))[:len(part)])
+    return torch.cat(parts)
+
+
+# Its folder
+
+
+def save_vae(vae, folder):
+    """Writes a VAE as a folder that `load_vae` and diffusers read. Raises `UserError` when that cannot be done."""
+    folder = Path(folder)
+    make_dir(folder)
+    mean, std = (numbers.flatten().expand(vae.settings["latent_channels"]).tolist() for numbers in (vae.mean, vae.std))
+    levels = len(vae.settings["block_out_channels"])
+    config = {"_class_name": "AutoencoderKL", **vae.settings, "act_fn": "silu",
+              "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+              "scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
+    state = {name: weight.detach().cpu().contiguous() for name, weight in vae.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda file: file.write(safetensors.torch.save(state)))
+    write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(config, indent=2).encode()))
+
+
+def load_vae(name, device="cpu"):
+    """Reads a VAE, in float32: a folder that diffusers or `save_vae` wrote, or one on the Hugging Face hub by its name
+    (stabilityai/sd-vae-ft-ema; stabilityai/ may be left out). Nothing in it can run code. Raises `UserError`."""
+    config_file, weights_file = find_files(name)
+    settings, mean, std = read_config(config_file)
+    with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
+            vae = VAE(**settings)
+    vae.load_state_dict(read_weights(weights_file, vae), assign=True)
+    vae.normalize_by(mean, std)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def find_files(name):
+    """The paths of config.json and of the weights of the VAE called `name`; see `load_vae`."""
+    folder = Path(name)
+    if folder.is_dir():
+        files = [folder / CONFIG, folder / WEIGHTS]
+        missing = next((file.name for file in files if not file.is_file()), None)
+        if missing:
+            raise UserError(f"{folder} holds no {missing}: a VAE is a folder of diffusers' AutoencoderKL, with "
+                            f"{CONFIG} and {WEIGHTS}")
+        return files
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        raise UserError(f"there is no folder {str(name)!r:.200}: a VAE is a folder of diffusers' AutoencoderKL, or the "
+                        "name of one on the Hugging Face hub")
+    return download(name if "/" in name else f"stabilityai/{name}")
+
+
+def download(repository):
+    """The same two paths of a VAE on the Hugging Face hub, from its cache where they are there already."""
+    import huggingface_hub as hub  # here, since few need it
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return [Path(hub.hf_hub_download(repository, file, local_files_only=True)) for file in (CONFIG, WEIGHTS)]
+        print(f"downloading the VAE {repository} ...", file=sys.stderr)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries six times
+        return [Path(hub.hf_hub_download(repository, file)) for file in (CONFIG, WEIGHTS)]
+    except Exception as error:  # each of its layers fails in its own way
+        raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error):.100}): "
+                        f"point --vae at a folder that holds {CONFIG} and {WEIGHTS}") from None
+
+
+def read_config(file):
+    """The settings of a `VAE`, a dict, and its statistics mean and std, two tuples, from a config.json."""
+    try:
+        with file.open("rb") as opened:
+            config = json.loads(opened.read(2**20))
+        kind = config.get("_class_name")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {first_line(error):.100}") from None
+    if kind != "AutoencoderKL":
+        raise UserError(f"{file} is the configuration of {kind!r:.60}, not of an AutoencoderKL")
+    names = inspect.signature(VAE).parameters
+    settings = {name: config.get(name, names[name].default) for name in names}
+    try:
+        check_settings(settings, config)
+        mean, std = read_statistics(config, settings["latent_channels"])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return settings, mean, std
+
+
+def check_settings(settings, config):
+    """Raises `UserError` unless the settings make a `VAE`, and what else is in `config` is what that can do."""
+    widths, groups = settings["block_out_channels"], settings["norm_num_groups"]
+    for name, value in settings.items():
+        high = {"block_out_channels": 8192, "latent_channels": 1024, "norm_num_groups": 8192}.get(name, 16)
+        if name.startswith(("use_", "mid_")):
+            sound = type(value) is bool
+        else:
+            values = value if name == "block_out_channels" and isinstance(value, (list, tuple)) else [value]
+            sound = 0 < len(values) <= 8 and all(type(n) is int and 0 < n <= high for n in values)
+        if not sound:
+            raise UserError(f"{name} is {value!r:.60}")
+    if any(width % groups for width in widths):
+        raise UserError(f"norm_num_groups {groups} does not divide block_out_channels {list(widths)}")
+    for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if config.get(name) != [known] * len(widths):
+            raise UserError(f"{name} is {config.get(name)!r:.100}, but only {len(widths)} times {known} is known here")
+    if config.get("act_fn", "silu") != "silu":
+        raise UserError(f"act_fn is {config['act_fn']!r:.60}, but only silu is known here")
+
+
+def read_statistics(config, channels):
+    """Mean and standard deviation of the latents, tuples of one number or of `channels`, from diffusers' words for
+    them: a diffusion model sees (z - latents_mean) * scaling_factor / latents_std, where shift_factor may stand for the
+    mean."""
+    scale = config.get("scaling_factor", 0.18215)
+    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+    std = config.get("latents_std") or [1.0]
+    if not is_number(scale) or scale <= 0:
+        raise UserError(f"scaling_factor is {scale!r:.60}")
+    for name, numbers in (("latents_mean or shift_factor", mean), ("latents_std", std)):
+        if not isinstance(numbers, list) or len(numbers) not in (1, channels) or not all(map(is_number, numbers)) or (
+                name == "latents_std" and min(numbers) <= 0):
+            raise UserError(f"{name} is {numbers!r:.60}, with {channels} latent channels")
+    return tuple(map(float, mean)), tuple(number / scale for number in std)
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_weights(file, vae):
+    """The weights of a `VAE` in float32, by their present names. Raises `UserError` unless they are those of `vae`."""
+    try:
+        state = safetensors.torch.load_file(file)
+    except Exception as error:  # SafetensorError, or what the system says
+        raise UserError(f"{file} is damaged or cut short ({first_line(error):.100})") from None
+    state = {re.sub(r"(attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{OLD_NAMES.get(m[2], m[2])}", name): weight
+             for name, weight in state.items()}
+    shapes = {name: weight.shape for name, weight in vae.state_dict().items()}
+    for name in [*(shapes.keys() - state.keys()), *(state.keys() - shapes.keys())]:
+        raise UserError(f"{file} does not fit its {CONFIG}: {name} is "
+                        + ("missing" if name in shapes else "not a part of it"))
+    for name, weight in state.items():
+        if weight.shape != shapes[name]:
+            raise UserError(f"{file} does not fit its {CONFIG}: {name} is {tuple(weight.shape)}, not "
+                            f"{tuple(shapes[name])}")
+        if not weight.is_floating_point() or not weight.isfinite().all():
+            raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
+    return {name: weight.to(torch.float32, copy=True) for name, weight in state.items()}

@@ -1,0 +1,461 @@
+"""The official weights, against diffusers' DiT put right: its own conversion of them has other frequencies of the time
+and another epsilon, so that it is no reference as it is."""
+
+import argparse
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, assert_refused
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from PIL import Image
+
+import checkpoint
+import generator
+import inference
+import train
+from checkpoint import load_checkpoint, load_model
+from config import Config
+from dataset import to_uint8
+from demo import export
+from dit import sincos_positions
+from inference import generate, noise_source, parse_labels
+from latent import import_dit
+from latent.import_dit import class_names, make_config
+from latent.vae import VAE, load_vae, save_vae
+from measure.score import draw_fakes
+
+D, DEPTH, HEADS, CLASSES = 48, 2, 3, 1000
+
+
+def official_shapes(width=D, depth=DEPTH, classes=CLASSES, side=4, channels=4, patch=2, mlp=4, out=2):
+    """The weights of DiT's code, by its models.py; side: patches along each axis."""
+    shapes = {
+        "pos_embed": (1, side * side, width), "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,), "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width)}
+    for i in range(depth):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in {
+            "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,), "mlp.fc1.weight": (mlp * width, width), "mlp.fc1.bias": (mlp * width,),
+            "mlp.fc2.weight": (width, mlp * width), "mlp.fc2.bias": (width,),
+            "adaLN_modulation.1.weight": (6 * width, width), "adaLN_modulation.1.bias": (6 * width,)}.items()}
+    values = patch * patch * channels * out
+    return shapes | {
+        "final_layer.linear.weight": (values, width), "final_layer.linear.bias": (values,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,)}
+
+
+def official_weights(seed=0, **sizes):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = official_shapes(**sizes)
+    weights = {name: torch.randn(shape, generator=generator) * 0.07 for name, shape in shapes.items()}
+    side = round(shapes["pos_embed"][1] ** 0.5)
+    weights["pos_embed"] = sincos_positions((side, side), shapes["pos_embed"][2])  # held against diffusers' below
+    return weights
+
+
+def diffusers_twin(weights, activation="gelu"):
+    """diffusers' DiT with official weights, and what it does otherwise put right. Nothing of ours is in it."""
+    twin = DiTTransformer2DModel(
+        num_attention_heads=HEADS, attention_head_dim=D // HEADS, in_channels=4, out_channels=8, num_layers=DEPTH,
+        sample_size=8, patch_size=2, norm_eps=1e-6, num_embeds_ada_norm=CLASSES, activation_fn=activation)
+    state = {"pos_embed.proj.weight": "x_embedder.proj.weight", "pos_embed.proj.bias": "x_embedder.proj.bias",
+             "proj_out_1.weight": "final_layer.adaLN_modulation.1.weight",
+             "proj_out_1.bias": "final_layer.adaLN_modulation.1.bias",
+             "proj_out_2.weight": "final_layer.linear.weight", "proj_out_2.bias": "final_layer.linear.bias"}
+    state = {theirs: weights[name] for theirs, name in state.items()}
+    for i, block in enumerate(twin.transformer_blocks):
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        for theirs, name in (("attn1.to_out.0", "attn.proj"), ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2"),
+                             ("norm1.linear", "adaLN_modulation.1")):
+            for part in ("weight", "bias"):
+                state[f"transformer_blocks.{i}.{theirs}.{part}"] = weights[f"blocks.{i}.{name}.{part}"]
+        for part in ("weight", "bias"):
+            for theirs, value in zip("qkv", weights[f"blocks.{i}.attn.qkv.{part}"].chunk(3), strict=True):
+                state[f"transformer_blocks.{i}.attn1.to_{theirs}.{part}"] = value
+            for layer in (0, 2):
+                state[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_{layer // 2 + 1}.{part}"] = (
+                    weights[f"t_embedder.mlp.{layer}.{part}"])
+        state[f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"] = (
+            weights["y_embedder.embedding_table.weight"])
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"pos_embed.pos_embed"}
+    torch.testing.assert_close(twin.pos_embed.pos_embed, weights["pos_embed"], atol=1e-6, rtol=0)
+    return twin.eval()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return official_weights()
+
+
+@pytest.fixture
+def bring(call, tmp_path):
+    """Saves what DiT's code would save, and brings it over by the command: bring(content) returns the checkpoint."""
+
+    def bring(content, *flags):
+        torch.save(content, tmp_path / "official.pt")
+        code, out, err = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS, *flags)
+        assert code == 0, err
+        assert "draw with: python inference.py --checkpoint" in out and "64 x 64" in out
+        return tmp_path / "xl.pth"
+
+    return bring
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """The folder of a small VAE with f = 8, as diffusers writes it."""
+    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                  block_out_channels=(4, 8, 8, 8), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@torch.no_grad()
+def test_output_equals_diffusers_put_right(weights, bring):
+    model, _ = load_model(bring(weights), precision="fp32")
+    x, t = torch.randn(6, 4, 8, 8), torch.tensor([0, 1, 17, 500, 998, 999])
+    y = torch.tensor([0, 207, 360, 998, 999, 1000])
+    exact, tanh = (diffusers_twin(weights, name)(x, timestep=t, class_labels=y).sample
+                   for name in ("gelu", "gelu-approximate"))
+    ours = model(x, t, y)
+    assert ours.shape == (6, 8, 8, 8) and exact.std() > 0.1
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    # The official GELU is an approximation: it moves the output by 1e-3 of its size at the most, bfloat16 by more
+    difference = (ours - tanh).abs().max()
+    assert 0 < difference < 1e-3 * exact.std()
+    assert (model.bfloat16()(x, t, y) - exact).abs().max() > 10 * difference
+
+
+class Plausible(torch.nn.Module):
+    """A network that is right about data N(0, 1), but for the label, and so keeps what it sees at that size."""
+
+    null_label = 1000
+
+    def forward(self, x, t, y):
+        noise = (1 - (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)).sqrt().float()[t].view(-1, 1, 1, 1)
+        return torch.cat([noise * x + 0.01 * torch.sin(y.view(-1, 1, 1, 1) + x), torch.cos(5 * x + t[0] / 50)], dim=1)
+
+
+class FirstAnswer(Plausible):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y).chunk(2, dim=1)[0]
+
+
+def official_samples(network, noise, y):
+    """What DiT's sample.py draws, with diffusers' scheduler: latents (B, 4, 8, 8) for the labels y (B,)."""
+    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
+                              timestep_spacing="linspace")
+    scheduler.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    scheduler.set_timesteps(250)
+    x = noise()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise())
+        for t in scheduler.timesteps:
+            cond, uncond = (network(x, t.expand(len(x)), labels) for labels in (y, torch.full_like(y, 1000)))
+            cond[:, :3] = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
+            x = scheduler.step(cond, t, x).prev_sample.float()
+    return x
+
+
+def test_the_settings_are_those_of_the_official_sampler():
+    """250 steps from 999 to 0, learned variance, guidance 4 on three channels, no clamping."""
+    config = make_config({name: torch.empty(shape, device="meta") for name, shape in official_shapes().items()}, {},
+                         HEADS)
+    y = torch.tensor([207, 360])
+    expected = official_samples(Plausible(), noise_source(0, range(2), (4, 8, 8), "cpu"), y)
+    assert 0.5 < expected.std() < 2
+    drawn = generate(Plausible(), config, y)
+    torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=0)
+    for other in (dict(variance="fixed"), dict(spacing="trailing"), dict(guided_channels=0), dict(guidance=3.0),
+                  dict(clamp=True), dict(sample_steps=249)):
+        network = Plausible() if "variance" not in other else FirstAnswer()
+        assert (generate(network, Config(**vars(config) | other), y) - expected).abs().max() > 0.01, other
+
+
+def test_draws_as_the_official_sampler_does(weights, bring, vae, call, tmp_path):
+    """The command's picture against diffusers' network, scheduler and VAE."""
+    path = bring(weights)
+    code, out, err = call(inference, "--checkpoint", path, "--vae", vae, "--labels", "golden retriever", 360, "--count",
+                          1, "--precision", "fp32", "--seed", 3, "--device", "cpu", "--out", tmp_path / "a.png")
+    assert code == 0, err
+    assert "2 images, ddpm with 250 steps, guidance 4, seed 3" in out
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[:, -66:]
+    shown = torch.stack([picture[:, :64, 2:66], picture[:, :64, 68:132]])
+
+    twin = diffusers_twin(weights)
+    x = official_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample,
+                         noise_source(3, range(2), (4, 8, 8), "cpu"), torch.tensor([207, 360]))
+    with torch.no_grad():
+        images = AutoencoderKL.from_pretrained(vae).decode(x / 0.18215).sample
+    expected = ((images + 1) * 127.5).round().clamp(0, 255)
+    assert expected.std() > 10
+    assert (shown.float() - expected).abs().max() <= 1
+
+
+def test_a_checkpoint_of_its_train_py(weights, bring):
+    """Its average is taken, its flags are no obstacle, and its optimizer stays behind."""
+    flags = argparse.Namespace(model="DiT-S/2", num_classes=1000, image_size=64, data_path="x", vae="ema")
+    other = {name: weight + 1 for name, weight in weights.items()}
+    plain = load_checkpoint(bring(weights))["ema"]
+    for content in (dict(model=other, ema=weights, opt={"state": {0: {"exp_avg": torch.zeros(9)}}}, args=flags),
+                    dict(model=weights, args=flags)):
+        path = bring(content)
+        brought = load_checkpoint(path)
+        assert all(torch.equal(weight, plain[name]) for name, weight in brought["ema"].items())
+        assert set(brought) == {"config", "step", "seconds", "ema"}
+        assert os.path.getsize(path) < sum(weight.nbytes for weight in weights.values()) + 40_000
+
+
+def test_old_files_and_half_precision(weights, tmp_path, call, bring):
+    plain = load_checkpoint(bring(weights))["ema"]
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert call(import_dit, tmp_path / "old.pt", tmp_path / "old.pth", "--num-heads", HEADS)[0] == 0
+    brought = load_checkpoint(tmp_path / "old.pth")["ema"]
+    assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
+    half = load_checkpoint(bring({name: weight.half() for name, weight in weights.items()}))["ema"]
+    assert all(torch.equal(weight, plain[name].half()) for name, weight in half.items())
+
+
+@pytest.mark.parametrize(("side", "size", "count"), [(16, 256, 675_129_632), (32, 512, 676_014_368)])
+def test_the_released_weights_by_their_shapes(side, size, count):
+    """DiT-XL/2 at both sizes: 292 weights; the sizes that they tell, and how the model draws."""
+    shapes = official_shapes(width=1152, depth=28, side=side)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert len(weights) == 292 and sum(weight.numel() for weight in weights.values()) == count
+    config = make_config(weights, {})
+    assert (config.image_size, config.channels, config.latent_shape) == ((size, size), 3, (4, size // 8, size // 8))
+    assert (config.hidden_size, config.depth, config.num_heads, config.mlp_ratio) == (1152, 28, 16, 4)
+    assert (config.patch_size, config.num_classes, config.output_channels) == ((2, 2), 1000, 8)
+    assert (config.process, config.T, config.beta_start, config.beta_end) == ("ddpm", 1000, 1e-4, 0.02)
+    assert (config.sampler, config.sample_steps, config.guidance) == ("ddpm", 250, 4)
+    assert (config.variance, config.spacing, config.guided_channels, config.clamp) == ("learned", "linspace", 3, False)
+    assert (config.time_spacing, config.vae, config.vae_hash) == ("dit", "stabilityai/sd-vae-ft-mse", "")
+    assert config.latent_mean == (0,) and config.latent_std == pytest.approx((1 / 0.18215,))
+    assert config.class_names[207] == "golden retriever"
+
+
+@pytest.mark.parametrize(("width", "depth", "heads"), [(384, 12, 6), (768, 12, 12), (1024, 24, 16)])
+def test_the_heads_of_the_other_sizes(width, depth, heads):
+    shapes = official_shapes(width=width, depth=depth, classes=7, out=1)
+    config = make_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
+    assert (config.num_heads, config.classes, config.variance, config.output_channels) == (heads, (), "fixed", 4)
+
+
+def test_the_names_of_imagenet():
+    names = class_names(1000)
+    assert len(names) == 1000 and (names[0], names[999]) == ("tench", "toilet tissue") and class_names(10) == ()
+    assert parse_labels(["golden retriever", "otter"], names) == [207, 360]
+    assert parse_labels(["207", "360"], names) == parse_labels(["golden retriever,otter"], names) == [207, 360]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def without(weights, *names):
+    return {name: weight for name, weight in weights.items() if name not in names}
+
+
+FILES = {
+    "executes": (lambda w: w | {"pos_embed": Malicious()}, "no file of DiT's code"),
+    "executes in its flags": (lambda w: dict(ema=w, args=argparse.Namespace(a=Malicious())), "more than weights"),
+    "executes in its optimizer": (lambda w: dict(ema=w, opt=Malicious()), "more than weights"),
+    "an object of torch": (lambda w: torch.nn.Linear(2, 2), "more than weights and flags"),
+    "a list": (lambda w: [1, 2], "holds no weights by name"), "empty": (lambda w: {}, "holds no weights by name"),
+    "numbers": (lambda w: w | {"pos_embed": 3}, "holds no weights by name"),
+    "ours": (lambda w: {"format": "dit-checkpoint-2", "ema": w}, "is a checkpoint of this project already"),
+    "another architecture": (lambda w: {"conv1.weight": torch.zeros(4, 3, 3, 3)}, "not the weights of a DiT"),
+    "no blocks": (lambda w: {name: v for name, v in w.items() if "blocks" not in name}, "not the weights of a DiT"),
+    "flat patches": (lambda w: w | {"x_embedder.proj.weight": torch.zeros(D, 16)}, "not the weights of a DiT"),
+    "numbered by words": (lambda w: w | {"blocks.a.b": torch.zeros(1)}, "not the weights of a DiT"),
+    "many blocks": (lambda w: w | {"blocks.999999999.b": torch.zeros(1)}, "depth is 1000000000"),
+    "no width": (lambda w: w | {"x_embedder.proj.weight": torch.zeros(0, 4, 2, 2)}, "not the weights of a DiT"),
+    "missing": (lambda w: without(w, "blocks.1.attn.qkv.bias"), "blocks.1.attn.qkv.bias is missing"),
+    "a block missing": (lambda w: without(w, *(n for n in w if n.startswith("blocks.0."))), "not the weights of a DiT"),
+    "extra": (lambda w: w | {"blocks.0.attn.q_norm.weight": torch.zeros(16)}, "q_norm.weight is no weight of a DiT"),
+    "misshaped": (lambda w: w | {"blocks.1.mlp.fc2.bias": torch.zeros(D + 1)}, "is (49,), but should be (48,)"),
+    "other outputs": (lambda w: w | {"final_layer.linear.weight": torch.zeros(48, D)}, "final_layer.linear.weight is"),
+    "learned positions": (lambda w: w | {"pos_embed": w["pos_embed"] + 0.1}, "sines and cosines"),
+    "nan": (lambda w: w | {"x_embedder.proj.bias": torch.full((D,), float("nan"))}, "not all finite"),
+    "whole numbers": (lambda w: w | {"x_embedder.proj.bias": torch.zeros(D).long()}, "plain tensors of floats"),
+    "sparse": (lambda w: w | {"t_embedder.mlp.2.weight": torch.eye(D).to_sparse()}, "plain tensors of floats"),
+    "claims more": (lambda w: w | {"t_embedder.mlp.2.weight": torch.zeros(1).expand(D, D)}, "claim more than the file"),
+    "no null label": (lambda w: dict(ema=w, args=argparse.Namespace(num_classes=1001)), "has no null label"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_wrong_files(kind, weights, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, words = FILES[kind]
+    torch.save(content(weights), "official.pt")
+    (tmp_path / "xl.pth").write_bytes(b"what was there")
+    result = call(import_dit, "official.pt", "xl.pth", "--num-heads", HEADS)
+    assert_refused(result, "official.pt", words)
+    assert (tmp_path / "xl.pth").read_bytes() == b"what was there" and not (tmp_path / "hacked").exists()
+
+
+def test_files_that_are_cut_or_not_there(weights, call, tmp_path):
+    path, out = tmp_path / "official.pt", tmp_path / "xl.pth"
+    torch.save(weights, path)
+    whole = path.read_bytes()
+    for part in (whole[:-1], whole[:len(whole) // 2], whole[:100], b""):
+        path.write_bytes(part)
+        assert_refused(call(import_dit, path, out, "--num-heads", HEADS), path, "is cut short")
+    assert_refused(call(import_dit, tmp_path / "none.pt", out), "there is no file", "none.pt")
+    path.write_bytes(whole)
+    assert_refused(call(import_dit, path, path, "--num-heads", HEADS), "is the official file itself")
+    assert_refused(call(import_dit, path, tmp_path / "no" / "xl.pth", "--num-heads", HEADS), "cannot be written")
+    assert_refused(call(import_dit, path, out), "no size of the paper", "--num-heads")
+    assert_refused(call(import_dit, path, out, "--num-heads", 5), "num_heads 5")
+    assert_refused(call(import_dit, path, out, "--num-heads", HEADS, "--vae", tmp_path), "holds no config.json")
+    assert path.read_bytes() == whole and not out.exists()
+
+
+def test_as_a_user_calls_it(command, weights, tmp_path):
+    torch.save(weights, tmp_path / "official.pt")
+    process = command("latent.import_dit", tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
+    assert process.returncode == 0 and process.stderr == ""
+    count = sum(weight.numel() for weight in weights.values()) - 16 * D  # the positions are no parameters
+    assert process.stdout.splitlines() == [
+        f"{tmp_path / 'xl.pth'}: {count:,} parameters, 2 blocks of width 48; "
+        "images of 64 x 64, 1,000 classes",
+        f"draw with: python inference.py --checkpoint {tmp_path / 'xl.pth'} --vae sd-vae-ft-ema --labels 207 360"]
+
+
+def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
+    """--vae: the checkpoint knows the VAE, its statistics and its hash, and draws with no other encoder's."""
+    config = json.loads((vae / "config.json").read_text())
+    statistics = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 3.0, 4.0, 5.0], scaling_factor=1.0)
+    (vae / "config.json").write_text(json.dumps(config | statistics))
+    path = bring(weights, "--vae", vae)
+    made = load_checkpoint(path)["config"]
+    assert (made.vae, made.vae_hash) == (str(vae), load_vae(vae).fingerprint)
+    assert (made.latent_mean, made.latent_std) == ((1, 2, 3, 4), (2, 3, 4, 5))
+    flags = ["--checkpoint", path, "--labels", 1, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png"]
+    assert call(inference, *flags)[0] == 0
+    before = (tmp_path / "a.png").read_bytes()
+    # What the folder says of statistics is not what the model has learned with
+    (vae / "config.json").write_text(json.dumps(config | statistics | dict(scaling_factor=9.0)))
+    inference.open_vae.cache_clear()
+    assert call(inference, *flags)[0] == 0 and (tmp_path / "a.png").read_bytes() == before
+
+    (tmp_path / "a.png").unlink()
+    other = VAE(**load_vae(vae).settings)
+    save_vae(other, tmp_path / "other")
+    assert_refused(call(inference, *flags, "--vae", tmp_path / "other"), "is another VAE", made.vae_hash)
+    inference.open_vae.cache_clear()
+    shutil.move(vae, tmp_path / "moved")
+    assert_refused(call(inference, *flags), f"there is no folder {str(vae)!r}")
+    assert not (tmp_path / "a.png").exists()
+    assert call(inference, *flags, "--vae", tmp_path / "moved")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_vae_that_does_not_fit(weights, bring, vae, call, tmp_path):
+    path = bring(weights)
+    flags = ["--checkpoint", path, "--sample-steps", 2, "--out", tmp_path / "a.png"]
+    small = dict(block_out_channels=(4, 8, 8, 8), norm_num_groups=4)
+    for name, settings in (("shallow", small | dict(block_out_channels=(4, 8))), ("grey", small | dict(out_channels=1)),
+                           ("thin", small | dict(latent_channels=3))):
+        save_vae(VAE(**settings), tmp_path / name)
+        assert_refused(call(inference, *flags, "--vae", tmp_path / name), tmp_path / name, "(4, 8, 8)", "(3, 64, 64)")
+    assert_refused(call(inference, *flags, "--vae", ""), "draws latents", "--vae FOLDER")
+    assert_refused(call(inference, *flags, "--vae", tmp_path), "holds no config.json")
+    flags[1] = REPOSITORY / "weights" / "mnist.pth"
+    assert_refused(call(inference, *flags, "--vae", vae), "mnist.pth draws images without a VAE: leave --vae out")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_shared_weights_find_the_vae_beside_them(weights, bring, vae, call, tmp_path, monkeypatch):
+    path = bring(weights, "--vae", vae)
+    assert call(checkpoint, path, tmp_path / "shared.pth", "--sample-steps", 2)[0] == 0
+    assert load_checkpoint(tmp_path / "shared.pth")["config"].vae == "vae"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call(inference, "--checkpoint", "../shared.pth", "--labels", 0, "--count", 1)[0] == 0
+
+
+def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path):
+    """The grid, the strip, the animation, a notebook's picture, the folder of fakes, those that are scored and the grid
+    of a training run show the same images, in their size."""
+    path = bring(weights, "--vae", vae)
+    flags = ["--checkpoint", path, "--labels", 0, 1, "--count", 1, "--sample-steps", 2, "--device", "cpu"]
+    for extra, name in (([], "a.png"), (["--strip"], "b.png"), (["--gif"], "c.gif")):
+        assert call(inference, *flags, *extra, "--out", tmp_path / name)[0] == 0
+    grid, strip = (np.array(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    with Image.open(tmp_path / "c.gif") as animation:
+        assert animation.n_frames == 3 and animation.size == (2 + 2 * 66, 14 + 2 + 66)
+    model, config = load_model(path, device="cpu")
+    config = Config(**vars(config) | dict(sample_steps=2))
+    latents = generate(model, config, torch.arange(2))
+    assert latents.shape == (2, 4, 8, 8) and latents.abs().max() > 1  # not clamped
+    images = to_uint8(load_vae(vae).decode(latents))
+    for i in range(2):
+        expected = images[i].permute(1, 2, 0).numpy()
+        assert np.array_equal(grid[-66:-2, 2 + 66 * i:66 + 66 * i], expected)
+        assert np.array_equal(strip[2 + 66 * i:66 + 66 * i, -66:-2], expected)
+    picture = inference.draw([0, 1], checkpoint=path, device="cpu", sample_steps=2, vae=str(vae))
+    assert np.array_equal(np.asarray(picture), grid)
+    fakes, labels = draw_fakes(model, config, 2)
+    assert torch.equal(fakes, images) and labels.tolist() == [0, 1]
+    # The grid that training draws; it is of ten classes in six rows
+    train.draw_samples(train.Run(config, model, model, model, [], None), tmp_path / "d.png", "cpu", lambda: False)
+    with Image.open(tmp_path / "d.png") as sample_grid:
+        assert sample_grid.size == (2 + 10 * 66, 2 + 6 * 66)
+        assert np.array_equal(np.array(sample_grid)[2:66, 68:132], images[1].permute(1, 2, 0).numpy())
+    for i, name in enumerate(("ant", "bee")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.effect_noise((70, 90), 50).save(tmp_path / "data" / name / f"{i}.png")
+    fill = ["--checkpoint", path, "--count", 2, "--sample-steps", 2, "--data-dir", tmp_path / "data", "--real",
+            tmp_path / "real", "--fake", tmp_path / "fake", "--device", "cpu"]
+    code, _, err = call(generator, *fill)
+    assert code == 0, err
+    for i, file in enumerate(sorted((tmp_path / "fake").glob("*.png"))):
+        assert np.array_equal(np.array(Image.open(file)), images[i].permute(1, 2, 0).numpy())
+    with Image.open(next((tmp_path / "real").glob("*.png"))) as real:
+        assert real.size == (64, 64) and real.mode == "RGB"
+    # Those of another decoder are not mixed with them
+    other = load_vae(vae)
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 0.1
+    save_vae(other, tmp_path / "other")
+    assert_refused(call(generator, *fill, "--vae", tmp_path / "other"), "another vae")
+    shutil.move(vae, tmp_path / "moved")
+    assert call(generator, *fill, "--vae", tmp_path / "moved")[0] == 0
+
+
+def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
+    """What little an edit adds to is the picture as the VAE sees it; what a mask keeps is kept as latents are: whole,
+    where all of their pixels are kept."""
+    path = bring(weights, "--vae", vae)
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 64, 36))  # black: kept; four rows of latents and a half
+    mask.save(tmp_path / "mask.png")
+    flags = ["--checkpoint", path, "--labels", 0, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png",
+             "--device", "cpu"]
+    for change in (["--edit", tmp_path / "in.png"], ["--inpaint", tmp_path / "in.png", "--mask", tmp_path / "mask.png"],
+                   ["--morph", "0:1"]):
+        code, _, err = call(inference, *flags[:2], *flags[4 if "--morph" in change else 2:], *change)
+        assert code == 0, err
+        with Image.open(tmp_path / "a.png") as picture:
+            assert picture.height in (68, 82)
+    config = load_checkpoint(path)["config"]
+    picture, known = inference.read_picture(tmp_path / "in.png", config, tmp_path / "mask.png")
+    latents, kept = inference.from_images(picture, config, known)
+    assert torch.equal(latents, load_vae(vae).encode(picture)[0]) and latents.shape == (1, 4, 8, 8)
+    assert kept[0, 0].all(dim=1).tolist() == kept[0, 0].any(dim=1).tolist() == [True] * 4 + [False] * 4
+    assert inference.from_images(picture, Config()) is picture
+
+
+def test_the_page_refuses_what_it_cannot_draw(weights, bring, call, tmp_path):
+    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "latent_shape (4, 8, 8)")

@@ -1,0 +1,274 @@
+from support.commands import UserError
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import HANGS, REPOSITORY
+from diffusers import AutoencoderKL
+
+from latent import vae as module
+from latent.vae import CONFIG, OLD_NAMES, SD, VAE, WEIGHTS, load_vae, save_vae
+
+SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4)
+ODD = dict(block_out_channels=(8, 16, 24), norm_num_groups=8, layers_per_block=2, latent_channels=3, in_channels=1,
+           out_channels=1, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def diffusers_twin(**settings):
+    levels = len(settings["block_out_channels"])
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",)
+                         * levels, **settings).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a small VAE, as diffusers writes it."""
+    diffusers_twin(**SMALL, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in config.items() if value != "gone"}))
+
+
+def change_weights(folder, change):
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file(change(state), folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(("settings", "size"), [(SD, (32, 16)), (SMALL, (12, 16)), (ODD, (16, 24))])
+@torch.no_grad()
+def test_equals_diffusers(settings, size):
+    """The same weights, names and settings; the network in its own configuration and a small one, images not square."""
+    theirs, ours = diffusers_twin(**settings), VAE(**settings).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, theirs.config.in_channels, *size) * 2 - 1
+    mean, std = ours.posterior(x)
+    expected = theirs.encode(x).latent_dist
+    assert mean.shape == (2, theirs.config.latent_channels, size[0] // ours.factor, size[1] // ours.factor)
+    assert expected.mean.std() > 0.05 and expected.std.std() > 0.01
+    torch.testing.assert_close(mean, expected.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(std, expected.std, atol=1e-5, rtol=0)
+    z = torch.randn(mean.shape)
+    images = theirs.decode(z).sample
+    assert images.shape == x.shape and images.std() > 0.05
+    torch.testing.assert_close(ours.reconstruct(z), images, atol=1e-5, rtol=0)
+
+
+def test_a_folder_of_diffusers_loads_as_it_is(folder):
+    theirs, ours = AutoencoderKL.from_pretrained(folder), load_vae(folder)
+    x, z = torch.rand(1, 3, 8, 8), torch.randn(1, 4, 4, 4)
+    mean, std = ours.encode(x)
+    with torch.no_grad():
+        expected = theirs.encode(x).latent_dist
+        torch.testing.assert_close(mean, expected.mean * theirs.config.scaling_factor)
+        torch.testing.assert_close(std, expected.std * theirs.config.scaling_factor)
+        torch.testing.assert_close(ours.decode(z), theirs.decode(z / theirs.config.scaling_factor).sample)
+    assert not any(weight.requires_grad for weight in ours.parameters())
+
+
+def test_the_old_names_of_the_attention(folder):
+    new = load_vae(folder).state_dict()
+    names = {f"mid_block.attentions.0.{name}.": f"mid_block.attentions.0.{old}." for old, name in OLD_NAMES.items()}
+
+    def rename(state):
+        renamed = {}
+        for name, weight in state.items():
+            for now, before in names.items():
+                name = name.replace(now, before)
+            renamed[name] = weight
+        return renamed
+
+    change_weights(folder, rename)
+    stored = safetensors.torch.load_file(folder / WEIGHTS)
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in stored and len(set(stored) - set(new)) == 16
+    assert all(torch.equal(weight, new[name]) for name, weight in load_vae(folder).state_dict().items())
+    AutoencoderKL.from_pretrained(folder)  # which are those that diffusers knows too
+
+
+@pytest.mark.parametrize(("words", "mean", "std"), [
+    ({"scaling_factor": 0.18215}, [0], [1 / 0.18215]), ({"scaling_factor": "gone"}, [0], [1 / 0.18215]),
+    ({"scaling_factor": 2, "shift_factor": 0.3}, [0.3], [0.5]),
+    ({"scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4], "latents_std": [2, 3, 4, 5]}, [1, 2, 3, 4], [4, 6, 8, 10])])
+def test_statistics_in_diffusers_words(folder, words, mean, std):
+    """As its pipelines use them: z = latents * latents_std / scaling_factor + latents_mean (or shift_factor)."""
+    change_config(folder, **words)
+    vae = load_vae(folder)
+    assert vae.mean.flatten().tolist() == pytest.approx(mean) and vae.std.flatten().tolist() == pytest.approx(std)
+
+
+@pytest.mark.parametrize("settings", [SMALL, ODD])
+def test_diffusers_loads_what_is_saved(settings, tmp_path):
+    ours = VAE(**settings).eval()
+    channels = ours.settings["latent_channels"]
+    ours.normalize_by([0.1 * i for i in range(channels)], [1.0 + i for i in range(channels)])
+    save_vae(ours, tmp_path / "new" / "vae")
+    theirs, again = AutoencoderKL.from_pretrained(tmp_path / "new" / "vae"), load_vae(tmp_path / "new" / "vae")
+    z = torch.randn(1, channels, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.decode(z).sample, ours.reconstruct(z))
+        assert torch.equal(again.decode(z), ours.decode(z))
+    assert theirs.config.latents_std == ours.std.flatten().tolist() and theirs.config.scaling_factor == 1
+    assert again.settings == ours.settings and again.fingerprint == ours.fingerprint
+    assert torch.equal(again.mean, ours.mean) and torch.equal(again.std, ours.std)
+    assert sorted(file.name for file in (tmp_path / "new" / "vae").iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_latents_are_normalized_both_ways():
+    vae = VAE(**SMALL).eval()
+    vae.normalize_by((1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0, 4.0))
+    x = torch.rand(3, 3, 8, 8)
+    mean, std = vae.encode(x)
+    with torch.no_grad():
+        plain_mean, plain_std = vae.posterior(x)
+        for c in range(4):
+            torch.testing.assert_close(mean[:, c], (plain_mean[:, c] - (c + 1)) / 2 ** (c - 1))
+            torch.testing.assert_close(std[:, c], plain_std[:, c] / 2 ** (c - 1))
+        torch.testing.assert_close(vae.decode(mean), vae.reconstruct(plain_mean))
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_a_decoded_image_is_the_same_in_any_batch(size):
+    """To the last bit; batches of 16 here, and of 4."""
+    vae = VAE(**SMALL).eval()
+    latents = torch.randn(19, 4, size, size)
+    together = vae.decode(latents)
+    assert torch.equal(vae.decode(latents.flip(0)).flip(0), together)
+    for i in (0, 7, 18):
+        assert torch.equal(vae.decode(latents[i:i + 1]), together[i:i + 1])
+    assert together.shape == (19, 3, 2 * size, 2 * size)
+
+
+def test_the_fingerprint_is_that_of_the_encoder():
+    """Other decoders of the same latents are welcome."""
+    vae = VAE(**SMALL)
+    fingerprint, decoder = vae.fingerprint, vae.hash_of("decoder", "post_quant_conv")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 1
+        assert vae.fingerprint == fingerprint and vae.hash_of("decoder", "post_quant_conv") != decoder
+        vae.quant_conv.bias[0] += 1e-3
+        assert vae.fingerprint != fingerprint
+    assert VAE(**SMALL | dict(norm_num_groups=2)).fingerprint != fingerprint
+    other = VAE(**SMALL | dict(norm_num_groups=2))
+    other.load_state_dict(vae.state_dict())
+    assert other.fingerprint != vae.fingerprint
+
+
+def test_latents_that_are_not_finite():
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="not all finite"):
+            VAE(**SMALL).decode(torch.full((1, 4, 4, 4), broken))
+
+
+FOLDERS = {
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "holds no config.json"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
+    "empty config": (lambda folder: (folder / CONFIG).write_text(""), "config.json is damaged"),
+    "list": (lambda folder: (folder / CONFIG).write_text("[1]"), "config.json is damaged"),
+    "deep": (lambda folder: (folder / CONFIG).write_text("[" * 10**5), "config.json is damaged"),
+    "class": (lambda folder: change_config(folder, _class_name="AutoencoderDC"), "'AutoencoderDC', not of an"),
+    "no class": (lambda folder: change_config(folder, _class_name="gone"), "not of an AutoencoderKL"),
+    "blocks": (lambda folder: change_config(folder, down_block_types=["AttnDownEncoderBlock2D"] * 2),
+               "down_block_types is"),
+    "number of blocks": (lambda folder: change_config(folder, up_block_types=["UpDecoderBlock2D"]), "up_block_types"),
+    "act": (lambda folder: change_config(folder, act_fn="gelu"), "act_fn is 'gelu'"),
+    "huge": (lambda folder: change_config(folder, block_out_channels=[10**9, 10**9]), "block_out_channels is"),
+    "text": (lambda folder: change_config(folder, layers_per_block="2"), "layers_per_block is '2'"),
+    "groups": (lambda folder: change_config(folder, norm_num_groups=3), "norm_num_groups 3 does not divide"),
+    "flag": (lambda folder: change_config(folder, use_quant_conv=1), "use_quant_conv is 1"),
+    "scale": (lambda folder: change_config(folder, scaling_factor=0), "scaling_factor is 0"),
+    "std": (lambda folder: change_config(folder, latents_std=[1, 1, 1, 0]), "latents_std is"),
+    "statistics": (lambda folder: change_config(folder, latents_mean=[1, 2]), "with 4 latent channels"),
+    "channels": (lambda folder: change_config(folder, latent_channels=8), "does not fit its config.json"),
+    "widths": (lambda folder: change_config(folder, block_out_channels=[8, 24]), "does not fit its config.json"),
+    "layers": (lambda folder: change_config(folder, layers_per_block=2), "is missing"),
+    "no attention": (lambda folder: change_config(folder, mid_block_add_attention=False), "is not a part of it"),
+    "cut": (lambda folder: os.truncate(folder / WEIGHTS, 9000), "is damaged or cut short"),
+    "no tensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"hello"), "is damaged or cut short"),
+    "long header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"), "is damaged"),
+    "integers": (lambda folder: change_weights(folder, lambda state: state | {
+        "quant_conv.bias": torch.zeros(8, dtype=torch.long)}), "no finite numbers"),
+    "nan": (lambda folder: change_weights(folder, lambda state: state | {
+        "quant_conv.bias": torch.full((8,), float("nan"))}), "no finite numbers"),
+}
+
+
+@pytest.mark.parametrize("damage", FOLDERS)
+def test_folders_that_are_no_vae(damage, folder):
+    break_it, words = FOLDERS[damage]
+    break_it(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        load_vae(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_half_precision_is_read_as_float32(folder):
+    full = load_vae(folder).state_dict()
+    change_weights(folder, lambda state: {name: weight.half() for name, weight in state.items()})
+    for name, weight in load_vae(folder).state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, full[name].half().float())
+
+
+@pytest.mark.parametrize("name", ["", "no/such/folder", "../vae", "/no/vae", "a b", "a/b/", "-x"])
+def test_names_that_are_no_folder_and_no_name_of_a_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "download", None)  # it is not even asked
+    with pytest.raises(UserError) as caught:
+        load_vae(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a..b", "a--b", "x" * 200])
+def test_names_that_the_hub_refuses(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be had from the Hugging Face hub") as caught:
+        load_vae(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_by_its_name_on_the_hub(folder, tmp_path, monkeypatch):
+    """What is in its cache needs no network; what is not is asked for once."""
+    import huggingface_hub as hub
+
+    monkeypatch.chdir(tmp_path)
+    shutil.move(folder, tmp_path / "cache")
+    asked = []
+
+    def download(repository, file, local_files_only=False):
+        asked.append((repository, file, local_files_only))
+        if local_files_only and not cached:
+            raise hub.errors.LocalEntryNotFoundError("not here")
+        return str(tmp_path / "cache" / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url: asked.append(url))
+    for cached in (True, False):
+        asked.clear()
+        assert load_vae("sd-vae-ft-ema").factor == 2
+        repository = "stabilityai/sd-vae-ft-ema"
+        assert asked == ([(repository, CONFIG, True), (repository, WEIGHTS, True)] if cached else [
+            (repository, CONFIG, True), f"https://huggingface.co/{repository}/resolve/main/{CONFIG}",
+            (repository, CONFIG, False), (repository, WEIGHTS, False)])
+    asked.clear()
+    assert load_vae("somebody/vae").factor == 2 and asked[0][0] == "somebody/vae"
+
+
+def test_without_a_network(tmp_path):
+    """The hub's own client, at a port where nobody answers: one line, at once."""
+    code = ("from latent.vae import load_vae\nfrom support.commands import run\n"
+            "run(lambda: load_vae('sd-vae-ft-ema'))")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*",
+                   "no_proxy": "*", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True,
+                             capture_output=True, timeout=HANGS)
+    assert process.returncode == 1
+    *first, last = process.stderr.splitlines()
+    assert first == ["downloading the VAE stabilityai/sd-vae-ft-ema ..."]
+    assert last.startswith("error: the VAE stabilityai/sd-vae-ft-ema cannot be had") and "--vae" in last
