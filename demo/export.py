@@ -5,7 +5,7 @@
 """
 
 from support.commands import Parser, UserError, run
-from support.files import write_atomically
+from support.files import check_file, write_atomically
 
 import base64
 import functools
@@ -100,6 +100,7 @@ def main():
                         "else weights/mnist.pth)")
     parser.add_argument("--out", default="dit.html", help="the page to write (default: dit.html)")
     args = parser.parse_args()
+    check_file(args.out)
     checkpoint = find_checkpoint(args.checkpoint)
     page = export(checkpoint).encode()
     write_atomically(args.out, lambda file: file.write(page))
