@@ -16,6 +16,8 @@ import train
 from config import Config
 from diffusion import SAMPLERS, build_process, edit, inpaint
 from dit import build_model
+from measure.classifier import DigitClassifier
+from measure.score import embed
 from train import start_run, train_step
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
@@ -125,3 +127,10 @@ def test_times_to_train_on_have_a_kernel_everywhere():
     exact = (torch.special.ndtri(u.double()).sigmoid() * CONFIG.T).long()
     assert (t - exact).abs().max() <= 1 and (t == exact).float().mean() > 0.999
     assert np.array_equal(np.sort(t), t)
+
+
+def test_scoring_reads_where_the_classifier_is(fake):
+    """Images lie on the CPU; they go to the classifier, and its features stay there."""
+    classifier = DigitClassifier().to(CUDA).eval()
+    features, probs = embed(classifier, torch.zeros(7, 1, 28, 28, dtype=torch.uint8), batch_size=4)
+    assert features.device == probs.device == CUDA and features.shape == (7, 64) and probs.shape == (7, 10)
