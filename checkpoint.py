@@ -99,6 +99,8 @@ def check_content(content, file_size):
             raise UserError("its data have no fingerprint")
         size += check_tensors("weights", content["model"], shapes)
         size += check_tensors("log", {"window": content["window"]}, {"window": (NOISE_LEVELS, 2)})
+        if content["window"].min() < 0:
+            raise UserError("its log holds losses or numbers below 0")
         groups = [group for group in split_parameters(network, content["config"].optimizer == "muon") if group]
         if not isinstance(content["optimizers"], list):
             raise UserError("its optimizers are no list")

@@ -133,6 +133,8 @@ class Config:
             if len(numbers) not in (1, C) or not all(type(n) is float and math.isfinite(n) for n in numbers) or (
                     name == "latent_std" and min(numbers) <= 0):
                 raise UserError(f"{name} is {numbers!r:.80}, but must be one number, or one for each of {C} channels")
+        if self.clamp:
+            raise UserError("clamp is for pixels, and latents have no bounds: --no-clamp")
 
     def check_patches(self, name, size):
         """Raises `UserError` unless patches divide the `size` of what the network sees, which is the setting `name`."""

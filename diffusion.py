@@ -3,6 +3,8 @@
     python diffusion.py      writes diffusion.png: a digit that fades into noise, on the path of each process
 """
 
+from support.commands import run
+
 import itertools
 import math
 
@@ -342,6 +344,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from support.commands import run
-
     run(main)

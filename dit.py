@@ -3,6 +3,8 @@
     python dit.py      prints the shapes on the way through the network, its parameters and its Gflops
 """
 
+from support.commands import run
+
 import math
 
 import torch
@@ -166,6 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from support.commands import run
-
     run(main)

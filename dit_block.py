@@ -3,6 +3,8 @@
     python dit_block.py      shows that an untrained block is the identity, and what a gate lets through
 """
 
+from support.commands import run
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -81,7 +83,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from support.commands import run
-
     torch.set_grad_enabled(False)
     run(main)

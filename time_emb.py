@@ -3,6 +3,8 @@
     python time_emb.py      writes time_emb.png: the sinusoids of every step
 """
 
+from support.commands import run
+
 import math
 
 import torch
@@ -51,6 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from support.commands import run
-
     run(main)

@@ -12,6 +12,7 @@ from support.pictures import check_picture, grid
 import dataclasses
 import itertools
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def main():
     make_dir(args.out)
     for name in names:
         check_picture(args.out / name)
+    if len(set(map(os.path.realpath, args.paths))) < len(args.paths):
+        raise UserError("a run that is named twice would count as two: name each once")
     configs = [load_checkpoint(path)["config"] for path in args.paths]
     kinds = {((config.channels, *config.image_size), config.dataset) for config in configs}
     if len(kinds) > 1:

@@ -196,7 +196,7 @@ class Judge:
                       "fake": compare(fake[of_fake]), "real": compare(train[of_train])}
             for part, of, right, near, copies in (("fake", of_fake, fake_right, fake_near, fake_copies),
                                                   ("real", of_test, test_right, test_near, test_copies)):
-                result[part] |= {"accuracy": share(right[of]), "nearest": near[of].nanmedian().item(),
+                result[part] |= {"accuracy": share(right[of]), "nearest": near[of].cpu().nanmedian().item(),
                                  "copies": share(copies[of])}
             return result | {"ratio": result["fake"]["frechet"] / result["real"]["frechet"]}
 
@@ -275,14 +275,17 @@ def worst_picture(fakes, labels, probs, count=40):
 
 
 def read_fakes(folder):
-    """The images uint8 (N, 1, H, W) of a folder, and their labels int64 (N,) if every name ends in one, as those of
-    generator.py do: 000000_7.png (else None). Raises `UserError` when they are not all of one size."""
+    """The images uint8 (N, 1, H, W) of a folder, and their labels int64 (N,), which their names end in, as those of
+    generator.py do: 000000_7.png; None if no name does. Raises `UserError` when they differ in that, or in size."""
     paths = list_images(folder)
     images = [np.array(read_image(path, "L")) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
     if len({image.shape for image in images}) != 1:
         raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: it must hold digits, "
                         "all of 28x28 or all of 8x8 pixels")
     labels = [re.search(r"_([0-9])$", path.stem) for path in paths]
+    if any(labels) and not all(labels):
+        raise UserError(f"{folder} holds {labels.count(None):,} images whose names end in no label, such as "
+                        f"{paths[labels.index(None)].name:.50}, beside others: all of them should, or none")
     labels = torch.tensor([int(label[1]) for label in labels]) if all(labels) else None
     return torch.from_numpy(np.stack(images))[:, None], labels
 

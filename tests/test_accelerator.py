@@ -17,6 +17,8 @@ from config import Config
 from diffusion import SAMPLERS, build_process, edit, inpaint
 from dit import build_model
 from latent.vae import VAE
+from measure.classifier import DigitClassifier
+from measure.score import embed
 from train import start_run, train_step
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
@@ -106,7 +108,8 @@ def test_latents_are_decoded_where_they_are(fake, monkeypatch):
     vae = VAE(block_out_channels=(8, 16), norm_num_groups=4).to(CUDA)
     monkeypatch.setattr(inference, "find_vae", lambda config, device: vae)
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: np.ones(1))  # a fake tensor has no values to ask about
-    config = dataclasses.replace(CONFIG, latent_shape=(4, 8, 8), latent_mean=(0.0,), latent_std=(1.0,))
+    config = dataclasses.replace(CONFIG, latent_shape=(4, 8, 8), latent_mean=(0.0,), latent_std=(1.0,),
+                                 clamp=False)
     images = inference.to_images(torch.randn(3, 4, 8, 8, device=CUDA), config)
     assert images.device == CUDA and images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
     assert vae.encode(torch.randn(2, 3, 8, 8, device=CUDA))[1].device == CUDA
@@ -140,3 +143,10 @@ def test_times_to_train_on_have_a_kernel_everywhere():
     exact = (torch.special.ndtri(u.double()).sigmoid() * CONFIG.T).long()
     assert (t - exact).abs().max() <= 1 and (t == exact).float().mean() > 0.999
     assert np.array_equal(np.sort(t), t)
+
+
+def test_scoring_reads_where_the_classifier_is(fake):
+    """Images lie on the CPU; they go to the classifier, and its features stay there."""
+    classifier = DigitClassifier().to(CUDA).eval()
+    features, probs = embed(classifier, torch.zeros(7, 1, 28, 28, dtype=torch.uint8), batch_size=4)
+    assert features.device == probs.device == CUDA and features.shape == (7, 64) and probs.shape == (7, 10)

@@ -95,6 +95,7 @@ def test_mistakes(call, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "open_judge", None)  # they are found before the work
     assert_refused(call(results, "runs", tmp_path / "none", "--out", tmp_path), "none")
     assert_refused(call(results, "runs", path, "--count", 5, "--out", tmp_path), "--count 5")
+    assert_refused(call(results, "runs", path, path / "model.pth", "--out", tmp_path), "named twice")
     assert_refused(call(results, "samplers", "--checkpoint", path / "model.pth", "--steps", 0, "--count", 10,
                         "--out", tmp_path), "sample_steps is 0")
     assert_refused(call(results), "what")

@@ -440,6 +440,9 @@ def test_folder_of_fakes(call, mnist, parts, tmp_path):
     images, labels = measure.score.read_fakes(tmp_path)
     assert torch.equal(images, parts[2].images[::6]) and torch.equal(labels, parts[2].labels[::6])
     (tmp_path / "000000_0.png").rename(tmp_path / "mine.png")
+    assert_refused(call(measure.score, "--images", tmp_path), "1 images whose names end in no label", "mine.png")
+    for i, path in enumerate(sorted(tmp_path.glob("0*.png"))):
+        path.rename(tmp_path / f"mine_too{i}.png")
     assert measure.score.read_fakes(tmp_path)[1] is None
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     assert_refused(call(measure.score, "--images", tmp_path), "several sizes")
