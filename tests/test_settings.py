@@ -751,9 +751,11 @@ def test_latent_shape(latent):
         assert_refused(latent(latent_shape=shape)[0], str(shape), "(1, 8, 8)")
     for shape in ((2,), (2, 0, 4), (2, 4, 4.0), ("2", 4, 4), (2, 4, 10**6)):
         with pytest.raises(UserError, match="latent_shape"):
-            Config(latent_shape=shape, latent_mean=(0.0,), latent_std=(1.0,))
+            Config(latent_shape=shape, latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
+    with pytest.raises(UserError, match="--no-clamp"):
+        Config(latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,))
     with pytest.raises(UserError, match=r"patch_size 2 does not divide latent_shape 5x4: choose one of \[1, 5\]"):
-        Config(image_size=8, patch_size=2, latent_shape=(2, 5, 4), latent_mean=(0.0,), latent_std=(1.0,))
+        Config(image_size=8, patch_size=2, latent_shape=(2, 5, 4), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
 
 
 def test_latent_mean(latent):
