@@ -229,7 +229,8 @@ def test_every_control_changes_what_it_says(browse, tmp_path):
 
     change("$('pad')", "for (const key of [' ', 'ArrowUp', 'ArrowUp', 'ArrowLeft']) "
            "$('pad').dispatchEvent(new KeyboardEvent('keydown', {key}))")
-    change("$('drawn')", "$('turn').click()")
+    change("$('drawn')", "result = null; $('turn').click()")
+    browser.wait("result")
     browser.run("$('complete').click()")
     assert "Erase" in browser.run("$('cost').textContent")
     change("$('pad')", "document.querySelector('[value=eraser]').click(); "
