@@ -23,11 +23,11 @@ class Process:
 
     x_t = signal[t] x_0 + noise[t] eps,  eps ~ N(0, 1)
 
-    x_0 (B, C, *size) is clean, in [-1, 1] where it holds pixels. t is a step 0..T-1; 0 has the least noise.
-    signal, noise, error_scale (T,), float64: the shares of image and noise in x_t, and what the network's error at t is
-    multiplied by in the loss. What training gathers by t is float32 on `device`.
-    spacing: of the steps that are taken to draw, see `descending_steps`.
-    spread: of the step last denoised, where its variance lies between the two bounds that `ddpm` has.
+    x_0 (B, C, *size) is the clean image, in [-1, 1] if it holds pixels. t is a step 0..T-1; 0 has the least noise.
+    signal, noise (T,), float64: the shares of image and noise in x_t.
+    error_scale (T,), float64: the loss multiplies the network's error at t by it.
+    spacing: which steps the samplers take, see `descending_steps`.
+    spread: where the variance of the step last denoised lies between the two bounds of the sampler `ddpm`.
     """
 
     spacing, spread = "trailing", 0.0
@@ -38,7 +38,7 @@ class Process:
         self.signal, self.noise, self.error_scale = (a.float().to(device) for a in (signal, noise, error_scale))
 
     def forward_add_noise(self, x, t, noise=None):
-        """Noises images x (B, C, *size) to steps t (B,) in one go. Returns x_t and its noise, both like x."""
+        """Adds noise to images x (B, C, *size), up to steps t (B,). Returns x_t and the noise, both like x."""
         noise = torch.randn_like(x) if noise is None else noise
         return per_image(self.signal[t], x) * x + per_image(self.noise[t], x) * noise, noise
 
@@ -60,8 +60,8 @@ class Process:
             exaggerates them. Both predictions go through the network as one batch.
         bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
             never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
-        guided_channels: how many of the C channels are guided, the first ones; 0 = all. What else the network answers
-            is that for the labels.
+        guided_channels: how many of the C channels, the first ones, are guided; 0 = all. The others take the
+            conditional prediction.
         """
         t_all, null = torch.full_like(y, t), torch.full_like(y, model.null_label)
         if guidance in (0, 1):
@@ -73,13 +73,12 @@ class Process:
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
     def descending_steps(self, count, strength=1.0):
-        """`count` of the T steps from T-1 on, for the samplers: a list of (t, (signal, noise) at t, (signal, noise) at
-        the step after it), of which the last leads to the clean image. How they are spaced says `self.spacing`:
-        "trailing", evenly (2305.08891, table 2), or "linspace", evenly with the step 0 as the last one, as in DiT's
-        official code.
+        """`count` of the T steps from T-1 down, for the samplers: a list of (t, (signal, noise) at t, (signal, noise) at
+        the next step). The last leads to the clean image. `self.spacing` says which steps: "trailing", evenly spaced
+        (2305.08891, table 2), or "linspace", evenly spaced and ending at step 0, as in DiT's official code.
 
-        strength: above 0, at most 1: the share of the T that they spread over, the least noisy ones; `count` or, where
-            that is less, all of these.
+        strength: in (0, 1]: take them from this share of the T steps, the least noisy ones. There may be fewer than
+            `count` of these.
         """
         top = max(1, round(strength * self.T))
         count = min(count, top)

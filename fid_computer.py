@@ -91,7 +91,7 @@ def inception_extractor(dims, weights, device):
     weights: its file; None: the one in torch hub's cache, downloaded if need be.
     Raises `UserError` when the weights cannot be had or are not those of this network.
     """
-    with parallel.first_process_first():
+    with parallel.rank_0_first():
         weights = weights or cached_weights()
     from pytorch_fid import inception  # here, since torchvision comes with it and takes seconds
 

@@ -34,7 +34,7 @@ def open_folder(folder, count, settings):
 
     Returns this process's share of the indices below `count` that have no image in it yet.
     """
-    with parallel.first_process_first():
+    with parallel.rank_0_first():
         make_dir(folder)
         note, images = folder / "settings.json", list_images(folder)
         strange = [image for image in images if not re.fullmatch(r"[0-9]{6}_[0-9]+\.png", image.name)]
@@ -115,7 +115,7 @@ def main():
     model, config = load_for_sampling(args)
     if config.channels not in (1, 3):
         raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
-    with parallel.first_process_first():
+    with parallel.rank_0_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     count = min(args.count, len(data.images))
     if count < args.count and not parallel.RANK:

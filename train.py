@@ -59,8 +59,8 @@ class Run:
 
 
 def make_batch(images, labels, process, config, step, part=slice(None)):
-    """What step `step` learns from: images x_0 (B, C, H, W) in [-1, 1], labels y (B,) some of which are the null label,
-    times t (B,) and noise, all made on the device of `images`. part: this process's share of the B images."""
+    """The batch of step `step`, on the device of `images`: images x_0 (B, C, H, W) in [-1, 1], labels y (B,), some of
+    them the null label, times t (B,) and noise. part: this process's shard of the B images."""
     device, B = images.device, config.batch_size
     # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
     words = [config.seed % 2**32, step, config.seed // 2**32]
@@ -170,7 +170,7 @@ def not_finite(what, config, step):
 def save(run, path, step, seconds, data, window):
     """Writes the checkpoint; every process must call it, rank 0 writes."""
     broken = any(not part.isfinite().all() for part in parallel.own_shards(run.ema.parameters()))
-    if parallel.largest(int(broken)):
+    if parallel.all_max(int(broken)):
         raise not_finite("weights are", run.config, step)
     content = [run.ema.state_dict(), run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]]
     ema, model, optimizers = parallel.unshard(content) if run.config.shard else content
@@ -315,7 +315,7 @@ def train(config, run_dir="run", resume=False, device=None):
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
         if not resume and path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        with parallel.first_process_first():
+        with parallel.rank_0_first():
             data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size,
                                 channels=config.channels)
         if saved and saved["data"] != data.fingerprint:
@@ -356,7 +356,7 @@ def train_on(config, data, saved, run_dir, device):
                  saved and saved["window"])
     with log, catch_signals() as signals:
         def stop():
-            return parallel.largest(signals[0] if signals else 0) if config.shard else bool(signals)
+            return parallel.all_max(signals[0] if signals else 0) if config.shard else bool(signals)
 
         if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
             draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
@@ -364,7 +364,7 @@ def train_on(config, data, saved, run_dir, device):
             # Learn.
             batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
-            done, stopped = step + 1, parallel.largest(signals[0] if signals else 0)
+            done, stopped = step + 1, parallel.all_max(signals[0] if signals else 0)
 
             # Log and save.
             try:
@@ -383,7 +383,7 @@ def train_on(config, data, saved, run_dir, device):
         with warned():
             plot_loss(run_dir / "log.csv", run_dir / "loss.png")
     show_run(config, run_dir)
-    stopped = stopped or parallel.largest(signals[0] if signals else 0)
+    stopped = stopped or parallel.all_max(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
     return done, stopped

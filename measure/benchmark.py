@@ -197,8 +197,8 @@ def take_turns(args):
                  disable=None)
     for _, (preset, kind) in turns:
         turns.set_description(f"{preset}, {kind}")
-        again = [sys.executable, "-m", "measure.benchmark", *sys.argv[1:], "--measure", kind, "--presets", preset]
-        process = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True)
+        command = [sys.executable, "-m", "measure.benchmark", *sys.argv[1:], "--measure", kind, "--presets", preset]
+        process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         if process.returncode:
             last = (process.stderr.splitlines() or ["failed"])[-1].removeprefix("error: ")
             raise UserError(f"{preset}, {kind}: {last:.200}")

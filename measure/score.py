@@ -104,8 +104,8 @@ def nearest(images, train_images, size=500, device="cpu"):
     return torch.cat(distances), torch.cat(indices)
 
 
-def draw_reference(labels, real_labels, count, generator):
-    """Indices of `count` real images, drawn at random; if `labels` were asked for in like numbers, in the same numbers.
+def pick_reference(labels, real_labels, count, generator):
+    """Indices of `count` real images, picked at random; if `labels` were asked for in like numbers, in the same numbers.
 
     MNIST's classes differ in size (9 to 11 %): held against them, perfect fakes that are equally many of each digit
     would be at twice the distance of a random draw. But a class that is missing must not be missed here as well.
@@ -152,8 +152,8 @@ class Judge:
 
     def brief_real(self, labels, seed=0):
         """The same of real images, training images in the place of fakes that were asked to show `labels`."""
-        drawn = draw_reference(labels, self.train.labels, len(labels), torch.Generator().manual_seed(seed))
-        features, _ = self.read(self.train.images[drawn])
+        picked = pick_reference(labels, self.train.labels, len(labels), torch.Generator().manual_seed(seed))
+        features, _ = self.read(self.train.images[picked])
         return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
 
     def find_copies(self, fakes, fake_reads):
@@ -182,9 +182,9 @@ class Judge:
             raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
         if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() > 9):
             raise UserError(f"the {len(fakes):,} images need as many labels, each a digit from 0 to 9")
-        drawn = draw_reference(labels, self.train.labels, len(fakes), torch.Generator().manual_seed(seed))
+        picked = pick_reference(labels, self.train.labels, len(fakes), torch.Generator().manual_seed(seed))
         fake, fake_reads = self.read(fakes)
-        train, _ = self.read(self.train.images[drawn])
+        train, _ = self.read(self.train.images[picked])
         asked = fake_reads if labels is None else labels.to(self.device)
         fake_right = (fake_reads == asked) if labels is not None else torch.full((len(fake),), float("nan"))
         test_right = self.test_reads == self.test_labels
@@ -203,7 +203,7 @@ class Judge:
         def of_digit(digit):
             of_test = self.test_labels == digit
             return figures(lambda features: compare(features, self.test_features[of_test]), asked == digit,
-                           self.train.labels[drawn].to(self.device) == digit, of_test)
+                           self.train.labels[picked].to(self.device) == digit, of_test)
 
         everything = [torch.ones(len(some), dtype=torch.bool, device=self.device) for some in (fake, train, test_right)]
         return figures(self.compare, *everything) | {"classes": [of_digit(digit) for digit in range(10)]}

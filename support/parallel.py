@@ -77,7 +77,7 @@ def one_for_all():
 
 
 def share(n):
-    """The slice of n things that is this process's."""
+    """This process's shard of n items, a slice."""
     return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
 
 
@@ -88,7 +88,7 @@ def wait():
 
 
 @contextlib.contextmanager
-def first_process_first():
+def rank_0_first():
     """Rank 0 runs the block before the others: a download, a folder."""
     if RANK:
         wait()
@@ -97,7 +97,7 @@ def first_process_first():
         wait()
 
 
-def largest(number):
+def all_max(number):
     """The largest `number` among the processes."""
     if WORLD == 1:
         return number
@@ -106,7 +106,7 @@ def largest(number):
     return number.item()
 
 
-def add_up(tensor):
+def all_sum(tensor):
     """Replaces `tensor` by its sum over the processes."""
     if WORLD > 1:
         dist.all_reduce(tensor)

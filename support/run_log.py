@@ -65,7 +65,7 @@ class RunLog:
 
     def collect(self):
         """Adds up what all processes have counted, in rank 0's window. Returns whether all of it is finite."""
-        parallel.add_up(self.window)
+        parallel.all_sum(self.window)
         finite = bool(self.window.isfinite().all())
         if parallel.RANK:
             self.window.zero_()

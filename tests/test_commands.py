@@ -371,7 +371,7 @@ def test_the_first_process_is_first(rank, order, monkeypatch):
     done = []
     monkeypatch.setattr(parallel, "RANK", rank)
     monkeypatch.setattr(parallel, "wait", lambda: done.append("wait"))
-    with parallel.first_process_first():
+    with parallel.rank_0_first():
         done.append("block")
     assert done == order
 

@@ -160,9 +160,9 @@ from support import parallel
 def main():
     parallel.join("cpu")
     rank = parallel.RANK
-    assert parallel.largest(15 * (rank == 1)) == 15 and parallel.largest(-rank) == 0
+    assert parallel.all_max(15 * (rank == 1)) == 15 and parallel.all_max(-rank) == 0
     numbers = torch.tensor([1.0, rank])
-    parallel.add_up(numbers)
+    parallel.all_sum(numbers)
     assert numbers.tolist() == [2, 1]
     assert parallel.gather(np.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
     assert parallel.gather(np.arange(5)[parallel.share(5)]).tolist() == [0, 1, 2, 3, 4]

@@ -26,10 +26,10 @@ from measure.score import (
     METRICS,
     Judge,
     compare,
-    draw_reference,
     embed,
     nearest,
     nearest_picture,
+    pick_reference,
     report,
     worst_picture,
 )
@@ -171,7 +171,7 @@ def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
     real_labels = torch.tensor([0] * 500 + [digit for digit in range(1, 10) for _ in range(100)])
 
     def drawn(labels, count, seed=0):
-        index = draw_reference(labels, real_labels, count, torch.Generator().manual_seed(seed))
+        index = pick_reference(labels, real_labels, count, torch.Generator().manual_seed(seed))
         assert len(set(index.tolist())) == count
         return index, real_labels[index].bincount(minlength=10)
 
