@@ -73,8 +73,8 @@ class Process:
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
     def descending_steps(self, count, strength=1.0):
-        """`count` of the T steps from T-1 down, for the samplers: a list of (t, (signal, noise) at t, (signal, noise) at
-        the next step). The last leads to the clean image. `self.spacing` says which steps: "trailing", evenly spaced
+        """`count` of the T steps from T-1 down, for the samplers: a list of (t, (signal, noise) at t, (signal, noise)
+        at the next step). The last leads to the clean image. `self.spacing` says which steps: "trailing", evenly spaced
         (2305.08891, table 2), or "linspace", evenly spaced and ending at step 0, as in DiT's official code.
 
         strength: in (0, 1]: take them from this share of the T steps, the least noisy ones. There may be fewer than

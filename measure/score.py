@@ -105,7 +105,8 @@ def nearest(images, train_images, size=500, device="cpu"):
 
 
 def pick_reference(labels, real_labels, count, generator):
-    """Indices of `count` real images, picked at random; if `labels` were asked for in like numbers, in the same numbers.
+    """Indices of `count` real images, picked at random. If `labels` were asked for in like numbers, there are as many
+    of each.
 
     MNIST's classes differ in size (9 to 11 %): held against them, perfect fakes that are equally many of each digit
     would be at twice the distance of a random draw. But a class that is missing must not be missed here as well.
