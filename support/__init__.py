@@ -7,10 +7,10 @@ imported, which takes a second or two.
 import os
 import sys
 
-# Threads that wait for work spin at first: another program's thread waits for them, and they for it. A short spin costs
-# nothing where the machine is ours alone. OpenMP reads this when torch loads it.
+# Threads that wait for work spin at first: another program's thread waits for them, and they for it. This is the
+# shortest spin that costs nothing where the machine is ours alone (EXPERIMENTS.md). OpenMP reads it as torch loads it.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 # A closed standard stream (`python train.py 2>&-`) is None, and the next file to be opened would take its place.
 for number, name in enumerate(("stdin", "stdout", "stderr")):

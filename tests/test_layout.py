@@ -12,7 +12,8 @@ ARTICLE = ("config", "dataset", "diffusion", "time_emb", "dit_block", "dit", "ch
 FOLDERS = ("demo", "latent", "measure")
 # The one file of a folder that the root reads: whoever draws shows latents as images. It imports support alone.
 BELOW_THE_ROOT = ("latent", "vae")
-NOT_CODE = {"README.md", "EXPERIMENTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml"}
+NOT_CODE = {"README.md", "README.zh.md", "EXPERIMENTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
+            "pyproject.toml"}
 
 
 def imports(path):
@@ -81,3 +82,40 @@ def test_the_tests_that_the_readme_names_are_there():
             if name:
                 assert file and f"def {name}(" in found[file], f"{file}::{name}"
     assert "::test_" in readme
+
+
+NUMBER = r"(?:± )?-?\d+(?:[.,]\d+)*(?: %)?"
+
+
+def facts(section):
+    """What a section of a README says in any language: its commands, its pictures, where its links lead, the numbers
+    and the code in each cell of its tables, and those in all of it, which the order of words may move."""
+    lines = section.splitlines()
+    said = f"`[^`]*`|{NUMBER}"
+    return {
+        "commands": [re.sub(r"\s+# .*", "", line) for line in lines if line.startswith("    ")],
+        "pictures": re.findall(r"!\[.*?\]\((.*?)\)", section),
+        "links": sorted(re.findall(r"\]\(((?:http|EXPERIMENTS|LICENSE).*?)\)", section)),
+        "tables": [[re.findall(said, cell) for cell in line.split("|")] for line in lines if line.startswith("|")],
+        "said": sorted(re.findall(said, " ".join(lines))),
+    }
+
+
+def test_the_readme_says_the_same_in_both_languages():
+    """The Chinese one has one table more, its first: where in the code the sections of the article are."""
+    english, chinese = ((REPOSITORY / name).read_text() for name in ("README.md", "README.zh.md"))
+    assert "](README.zh.md)" in "".join(english.splitlines()[:5])
+    assert "](README.md)" in "".join(chinese.splitlines()[:5])
+    chinese = re.sub(r"(^\|.*\n)+", "", chinese, count=1, flags=re.MULTILINE)
+    for ours, theirs in zip(english.split("\n## "), chinese.split("\n## "), strict=True):
+        assert facts(theirs) == facts(ours), f"{ours.splitlines()[0]} / {theirs.splitlines()[0]}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_links_within_the_readme_lead_to_a_heading(name):
+    """As GitHub names the places: the heading in lower case, without punctuation, with hyphens for spaces."""
+    readme = (REPOSITORY / name).read_text()
+    headings = re.findall(r"^#+ (.*)", readme, flags=re.MULTILINE)
+    places = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#(.*?)\)", readme)
+    assert links and places.issuperset(links)
