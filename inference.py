@@ -24,7 +24,7 @@ from checkpoint import checkpoint_file, load_model
 from config import SAMPLING, add_flags, check_eta, given_flags
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
 from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
-from latent.vae import load_vae
+from latent.vae import open_vae
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
@@ -107,22 +107,6 @@ def find_vae(config, device):
     `UserError` when it is not there or is another one."""
     return open_vae(config.vae, config.vae_hash, (config.channels, *config.image_size), config.latent_shape,
                     config.latent_mean, config.latent_std, device)
-
-
-@functools.lru_cache(maxsize=1)
-def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
-    if not name:
-        raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
-    vae = load_vae(name, device)
-    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
-    if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
-        raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
-                        f"this model's are images {shape} out of latents {latent_shape}")
-    if fingerprint not in ("", vae.fingerprint):
-        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
-                        f"hash {vae.fingerprint}, not {fingerprint:.16}")
-    vae.normalize_by(mean, std)
-    return vae
 
 
 def batch_that_fits(config, device):

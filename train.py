@@ -347,7 +347,8 @@ def log_and_save(run, log, path, done, seconds, data, stopped):
 def train_on(config, data, saved, run_dir, device):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
-    images, labels, fingerprint = data.images.to(device), data.labels.to(device), data.fingerprint
+    images, labels = data.images.to(device), data.labels.to(device)
+    fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
     start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     announce(config, data, run.model, device, start, run_dir)
     path, began = run_dir / "model.pth", time.monotonic() - before

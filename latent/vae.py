@@ -11,6 +11,7 @@ from support.commands import UserError, first_line
 from support.files import make_dir, write_atomically
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -270,10 +271,29 @@ def load_vae(name, device="cpu"):
     config_file, weights_file = find_files(name)
     settings, mean, std = read_config(config_file)
     with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
-            vae = VAE(**settings)
+        vae = VAE(**settings)
     vae.load_state_dict(read_weights(weights_file, vae), assign=True)
     vae.normalize_by(mean, std)
     return vae.to(device).eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
+    """`load_vae` for a model that has learned on its latents: images of `shape` (C, H, W), latents of `latent_shape`,
+    normalized by `mean` and `std`. The last one stays in memory. fingerprint: of the VAE; "" = not known. Raises
+    `UserError` when it is another one."""
+    if not name:
+        raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
+    vae = load_vae(name, device)
+    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
+    if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
+        raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
+                        f"this model's are images {shape} out of latents {latent_shape}")
+    if fingerprint not in ("", vae.fingerprint):
+        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
+                        f"hash {vae.fingerprint}, not {fingerprint:.16}")
+    vae.normalize_by(mean, std)
+    return vae
 
 
 def find_files(name):
