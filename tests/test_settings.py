@@ -40,7 +40,8 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
                   compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
     dataset="folder", image_size=16, channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4,
-    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3, beta_end=0.01,
+    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3,
+    beta_end=0.01,
     shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,),
     latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
     grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
