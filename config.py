@@ -20,10 +20,11 @@ class Config:
     """All settings of a run. Raises `UserError` when a value has the wrong type or is out of range."""
 
     # Data
-    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), folder (one folder per class), "
-                        "or auto: mnist, and digits where mnist cannot be had",
-                        choices=("auto", "mnist", "digits", "folder"))
-    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
+    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), sprites (64x64, in colour: 9 actions), "
+                        "folder (one folder per class), or auto: mnist, and digits where mnist cannot be had",
+                        choices=("auto", "mnist", "digits", "sprites", "folder"))
+    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/ or Sprites/, or for --dataset folder the "
+                         "folder of classes")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them",
                              1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
