@@ -146,13 +146,14 @@ def shift(images, generator, flips=False):
 
 
 def schedule(data):
-    """How many epochs, and how large a batch, train a classifier of a `Dataset`: 10 epochs, or more where the images
-    are so few that these make less than 1,000 steps."""
+    """How many epochs, and how large a batch, train a classifier of a `Dataset`: 10 epochs, but not less than about
+    1,000 steps, and not more than about 5,000."""
     N = len(data.images)
     if tuple(data.images.shape[1:]) == DIGITS.get(data.name):
         return (5, min(256, N)) if data.name == "mnist" else (20, min(100, N))
-    batch_size = min(128, N)
-    return max(10, math.ceil(1000 / (N // batch_size))), batch_size
+    batch_size = max(2, min(128, N // 10))
+    batches = max(1, N // batch_size)
+    return max(math.ceil(1000 / batches), min(10, math.ceil(5000 / batches))), batch_size
 
 
 def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, seed=0, device="cpu", leave=False):
@@ -171,7 +172,7 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     with Bar(total=epochs * batches * batch_size, desc="training the classifier", unit=" images", unit_scale=True,
-             leave=leave, disable=None if not leave else False,
+             leave=leave, disable=False if leave else None,
              mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
@@ -298,8 +299,8 @@ def main():
     parser.set_defaults(dataset="mnist")
     parser.add_argument("--flips", action="store_true", help="train on mirrored images too: for photographs, not where "
                         "left and right matter, as in digits")
-    parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or as many as "
-                        "make 1,000 steps; digits: 5)")
+    parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
+                        "1,000 to 5,000 steps; fewer for digits)")
     parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "
                         "weights/digit_classifier.pth for MNIST, else in classifiers/)")
     add_device_flag(parser)

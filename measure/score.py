@@ -17,6 +17,7 @@ from support.pictures import LINE, check_picture, grid, save_picture, write
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,11 @@ def psnr(images, others):
     return 10 * torch.log10(255**2 / errors.clamp(min=1 / images[0].numel()))
 
 
+def ratio(fake, real):
+    """How many times further than real images fakes are, by the figures of both."""
+    return fake["frechet"] / real["frechet"] if real["frechet"] else math.nan
+
+
 class Judge:
     """Real images, and a network that reads them, for fakes to be held against.
 
@@ -225,9 +231,11 @@ class Judge:
         distance over that of real images."""
         labels = self.labels(count)
         picked = self.pick(labels, count)
+        if min(len(picked), len(self.test.images)) <= K_COVERAGE:
+            raise UserError(f"{min(len(picked), len(self.test.images))} images are too few to score: {FEW:,} or more "
+                            "would do")
         vae, real = self.round_trip(vae, picked), self.brief_real(labels)
-        return {"count": len(picked), "reference": len(picked), "vae": vae, "real": real,
-                "ratio": vae["frechet"] / real["frechet"]}
+        return {"count": len(picked), "reference": len(picked), "vae": vae, "real": real, "ratio": ratio(vae, real)}
 
     def find_copies(self, fakes, fake_reads):
         """The distance of each fake to the nearest training image, and whether it is nearer than 99 % of the test
@@ -274,7 +282,7 @@ class Judge:
                                                   ("real", of_test, test_right, test_near, test_copies)):
                 result[part] |= {"accuracy": share(right[of]), "nearest": near[of].cpu().nanmedian().item(),
                                  "copies": share(copies[of])}
-            return result | {"ratio": result["fake"]["frechet"] / result["real"]["frechet"]}
+            return result | {"ratio": ratio(result["fake"], result["real"])}
 
         def of_class(label):
             of_test = self.test_labels == label
@@ -294,11 +302,10 @@ def open_judge(config, device):
     if config.num_classes not in (0, len(train.classes)):
         raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} in "
                         f"{config.data_dir} have {len(train.classes):,}: name its own with --dataset and --data-dir")
-    names = config.class_names
-    if not (are_numbers(names) or are_numbers(train.classes) or {*names} - {*train.classes} == set()):
-        other = next(name for name in train.classes if name not in names)
-        raise UserError(f"the model knows other classes than the images in {config.data_dir}, such as {other!r:.40}: "
-                        "name its own with --dataset and --data-dir")
+    if config.classes and config.classes != tuple(train.classes):
+        one = next(i for i, name in enumerate(train.classes) if name != config.classes[i])
+        print(f"warning: what the model calls {config.classes[one]!r:.40} is {train.classes[one]!r:.40} in "
+              f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
     return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device), fingerprint)
 
 
