@@ -20,6 +20,7 @@ from support.commands import (
 from support.files import check_file, make_dir, write_atomically
 from support.run_log import Bar
 
+import dataclasses
 import math
 import os
 import shlex
@@ -206,7 +207,7 @@ def load_parts(name, data_dir, image_size=(), channels=0):
         raise UserError(f"{data_dir} has no test/, and no class of 10 images or more of which to hold some out")
     print(f"{data_dir} has no test/: every tenth image of each class, {held_out.sum():,} in all, is held out to test "
           "on", file=sys.stderr)
-    return *(data._replace(images=data.images[part], labels=data.labels[part])
+    return *(dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
              for part in (~held_out, held_out)), fingerprint
 
 
