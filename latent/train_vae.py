@@ -10,6 +10,7 @@ from support.commands import (
     UserError,
     add_device_flag,
     catch_signals,
+    dtype_of,
     first_line,
     pick_device,
     resolve_precision,
@@ -17,6 +18,7 @@ from support.commands import (
     some_path,
 )
 from support.files import lock_dir, make_dir, write_atomically
+from support.muon import Muon
 from support.pictures import grid, save_picture
 from support.run_log import Bar, kept_rows, to_csv
 
@@ -28,7 +30,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ CHANGEABLE = ("steps", "data_dir", "save_every")  # by a resumed run
 AUTOMATIC = ("dataset", "precision", "image_size", "channels", "factor")  # "auto" or 0: as resolved at the start
 HELD_OUT = 1000  # test images at the most
 MEASURED = 4000  # training images that the statistics of the latents are of
-BETAS = (0.9, 0.95)  # of AdamW
+ADAMW_BETAS = (0.9, 0.95)
 EMA_DECAY = 0.995
 DECODER_ALONE = 0.2  # the last part of the steps: latents stay, and their decoder gets better
 
@@ -83,7 +84,7 @@ class Recipe:
     # Training
     steps: int = flag(5000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(32, "images per step", 1, 1_000_000)
-    lr: float = flag(1.5e-3, "peak learning rate, from which it falls to zero", 0, 10)
+    lr: float = flag(4e-3, "peak learning rate, from which it falls to zero", 0, 10)
     warmup: int = like("warmup")
     precision: str = like("precision")
     seed: int = like("seed")
@@ -108,13 +109,13 @@ class Recipe:
 
 @dataclasses.dataclass
 class Run:
-    """A training run: what it learns, and that takes."""
+    """A training run: what it learns, and what that takes."""
 
     recipe: Recipe
     model: VAE           # fp32 weights
     worker: VAE          # computes the gradients: the model, or its bfloat16 copy
     ema: VAE             # the moving average of the weights, which is what is kept
-    optimizer: Any
+    optimizers: list     # AdamW and Muon
 
 
 # What it learns
@@ -192,12 +193,22 @@ def start_run(recipe, device, saved=None):
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     worker = copy.deepcopy(model).bfloat16() if recipe.precision == "bf16" else model
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=0.0, fused=True)
+    others, kernels = ([weight for _, weight in part] for part in split_weights(model))
+    optimizers = [torch.optim.AdamW(others, betas=ADAMW_BETAS, weight_decay=0.0, fused=True),
+                  Muon(kernels, dtype=dtype_of(recipe.precision, device))]
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
-    return Run(recipe, model, worker, ema, optimizer)
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return Run(recipe, model, worker, ema, optimizers)
+
+
+def split_weights(model):
+    """The weights for AdamW and those for Muon, two lists of names and tensors: Muon gets the blocks' convolutions."""
+    named = list(model.named_parameters())
+    return [[(name, weight) for name, weight in named if ("_block" in name and weight.ndim == 4) == inner]
+            for inner in (False, True)]
 
 
 def decoder_alone(recipe, step):
@@ -217,9 +228,10 @@ def train_step(run, batch, step):
     take_gradients(run)
     weights = list(run.model.parameters())
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    run.optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    for optimizer in run.optimizers:
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad()
 
     decay = min(EMA_DECAY, (step + 1) / (step + EMA_WARMUP))
     with torch.no_grad():
@@ -265,11 +277,12 @@ def resolve(recipe, data, device):
     if factor % recipe.halvings or any(side % factor for side in size):
         fit = [n for n in range(1, 257) if not any(side % n for side in size) and n % recipe.halvings == 0
                and n // recipe.halvings <= 16]
-        near = show_size([round(side / factor) * factor or factor for side in size])
-        factors = f"--factor to one of {fit}, or " if fit and not factor % recipe.halvings else ""
+        near = [round(side / factor) * factor or factor for side in size]
+        ways = [*([f"--factor to one of {fit}"] if fit else []),
+                *([] if factor % recipe.halvings else [f"--image-size to {show_size(near)}"])]
         raise UserError(f"images of {show_size(size)} cannot become latents {factor} times smaller with "
-                        f"{len(recipe.widths)} widths, of which each but the last halves them: set {factors}--image-size "
-                        f"to {near}")
+                        f"{len(recipe.widths)} widths, each but the last of which halves them: set "
+                        + (" or ".join(ways) or "fewer --widths"))
     if factor // recipe.halvings > 16:
         raise UserError(f"factor {factor} with {len(recipe.widths)} widths would take patches of more than 16 pixels: "
                         "give more --widths")
@@ -334,7 +347,7 @@ def save_state(run, path, step, seconds, data, window):
     """Writes what the run needs to go on. Raises `UserError` when it cannot."""
     content = {"format": FORMAT, "recipe": dataclasses.asdict(run.recipe), "step": step, "seconds": seconds,
                "data": data, "window": window, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
-               "optimizer": run.optimizer.state_dict()["state"]}
+               "optimizers": [optimizer.state_dict()["state"] for optimizer in run.optimizers]}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -356,14 +369,15 @@ def load_state(path):
             raise UserError("its step or its data are not what they should be")
         content["seconds"] = float(content["seconds"])
         with torch.device("meta"):  # shapes without memory
-            weights = build_vae(recipe).state_dict()
-        shapes = {name: weight.shape for name, weight in weights.items()}
+            model = build_vae(recipe)
         for name in ("model", "ema"):
-            check_tensors(name, content[name], shapes)
+            check_tensors(name, content[name], {name: weight.shape for name, weight in model.state_dict().items()})
         check_tensors("log", {"window": content["window"]}, {"window": (2,)})
-        for i, state in content["optimizer"].items():
-            shape = list(shapes.values())[i]
-            check_tensors("optimizer", state, {"step": (), "exp_avg": shape, "exp_avg_sq": shape})
+        for states, part in zip(content["optimizers"], split_weights(model), strict=True):
+            for i, state in states.items():
+                weight = part[i][1]
+                check_tensors("optimizers", state, {"momentum": weight.flatten(1).shape} if "momentum" in state else
+                              {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape})
     except Exception as error:
         raise UserError(f"{path} is damaged ({first_line(error):.150}): train a new VAE") from None
     return content
@@ -408,9 +422,9 @@ def announce(run, data, images, tests, device, start, out):
     h, w = vae_shape(vae, images)
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
     print(f"data      {data.name}: {len(images):,} images of {height} x {width} to train, {len(tests):,} to test, "
-          f"{ {1: 'grey', 3: 'colour'}.get(recipe.channels, f'{recipe.channels} channels') }")
-    print(f"model     {sum(p.numel() for p in vae.parameters()):,} parameters; the {recipe.channels * height * width:,} "
-          f"numbers of an image become {recipe.latent_channels} x {h} x {w} = {recipe.latent_channels * h * w:,} latents")
+          f"{'grey' if recipe.channels == 1 else 'colour'}")
+    print(f"model     {sum(p.numel() for p in vae.parameters()):,} parameters; {recipe.channels * height * width:,} "
+          f"numbers of an image become {recipe.latent_channels} x {h} x {w} = {recipe.latent_channels * h * w:,}")
     print(f"training  steps {start:,} to {recipe.steps:,} of {recipe.batch_size} images, {recipe.precision}, "
           f"seed {recipe.seed}")
     print(f"results   {out}/{LOG}, {PICTURE}; at the end {CONFIG} and {WEIGHTS}", flush=True)
