@@ -236,10 +236,10 @@ def check_value(field, value):
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
 
 
-def add_flags(parser, names=None):
-    """Adds a flag to `parser` for each field of `Config`, or for those in `names`. The flags have no default: the
-    namespace holds only what the user gave."""
-    for field in dataclasses.fields(Config):
+def add_flags(parser, names=None, of=Config):
+    """Adds a flag to `parser` for each field of a class such as `Config`, or for those in `names`. The flags have no
+    default: the namespace holds only what the user gave."""
+    for field in dataclasses.fields(of):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
@@ -250,7 +250,7 @@ def add_flags(parser, names=None):
                                 help=f"{rule['help']} (default: {default})")
 
 
-def given_flags(args):
-    """The fields of `Config` that the user set on the command line, as a dict."""
-    names = {field.name for field in dataclasses.fields(Config)}
+def given_flags(args, of=Config):
+    """The fields of a class such as `Config` that the user set on the command line, as a dict."""
+    names = {field.name for field in dataclasses.fields(of)}
     return {name: value for name, value in vars(args).items() if name in names}

@@ -58,14 +58,18 @@ class Run:
     process: Process
 
 
+def step_generator(seed, step, device):
+    """The generator of all that step `step` of a run draws."""
+    # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
+    words = np.random.SeedSequence([seed % 2**32, step, seed // 2**32]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]))
+
+
 def make_batch(data, process, config, step, part=slice(None)):
     """The batch of step `step`, on the device of the data: x_0 (B, C, H, W), labels y (B,), some of them the null
     label, times t (B,) and noise. part: this process's shard of the B images."""
     device, B = data.labels.device, config.batch_size
-    # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
-    words = [config.seed % 2**32, step, config.seed // 2**32]
-    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device).manual_seed(int(seed))
+    generator = step_generator(config.seed, step, device)
     index = torch.randint(len(data.labels), (B,), generator=generator, device=device)
     t = process.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *data.shape), generator=generator, device=device)
@@ -131,7 +135,7 @@ def round_weights(run):
 def take_gradients(run):
     """Moves the gradients of the worker's bfloat16 copy, where there is one, to the weights."""
     for weight, copied in zip(run.model.parameters(), run.worker.parameters(), strict=True):
-        if copied is not weight:
+        if copied is not weight and copied.grad is not None:
             weight.grad, copied.grad = copied.grad.float(), None
 
 

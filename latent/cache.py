@@ -12,6 +12,7 @@ on from there.
 from support import parallel
 from support.commands import UserError, first_line
 from support.files import lock_dir, make_dir, write_atomically
+from support.pictures import psnr
 
 import contextlib
 import dataclasses
@@ -29,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import Folder, load_dataset, to_float, to_uint8
-from latent.vae import check_same, load_vae, psnr
+from latent.vae import check_same, load_vae
 
 BLOCK = 256     # images between two notes
 MARK = 16       # bytes of a note: a hash of the block's pixels
@@ -51,7 +52,7 @@ def open_data(config, device, folder="latents"):
         if config.latent_shape:  # of a run that goes on
             check_same(config.vae, vae, config.vae_hash)
             vae.normalize_by(config.latent_mean, config.latent_std)
-        of["channels"] = of["channels"] or vae.settings["in_channels"]
+        of["channels"] = of["channels"] or vae.image_channels
         images = (Folder(config.data_dir, **of) if config.dataset == "folder" else
                   load_dataset(config.dataset, config.data_dir, **of))
     check_shapes(config.vae, vae, images.shape)
@@ -61,9 +62,9 @@ def open_data(config, device, folder="latents"):
 def check_shapes(name, vae, shape):
     """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
     C, *size = shape
-    if vae.settings["in_channels"] != C:
-        raise UserError(f"the VAE {name} reads images of {vae.settings['in_channels']} channels, but these have {C}: "
-                        f"set --channels {vae.settings['in_channels']}, or choose another VAE")
+    if vae.image_channels != C:
+        raise UserError(f"the VAE {name} reads images of {vae.image_channels} channels, but these have {C}: set "
+                        f"--channels {vae.image_channels}, or choose another VAE")
     if any(side % vae.factor for side in size):
         near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
         raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "

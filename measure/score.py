@@ -12,7 +12,7 @@ from support.commands import UserError, pick_device, run, some_path
 from support.files import make_dir, write_atomically
 from support.image_files import opened
 from support.labels import are_numbers
-from support.pictures import LINE, check_picture, grid, save_picture, write
+from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 
 import json
 import math
@@ -162,14 +162,6 @@ def reconstruct(vae, images, seed=0, batch_size=250):
     return torch.cat(parts)
 
 
-def psnr(images, others):
-    """The peak signal-to-noise ratio of each two images uint8 (N, C, H, W), decibels (N,): 10 log10 of 255^2 over the
-    mean squared error. Of two that are the same, what one pixel off by one level would give."""
-    errors = torch.cat([(a.float() - b.float()).square().flatten(1).mean(dim=1)
-                        for a, b in zip(images.split(1000), others.split(1000), strict=True)])
-    return 10 * torch.log10(255**2 / errors.clamp(min=1 / images[0].numel()))
-
-
 def ratio(fake, real):
     """How many times further than real images fakes are, by the figures of both."""
     return fake["frechet"] / real["frechet"] if real["frechet"] else math.nan
@@ -221,10 +213,10 @@ class Judge:
 
     def round_trip(self, vae, picked, seed=0):
         """The figures of `brief` of the training images number `picked` after their way through a `VAE`, and "psnr",
-        the mean of `psnr`."""
+        `psnr`."""
         images = self.train.images[picked]
         made = reconstruct(vae, images, seed)
-        return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images).mean().item()}
+        return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images)}
 
     def score_vae(self, vae, count):
         """The figures of a `VAE` alone, as `score` returns them, without "fake" and "classes"; "ratio" is its Fréchet
