@@ -315,6 +315,18 @@ def check_same(name, vae, fingerprint):
                         f"hash {vae.fingerprint}, not {fingerprint:.16}")
 
 
+def check_shapes(name, vae, shape):
+    """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
+    C, *size = shape
+    if vae.image_channels != C:
+        raise UserError(f"the VAE {name} reads images of {vae.image_channels} channels, but these have {C}: set "
+                        f"--channels {vae.image_channels}, or choose another VAE")
+    if any(side % vae.factor for side in size):
+        near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
+        raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "
+                        f"{size[0]} x {size[1]}: set --image-size {near}")
+
+
 def find_files(name):
     """The paths of config.json and of the weights of the VAE called `name`; see `load_vae`."""
     folder = Path(name)

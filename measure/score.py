@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import Config, add_flags, given_flags, show_size
+from config import Config, add_flags, given_flags
 from dataset import list_images, read_image, to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
-from latent.vae import load_vae
+from latent.vae import check_shapes, load_vae
 from measure.classifier import DIGITS, find_classifier, load_parts
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
@@ -463,21 +463,16 @@ def score_vae(args, device):
         raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
                         "and --data-dir, or the model that draws its latents with --checkpoint")
     vae = load_vae(args.vae, device)
-    C = vae.settings["in_channels"]
+    C = vae.image_channels
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels") if name in flags})
     judge = open_judge(config, device)
-    channels, *size = judge.train.images.shape[1:]
-    if channels != C:
-        raise UserError(f"{args.vae} takes images of {C} channels, but these have {channels}")
-    if any(side % vae.factor for side in size):
-        raise UserError(f"{args.vae} halves images until they are {vae.factor} times smaller, and {show_size(size)} is "
-                        f"no multiple of that: choose another --image-size")
+    check_shapes(args.vae, vae, judge.train.shape)
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
         result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
-                   "dataset": judge.train.name, "data": judge.fingerprint, "shape": [channels, *size]}
+                   "dataset": judge.train.name, "data": judge.fingerprint, "shape": list(judge.train.shape)}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")

@@ -1,6 +1,7 @@
 """The training of a VAE; on scikit-learn's digits, 8 x 8."""
 
 from support.commands import UserError
+from support.pictures import psnr
 
 import dataclasses
 import math
@@ -17,7 +18,7 @@ from PIL import Image
 from dataset import load_dataset, to_float
 from latent import train_vae as module
 from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergence, loss_of, reconstruction_loss
-from latent.vae import CONFIG, WEIGHTS, load_vae, psnr, save_vae
+from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
              image_size=(8, 8), channels=1)
