@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 from checkpoint import averaged_model, load_checkpoint
-from config import add_flags, given_flags
+from config import Config, add_flags, given_flags
 from diffusion import SAMPLERS
 from inference import find_checkpoint, say_default
 from measure.score import draw_fakes, few, open_judge
@@ -161,6 +161,7 @@ def main():
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
+    Config(**given_flags(args))  # it knows what a --data-dir may be
     names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
     args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     make_dir(args.out)
