@@ -2,6 +2,7 @@
 
 from support.commands import UserError
 
+import dataclasses
 import math
 import pickle
 import re
@@ -415,7 +416,7 @@ def test_a_file_that_is_no_classifier_is_one_clear_error(tmp_path, capsys):
 
 
 def few(data, count):
-    return data._replace(images=data.images[:count], labels=data.labels[:count])
+    return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
 
 
 def test_training_learns_and_is_repeatable(parts):
