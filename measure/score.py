@@ -179,11 +179,10 @@ class Judge:
     """Real images, and a network that reads them, for fakes to be held against.
 
     train, test: the real ones, each a `Dataset`. classifier: of `measure.classifier`; all is computed on its device.
-    fingerprint: of the data, as `load_parts` returns it.
     """
 
-    def __init__(self, train, test, classifier, fingerprint=""):
-        self.train, self.test, self.classifier, self.fingerprint = train, test, classifier, fingerprint
+    def __init__(self, train, test, classifier):
+        self.train, self.test, self.classifier = train, test, classifier
         self.names, self.num_classes = tuple(train.classes), len(train.classes)
         self.device = next(classifier.parameters()).device
         self.test_features, self.test_reads = self.read(test.images)
@@ -306,7 +305,7 @@ def open_judge(config, device):
         one = next(i for i, name in enumerate(train.classes) if name != config.classes[i])
         print(f"warning: what the model calls {config.classes[one]!r:.40} is {train.classes[one]!r:.40} in "
               f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
-    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device), fingerprint)
+    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
 
 
 def few(count):
@@ -474,18 +473,19 @@ def score_vae(args, device):
     C = vae.settings["in_channels"]
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels") if name in flags})
-    judge = open_judge(config, device)
-    channels, *size = judge.train.images.shape[1:]
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    channels, *size = train.images.shape[1:]
     if channels != C:
         raise UserError(f"{args.vae} takes images of {C} channels, but these have {channels}")
     if any(side % vae.factor for side in size):
         raise UserError(f"{args.vae} halves images until they are {vae.factor} times smaller, and {show_size(size)} is "
                         f"no multiple of that: choose another --image-size")
+    judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
         result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
-                   "dataset": judge.train.name, "data": judge.fingerprint, "shape": [channels, *size]}
+                   "dataset": train.name, "data": fingerprint, "shape": [channels, *size]}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
