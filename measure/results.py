@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 from checkpoint import averaged_model, load_checkpoint
-from config import Config, add_flags, given_flags
+from config import Config, add_flags
 from diffusion import SAMPLERS
 from inference import find_checkpoint, say_default
 from measure.score import draw_fakes, few, open_judge
@@ -161,7 +161,8 @@ def main():
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
-    Config(**given_flags(args))  # it knows what a --data-dir may be
+    data_dir = {"data_dir": args.data_dir} if "data_dir" in args else {}
+    Config(**data_dir)  # it knows what that may be
     names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
     args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     make_dir(args.out)
@@ -169,7 +170,7 @@ def main():
         check_picture(args.out / name)
     if len(set(map(os.path.realpath, args.paths))) < len(args.paths):
         raise UserError("a run that is named twice would count as two: name each once")
-    configs = [dataclasses.replace(load_checkpoint(path)["config"], **given_flags(args)) for path in args.paths]
+    configs = [dataclasses.replace(load_checkpoint(path)["config"], **data_dir) for path in args.paths]
     check_alike(configs)
     if args.what == "samplers":
         settings(args, configs[0])  # before the work

@@ -171,11 +171,10 @@ class Judge:
     """Real images, and a network that reads them, for fakes to be held against.
 
     train, test: the real ones, each a `Dataset`. classifier: of `measure.classifier`; all is computed on its device.
-    fingerprint: of the data, as `load_parts` returns it.
     """
 
-    def __init__(self, train, test, classifier, fingerprint=""):
-        self.train, self.test, self.classifier, self.fingerprint = train, test, classifier, fingerprint
+    def __init__(self, train, test, classifier):
+        self.train, self.test, self.classifier = train, test, classifier
         self.names, self.num_classes = tuple(train.classes), len(train.classes)
         self.device = next(classifier.parameters()).device
         self.test_features, self.test_reads = self.read(test.images)
@@ -298,7 +297,7 @@ def open_judge(config, device):
         one = next(i for i, name in enumerate(train.classes) if name != config.classes[i])
         print(f"warning: what the model calls {config.classes[one]!r:.40} is {train.classes[one]!r:.40} in "
               f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
-    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device), fingerprint)
+    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
 
 
 def few(count):
@@ -466,13 +465,14 @@ def score_vae(args, device):
     C = vae.image_channels
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels") if name in flags})
-    judge = open_judge(config, device)
-    check_shapes(args.vae, vae, judge.train.shape)
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    check_shapes(args.vae, vae, train.shape)
+    judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
         result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
-                   "dataset": judge.train.name, "data": judge.fingerprint, "shape": list(judge.train.shape)}
+                   "dataset": train.name, "data": fingerprint, "shape": list(train.shape)}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
