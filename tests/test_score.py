@@ -328,6 +328,13 @@ def test_vaes_that_do_not_fit(call, vae, tmp_path):
 
 # The ruler
 
+def test_what_is_nearest(judge, parts):
+    """Copies have a training image as their nearest, test images themselves, and new ones either, by chance."""
+    shares = [judge(part.images, part.labels)["fake"]["unseen"] for part in parts]
+    assert shares[:2] == [0, 1] and shares[2] == pytest.approx(0.5, abs=0.08)
+    assert judge(parts[2].images, None)["real"]["unseen"] == pytest.approx(599 / 1198, abs=0.001)
+
+
 def test_good_fakes_are_as_good_as_real(good):
     fake, real = good["fake"], good["real"]
     assert good["count"] == 599
