@@ -17,8 +17,9 @@ import statistics
 from pathlib import Path
 
 from checkpoint import averaged_model, load_checkpoint
+from config import Config, add_flags
 from diffusion import SAMPLERS
-from inference import find_checkpoint
+from inference import find_checkpoint, say_default
 from measure.score import draw_fakes, few, open_judge
 
 
@@ -152,13 +153,16 @@ def main():
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
                               help="(default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
-        part.add_argument("--data-dir", type=some_path, help="where the images are (default: as in training)")
+        add_flags(part, ["data_dir"])
+        say_default(part, ["data_dir"], "as in training")
         part.add_argument("--out", type=some_path, default=Path("images"),
                           help="folder for the pictures (default: images)")
         add_device_flag(part)
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
+    data_dir = {"data_dir": args.data_dir} if "data_dir" in args else {}
+    Config(**data_dir)  # it knows what that may be
     names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
     args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     make_dir(args.out)
@@ -166,9 +170,7 @@ def main():
         check_picture(args.out / name)
     if len(set(map(os.path.realpath, args.paths))) < len(args.paths):
         raise UserError("a run that is named twice would count as two: name each once")
-    configs = [load_checkpoint(path)["config"] for path in args.paths]
-    if args.data_dir:
-        configs = [dataclasses.replace(config, data_dir=str(args.data_dir)) for config in configs]
+    configs = [dataclasses.replace(load_checkpoint(path)["config"], **data_dir) for path in args.paths]
     check_alike(configs)
     if args.what == "samplers":
         settings(args, configs[0])  # before the work

@@ -12,7 +12,7 @@ from support.commands import UserError, pick_device, run, some_path
 from support.files import make_dir, write_atomically
 from support.image_files import opened
 from support.labels import are_numbers
-from support.pictures import LINE, check_picture, grid, save_picture, write
+from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 
 import json
 import math
@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import Config, add_flags, given_flags, show_size
+from config import Config, add_flags, given_flags
 from dataset import list_images, read_image, to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
-from latent.vae import load_vae
+from latent.vae import check_shapes, load_vae
 from measure.classifier import DIGITS, find_classifier, load_parts
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
@@ -162,14 +162,6 @@ def reconstruct(vae, images, seed=0, batch_size=250):
     return torch.cat(parts)
 
 
-def psnr(images, others):
-    """The peak signal-to-noise ratio of each two images uint8 (N, C, H, W), decibels (N,): 10 log10 of 255^2 over the
-    mean squared error. Of two that are the same, what one pixel off by one level would give."""
-    errors = torch.cat([(a.float() - b.float()).square().flatten(1).mean(dim=1)
-                        for a, b in zip(images.split(1000), others.split(1000), strict=True)])
-    return 10 * torch.log10(255**2 / errors.clamp(min=1 / images[0].numel()))
-
-
 def ratio(fake, real):
     """How many times further than real images fakes are, by the figures of both."""
     return fake["frechet"] / real["frechet"] if real["frechet"] else math.nan
@@ -220,10 +212,10 @@ class Judge:
 
     def round_trip(self, vae, picked, seed=0):
         """The figures of `brief` of the training images number `picked` after their way through a `VAE`, and "psnr",
-        the mean of `psnr`."""
+        `psnr`."""
         images = self.train.images[picked]
         made = reconstruct(vae, images, seed)
-        return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images).mean().item()}
+        return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images)}
 
     def score_vae(self, vae, count):
         """The figures of a `VAE` alone, as `score` returns them, without "fake" and "classes"; "ratio" is its Fréchet
@@ -470,22 +462,17 @@ def score_vae(args, device):
         raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
                         "and --data-dir, or the model that draws its latents with --checkpoint")
     vae = load_vae(args.vae, device)
-    C = vae.settings["in_channels"]
+    C = vae.image_channels
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels") if name in flags})
     train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
-    channels, *size = train.images.shape[1:]
-    if channels != C:
-        raise UserError(f"{args.vae} takes images of {C} channels, but these have {channels}")
-    if any(side % vae.factor for side in size):
-        raise UserError(f"{args.vae} halves images until they are {vae.factor} times smaller, and {show_size(size)} is "
-                        f"no multiple of that: choose another --image-size")
+    check_shapes(args.vae, vae, train.shape)
     judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
         result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
-                   "dataset": train.name, "data": fingerprint, "shape": [channels, *size]}
+                   "dataset": train.name, "data": fingerprint, "shape": list(train.shape)}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
