@@ -1,6 +1,7 @@
 """The training of a VAE; on scikit-learn's digits, 8 x 8."""
 
 from support.commands import UserError
+from support.pictures import psnr
 
 import dataclasses
 import math
@@ -17,12 +18,19 @@ from PIL import Image
 from dataset import load_dataset, to_float
 from latent import train_vae as module
 from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergence, loss_of, reconstruction_loss
-from latent.vae import CONFIG, WEIGHTS, load_vae, psnr, save_vae
+from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
              image_size=(8, 8), channels=1)
 FLAGS = ["--dataset", "digits", "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2, "--precision", "fp32",
          "--batch-size", 8, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Images that are tested on and measured, so that a test takes no longer than it must."""
+    monkeypatch.setattr(module, "HELD_OUT", 16)
+    monkeypatch.setattr(module, "MEASURED", 32)
 
 
 def stop_at(monkeypatch, step):
@@ -66,7 +74,7 @@ def test_it_learns(learned):
 
 def test_its_latents_are_normalized(learned):
     """Of each channel, over the images that were measured; as a diffusion model draws them from the posterior."""
-    vae = load_vae(learned[0])
+    vae = load_vae(learned[0])  # whose training had no such limits
     mean, std = vae.encode(to_float(load_dataset("digits", ".").images))
     assert mean.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert (mean**2 + std**2).mean(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-3)
@@ -272,7 +280,7 @@ def test_what_it_says(call, tmp_path):
     code, out, _ = call(module, *FLAGS, "--out", tmp_path / "my vae")
     assert code == 0
     assert "64 numbers of an image become 4 x 2 x 2 = 16" in out
-    assert "step 3: loss" in out and "dB on 297 held-out images" in out
+    assert "step 3: loss" in out and "dB on 16 held-out images" in out
     assert out.splitlines()[-1].endswith(f"python train.py --vae '{tmp_path / 'my vae'}' --dataset digits")
 
 
