@@ -28,7 +28,8 @@ from torch import nn
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
-PIXELS = 2**16  # of the images that go through at once: 16 of 64 x 64, or one of 256 x 256 or more
+# How many images go through at once, at most, and how many pixels: 16 of 64 x 64, or one of 256 x 256; on a GPU 32
+LIMITS = {"cpu": (16, 2**16), "cuda": (256, 2**21)}
 
 
 class ResidualBlock(nn.Module):
@@ -170,22 +171,30 @@ class VAE(nn.Module):
 
     The settings have diffusers' names and defaults. block_out_channels: the width of each level, of which each but the
     last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
+
+    One is ours: patch_size p. Above 1 the network sees patches, their pixels as channels, (B, C p^2, H / p, W / p):
+    convolutions of whole images cost most. in_channels and out_channels are then C p^2.
     """
 
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
-                 norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True):
+                 norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
+                 patch_size=1):
         super().__init__()
         self.settings = dict(in_channels=in_channels, out_channels=out_channels, latent_channels=latent_channels,
                              block_out_channels=tuple(block_out_channels), layers_per_block=layers_per_block,
                              norm_num_groups=norm_num_groups, mid_block_add_attention=mid_block_add_attention,
                              use_quant_conv=use_quant_conv, use_post_quant_conv=use_post_quant_conv)
+        if patch_size > 1:  # else the settings are diffusers' alone
+            self.settings["patch_size"] = patch_size
         shape = tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention
         self.encoder = Encoder(in_channels, latent_channels, *shape)
         self.decoder = Decoder(out_channels, latent_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = (nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv
                                 else nn.Identity())
-        self.factor = 2 ** (len(block_out_channels) - 1)
+        self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(block_out_channels) - 1)
+        self.image_channels = out_channels // patch_size**2
         self.normalize_by((0.0,), (1.0,))
 
     def normalize_by(self, mean, std):
@@ -197,18 +206,22 @@ class VAE(nn.Module):
 
     def posterior(self, x):
         """Mean and standard deviation of the latents of images x, each (B, C_latent, h, w)."""
-        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.patch_size))).chunk(2, dim=1)
         return mean, (log_variance.clamp(-30, 20) / 2).exp()
 
     def reconstruct(self, z):
         """The images (B, C, H, W) of latents z that are not normalized."""
-        return self.decoder(self.post_quant_conv(z))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.patch_size)
 
     @torch.no_grad()
+    def moments(self, x):
+        """What `posterior` has for images x, (B, 2, C_latent, h, w). Those of an image are the same to the last bit in
+        whatever batch, on one kind of CPU."""
+        return in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3])
+
     def encode(self, x):
         """Mean and standard deviation of the normalized latents of images x, each (B, C_latent, h, w)."""
-        mean, std = in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3]
-                                    ).unbind(1)
+        mean, std = self.moments(x).unbind(1)
         return (mean - self.mean) / self.std, std / self.std
 
     @torch.no_grad()
@@ -240,7 +253,8 @@ class VAE(nn.Module):
 def in_full_batches(function, x, pixels):
     """`function` of x (B, ...), in batches of one size for images of so many pixels, the last one filled up: libraries
     compute another batch in another order, and round otherwise."""
-    size = max(1, min(16, PIXELS // pixels))
+    most, room = LIMITS.get(x.device.type, LIMITS["cpu"])
+    size = max(1, min(most, room // pixels))
     parts = []
     for part in x.split(size):
         fill = part[:1].expand(size - len(part), *part.shape[1:])
@@ -285,15 +299,32 @@ def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
     if not name:
         raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
     vae = load_vae(name, device)
-    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
+    made = (vae.image_channels, *(side * vae.factor for side in latent_shape[1:]))
     if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
         raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
                         f"this model's are images {shape} out of latents {latent_shape}")
+    check_same(name, vae, fingerprint)
+    vae.normalize_by(mean, std)
+    return vae
+
+
+def check_same(name, vae, fingerprint):
+    """Raises `UserError` unless this is the `VAE` that a model has learned with; "" = not known."""
     if fingerprint not in ("", vae.fingerprint):
         raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
                         f"hash {vae.fingerprint}, not {fingerprint:.16}")
-    vae.normalize_by(mean, std)
-    return vae
+
+
+def check_shapes(name, vae, shape):
+    """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
+    C, *size = shape
+    if vae.image_channels != C:
+        raise UserError(f"the VAE {name} reads images of {vae.image_channels} channels, but these have {C}: set "
+                        f"--channels {vae.image_channels}, or choose another VAE")
+    if any(side % vae.factor for side in size):
+        near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
+        raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "
+                        f"{size[0]} x {size[1]}: set --image-size {near}")
 
 
 def find_files(name):
@@ -352,7 +383,8 @@ def check_settings(settings, config):
     """Raises `UserError` unless the settings make a `VAE`, and what else is in `config` is what that can do."""
     widths, groups = settings["block_out_channels"], settings["norm_num_groups"]
     for name, value in settings.items():
-        high = {"block_out_channels": 8192, "latent_channels": 1024, "norm_num_groups": 8192}.get(name, 16)
+        high = {"block_out_channels": 8192, "norm_num_groups": 8192, "layers_per_block": 16,
+                "patch_size": 16}.get(name, 1024)
         if name.startswith(("use_", "mid_")):
             sound = type(value) is bool
         else:
@@ -360,6 +392,9 @@ def check_settings(settings, config):
             sound = 0 < len(values) <= 8 and all(type(n) is int and 0 < n <= high for n in values)
         if not sound:
             raise UserError(f"{name} is {value!r:.60}")
+    if any(settings[f"{side}_channels"] % settings["patch_size"] ** 2 for side in ("in", "out")):
+        raise UserError(f"in_channels {settings['in_channels']} and out_channels {settings['out_channels']} are not "
+                        f"those of patches of {settings['patch_size']} x {settings['patch_size']} pixels")
     if any(width % groups for width in widths):
         raise UserError(f"norm_num_groups {groups} does not divide block_out_channels {list(widths)}")
     for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):

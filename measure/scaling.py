@@ -157,21 +157,21 @@ def read_record(folder, config, count):
     return record
 
 
-def advance(model, until, device):
+def advance(model, until, args):
     """Trains a model up to the step `until`, and says nothing but its bar. Returns the number of the signal that ended
     it sooner, or 0."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            return train(model.settings, model.folder, model.file.exists(), device, until)[1]
+            return train(model.settings, model.folder, model.file.exists(), args.device, args.latents, until)[1]
         except UserError as error:
             raise UserError(f"{model.folder.name}: {error}") from None
 
 
-def probe(model, device):
+def probe(model, args):
     """Makes the first steps of a model, and takes its measures. Returns as `advance`."""
     make_dir(model.folder)
     model.write()  # before there is a checkpoint that could be taken for another study's
-    stopped = advance(model, min(PROBE, model.marks[0]), device)
+    stopped = advance(model, min(PROBE, model.marks[0]), args)
     content = load_checkpoint(model.file)
     config = content["config"]
     model.record |= {"parameters": sum(weight.numel() for weight in content["ema"].values()),
@@ -232,17 +232,13 @@ def show_time(seconds):
 
 def study(args, models):
     """Trains and scores what is not done yet, and reports. Returns the number of the signal that ended it, or 0."""
-    judge = None
+    judge = open_judge(models[0].config, pick_device(args.device))
     for model in models:
         if "speed" not in model.record:
             print(f"{model.folder.name}: the first steps", flush=True)
-            stopped = probe(model, args.device)
+            stopped = probe(model, args)
             if stopped:
                 return stopped
-        if not judge:  # of what cannot be scored, no more is trained
-            config = load_checkpoint(model.file)["config"]
-            judge = open_judge((config.channels, *config.image_size), config.data_dir, pick_device(args.device),
-                               config.dataset)
 
     # All models to one step, then all to the next: wherever it is stopped, they can be compared.
     todo = sorted(((model, mark) for model in models for mark in model.marks if mark > model.scored),
@@ -250,7 +246,7 @@ def study(args, models):
     for i, (model, mark) in enumerate(todo):
         print(f"{i + 1} of {len(todo)}: {model.folder.name} to step {mark:,}; about "
               f"{show_time(seconds_left(todo[i:], models))} left in all", flush=True)
-        stopped = advance(model, mark, args.device)
+        stopped = advance(model, mark, args)
         if stopped:
             return stopped
         if model.scored < mark:
@@ -393,7 +389,7 @@ def show_models(models, device, path):
 def report(args, models, judge):
     """Prints the table of what is done so far, and leaves it and the pictures in the folder of the study."""
     results = collect(models)
-    real = judge.brief_real(torch.arange(args.count) % len(judge.train.classes))
+    real = judge.brief_real(judge.labels(args.count))
     parts = next(iter(results.values()))
     lines = [f"Step {parts[0]['step']:,}, {args.count:,} images for each figure, seeds: {len(parts)}", ""]
     lines += make_rates_table(results) if args.rates else make_table(models, results, real)
@@ -423,6 +419,8 @@ def parse_args():
                         "half of it, a quarter ... (default: 5; with --quick 3, with --rates 1)")
     parser.add_argument("--count", type=int, default=2000, help="images drawn for each score (default: 2000)")
     parser.add_argument("--out", type=some_path, default=Path("scaling"), help="folder of the study (default: scaling)")
+    parser.add_argument("--latents", type=some_path, default=Path("latents"), help="of --vae: the folder that keeps "
+                        "the latents (default: latents)")
     add_flags(parser.add_argument_group("settings of every run, as of train.py"),
               [field.name for field in dataclasses.fields(Config) if field.name not in OWN])
     add_device_flag(parser)

@@ -12,7 +12,7 @@ import train
 from checkpoint import load_checkpoint
 from config import Config
 from dit import build_model
-from measure import scaling, score
+from measure import classifier, scaling
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
 
@@ -24,11 +24,10 @@ FLAGS = ["--dataset", "digits", "--sizes", "1x32", "2x64", "--patches", 8, 4, "-
 def haste(monkeypatch):
     """What the judge reads with is not the matter here: it has learned next to nothing, at once. Nor are pictures, but
     those that the first test looks at."""
-    original = score.train_classifier
+    original = classifier.train_classifier
     monkeypatch.setattr(train, "plot_loss", lambda *_: None)
     monkeypatch.setattr(scaling, "save_figure", lambda figure, path: None)
-    monkeypatch.setattr(score, "train_classifier", lambda images, labels, **_: original(images[:100], labels[:100],
-                                                                                        epochs=1, batch_size=100))
+    monkeypatch.setattr(classifier, "train_classifier", lambda data: original(data, epochs=1, batch_size=1000))
 
 
 def read(folder):
@@ -210,7 +209,7 @@ def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
     (["--patches", 3], ["patch_size 3 does not divide image_size 8"]), (["--seeds", -1], ["seed is -1"]),
     (["--seeds", 1, 1], ["named twice"]), (["--count", 5], ["--count"]), (["--marks", 0], ["--marks"]),
     (["--rates", "nan"], ["lr is nan"]), (["--out", "/dev/null/x"], ["/dev/null/x"]),
-    (["--dataset", "folder", "--data-dir", "/nowhere"], ["1x32_patch8_seed0", "/nowhere is not a folder"])])
+    (["--dataset", "folder", "--data-dir", "/nowhere"], ["/nowhere is not a folder"])])
 def test_mistakes(call, tmp_path, flags, words):
     assert_refused(call(scaling, *FLAGS, "--out", tmp_path, *flags), *words)
 
