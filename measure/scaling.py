@@ -132,7 +132,7 @@ def read_record(folder, config, count):
 
         settings             what all was made with: those of `Config` and `count`, the images of a score
         scores               a dict for each: step, seconds (of training), scoring (seconds), and those of `Judge.brief`
-    After the first steps also:
+    Of the first seed, after the first steps, also:
         parameters, tokens   of the model
         flops                of its `forward_flops`
         speed                the seconds of a step
@@ -160,6 +160,8 @@ def read_record(folder, config, count):
 def advance(model, until, args):
     """Trains a model up to the step `until`, and says nothing but its bar. Returns the number of the signal that ended
     it sooner, or 0."""
+    make_dir(model.folder)
+    model.write()  # before there is a checkpoint that could be taken for another study's
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             return train(model.settings, model.folder, model.file.exists(), args.device, args.latents, until)[1]
@@ -169,8 +171,6 @@ def advance(model, until, args):
 
 def probe(model, args):
     """Makes the first steps of a model, and takes its measures. Returns as `advance`."""
-    make_dir(model.folder)
-    model.write()  # before there is a checkpoint that could be taken for another study's
     stopped = advance(model, min(PROBE, model.marks[0]), args)
     content = load_checkpoint(model.file)
     config = content["config"]
@@ -234,7 +234,7 @@ def study(args, models):
     """Trains and scores what is not done yet, and reports. Returns the number of the signal that ended it, or 0."""
     judge = open_judge(models[0].config, pick_device(args.device))
     for model in models:
-        if "speed" not in model.record:
+        if model.seed == args.seeds[0] and "speed" not in model.record:
             print(f"{model.folder.name}: the first steps", flush=True)
             stopped = probe(model, args)
             if stopped:
