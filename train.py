@@ -293,13 +293,14 @@ def announce(config, data, model, device, start, run_dir):
           flush=True)
 
 
-def train(config, run_dir="run", resume=False, device=None, latents="latents"):
+def train(config, run_dir="run", resume=False, device=None, latents="latents", until=None):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
     config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
     latents: the folder that keeps the latents of images, where the configuration names a VAE.
+    until: stop after this step, with a checkpoint to resume from; None: after the last one.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -324,7 +325,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents"):
         if saved and saved["data"] != data.fingerprint:
             raise UserError(f"{path} was trained on other data: images, labels or names of classes have changed since; "
                             "bring them back, or train a new run")
-        return train_on(config, data, saved, run_dir, device)
+        return train_on(config, data, saved, run_dir, device, until or config.steps)
 
 
 def due(config, done, every):
@@ -332,11 +333,11 @@ def due(config, done, every):
     return done % every == 0 or done == config.steps
 
 
-def log_and_save(run, log, path, done, seconds, data, stopped):
-    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that is `stopped` saves.
+def log_and_save(run, log, path, done, seconds, data, stops):
+    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that `stops` there saves.
     Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
     config = run.config
-    log_now, save_now = due(config, done, config.log_every), stopped or due(config, done, config.checkpoint_every)
+    log_now, save_now = due(config, done, config.log_every), stops or due(config, done, config.checkpoint_every)
     if (log_now or save_now) and not log.collect():
         raise not_finite("loss is", config, done)
     if log_now:
@@ -346,7 +347,7 @@ def log_and_save(run, log, path, done, seconds, data, stopped):
     return bool(save_now)
 
 
-def train_on(config, data, saved, run_dir, device):
+def train_on(config, data, saved, run_dir, device, until):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
     fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
@@ -363,7 +364,7 @@ def train_on(config, data, saved, run_dir, device):
 
         if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
             draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
-        for step in range(start, config.steps):
+        for step in range(start, until):
             # Learn.
             batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
@@ -371,7 +372,7 @@ def train_on(config, data, saved, run_dir, device):
 
             # Log and save.
             try:
-                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped):
+                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped or done == until):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None
