@@ -79,7 +79,7 @@ def test_its_latents_are_normalized(learned):
     assert mean.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert (mean**2 + std**2).mean(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-3)
     plain, spread = vae.posterior(to_float(load_dataset("digits", ".").images[:9]))
-    assert torch.allclose(spread, torch.tensor(0.1)) and 0.1 < plain.std() < 10
+    assert torch.allclose(spread, torch.tensor(0.1), atol=2e-4) and 0.1 < plain.std() < 10
 
 
 def test_a_vae_of_patches_is_one_of_diffusers_behind_a_rearrangement(learned):
