@@ -1,8 +1,8 @@
 """Does more compute make better images? Trains models of several sizes and patches alike, and sets their distance to
 real images against the Gflops of a forward pass (DiT, arXiv 2212.09748, figures 7 to 10).
 
-    python -m measure.scaling --quick                    12 models of MNIST in about 10 minutes on two CPU cores
-    python -m measure.scaling --seeds 0 1 2              the same for longer, and how much it varies
+    python -m measure.scaling --quick                    9 models of MNIST in about 10 minutes on two CPU cores
+    python -m measure.scaling --seeds 0 1 2              12 models, longer, and how much they vary: 100 minutes
     python -m measure.scaling --rates 2e-3 4e-3 8e-3     does the best learning rate move with the size?
     python -m measure.scaling --preset paper --dataset folder --data-dir X --vae V      the paper's models, for GPUs
 
@@ -41,10 +41,10 @@ from train import train
 HEAD = 32  # the width of a head, for sizes that are named by depth x width
 # Drawn without guidance, as in the paper: it would hide what a model cannot do
 STUDIES = {
-    "mnist": dict(sizes=("2x64", "3x96", "4x128", "6x192"), patches=(14, 7, 4), marks=5,
-                  recipe=dict(dataset="mnist", steps=2400, guidance=1.0)),
+    "mnist": dict(sizes=("2x64", "3x96", "4x128", "5x160"), patches=(14, 7, 4), marks=5,
+                  recipe=dict(dataset="mnist", steps=3200, guidance=1.0)),
     "quick": dict(sizes=("2x64", "3x96", "4x128"), patches=(14, 7, 4), marks=3,
-                  recipe=dict(dataset="mnist", steps=1800, guidance=1.0)),
+                  recipe=dict(dataset="mnist", steps=1600, guidance=1.0)),
     "paper": dict(sizes=("S", "B", "L", "XL"), patches=(8, 4, 2), marks=5,
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }

@@ -150,9 +150,9 @@ def test_the_models_of_the_presets(made):
     sizes = sorted({(m.config.depth, m.config.hidden_size) for m in models})
     assert len(sizes) == 4 and sizes == sorted(sizes, key=lambda size: size[1])
     assert {m.config.hidden_size / m.config.num_heads for m in models} == {32}
-    assert models[0].marks == [150, 300, 600, 1200, 2400]
+    assert models[0].marks == [200, 400, 800, 1600, 3200]
     models, args = made("--quick")
-    assert args.preset == "quick" and len(models) == 9 and models[0].marks == [450, 900, 1800]
+    assert args.preset == "quick" and len(models) == 9 and models[0].marks == [400, 800, 1600]
     models, _ = made("--preset", "paper")
     assert [(m.size, m.patch) for m in models] == [*itertools.product(("S", "B", "L", "XL"), (8, 4, 2))]
     assert {(m.config.steps, m.config.batch_size, m.config.lr) for m in models} == {(400_000, 256, 1e-4)}
@@ -235,9 +235,9 @@ def test_mistakes(call, tmp_path, flags, words):
 def test_another_study_in_the_folder(call, tmp_path):
     flags = [*FLAGS, "--sizes", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
     with pytest.MonkeyPatch.context() as patch:
-        stopped_at(patch, (train, "train_step"), 2)
-        assert call(scaling, *flags)[0] == 130
-    assert_refused(call(scaling, *flags, "--steps", 9), "made with other settings", "steps 8 -> 9")
+        stopped_at(patch, (train, "train_step"), 10)  # the second step of the second seed
+        assert call(scaling, *flags, "--seeds", 0, 1)[0] == 130
+    assert_refused(call(scaling, *flags, "--seeds", 1, "--steps", 9), "seed1 was made with", "steps 8 -> 9")
     assert call(scaling, *flags)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
     for more, words in ((["--steps", 9], "steps 8 -> 9"), (["--count", 30], "count 20 -> 30"),
