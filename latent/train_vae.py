@@ -487,7 +487,7 @@ def show(vae, tests, path):
 
 def finish(run, images, tests, out):
     """Measures the latents, and writes the VAE. Only then is there nothing to go on with."""
-    vae = run.ema.eval()
+    vae = run.ema.half().float().eval()  # what is measured now is what the file holds
     measure_latents(vae, some(images, MEASURED))
     made = reconstructions(vae, tests)
     save_vae(vae, out)

@@ -266,7 +266,8 @@ def in_full_batches(function, x, pixels):
 
 
 def save_vae(vae, folder):
-    """Writes a VAE as a folder that `load_vae` and diffusers read. Raises `UserError` when that cannot be done."""
+    """Writes a VAE as a folder that `load_vae` and diffusers read, in float16 where that changes nothing. Raises
+    `UserError` when that cannot be done."""
     folder = Path(folder)
     make_dir(folder)
     mean, std = (numbers.flatten().expand(vae.settings["latent_channels"]).tolist() for numbers in (vae.mean, vae.std))
@@ -275,6 +276,9 @@ def save_vae(vae, folder):
               "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
               "scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
     state = {name: weight.detach().cpu().contiguous() for name, weight in vae.state_dict().items()}
+    halves = {name: weight.half() for name, weight in state.items()}
+    if all(torch.equal(halves[name].to(weight.dtype), weight) for name, weight in state.items()):
+        state = halves
     write_atomically(folder / WEIGHTS, lambda file: file.write(safetensors.torch.save(state)))
     write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(config, indent=2).encode()))
 

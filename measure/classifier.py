@@ -33,6 +33,7 @@ from torch import nn
 
 from config import Config, add_flags, given_flags, show_size
 from dataset import load_dataset, to_float
+from inference import say_default
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
@@ -296,10 +297,9 @@ def accuracy_on(classifier, data):
 def main():
     parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
                                 "of any labelled data set.")
-    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "seed"])
+    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "flips", "seed"])
     parser.set_defaults(dataset="mnist")
-    parser.add_argument("--flips", action="store_true", help="train on mirrored images too: for photographs, not where "
-                        "left and right matter, as in digits")
+    say_default(parser, ["dataset"], "mnist")
     parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
                         "1,000 to 5,000 steps; fewer for digits)")
     parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "
@@ -320,7 +320,7 @@ def main():
     if path.parent == KEPT:
         make_dir(KEPT)
     check_file(path)
-    classifier = train_classifier(train, args.epochs, flips=args.flips, seed=config.seed, device=device, leave=True)
+    classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device, leave=True)
     accuracy = accuracy_on(classifier, test)
     save_classifier(path, classifier, train, fingerprint, accuracy)
     print(f"{path}: reads {accuracy:.2%} of {len(test.images):,} test images right, "

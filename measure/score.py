@@ -248,6 +248,8 @@ class Judge:
             nearest   median distance to the nearest training image
             copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
                       1 for copies, while images a little smoother than real ones may reach 0.03
+            unseen    share whose nearest real image is a test image, in all and not by class; real: the share of test
+                      images among the real ones, to which fakes come that know no training image better
         With a `vae`, "vae" is the same of `round_trip`: of the training images of "real" that went through it.
         And beside these are "count" (of fakes), "reference" (of training images in their place), "ratio" (fake over
         real Fréchet distance) and "classes", a list of the same for each class, with its "name"; fakes without labels
@@ -282,8 +284,12 @@ class Judge:
                 self.train.labels[picked].to(self.device) == label, of_test)
 
         everything = [torch.ones(len(some), dtype=torch.bool, device=self.device) for some in (fake, train, test_right)]
-        return figures(self.compare, *everything) | {"classes": [of_class(label) for label in range(self.num_classes)]
-                                                     } | ({"vae": self.round_trip(vae, picked)} if vae else {})
+        result = figures(self.compare, *everything)
+        from_test, _ = nearest(fakes, self.test.images, device=self.device)
+        result["fake"]["unseen"] = share(from_test < fake_near)
+        result["real"]["unseen"] = len(self.test.images) / (len(self.test.images) + len(self.train.images))
+        return result | {"classes": [of_class(label) for label in range(self.num_classes)]} | (
+            {"vae": self.round_trip(vae, picked)} if vae else {})
 
 
 def open_judge(config, device):
@@ -318,6 +324,7 @@ def report(result):
     for name, title in (("frechet", "Fréchet distance"), ("precision", "precision"), ("recall", "recall"),
                         ("density", "density"), ("coverage", "coverage"), ("accuracy", "read as asked for"),
                         ("nearest", "distance to a training image"), ("copies", "nearer than 99 % of real ones"),
+                        ("unseen", "nearest is a test image"),
                         ("psnr", "PSNR, dB")):
         if any(name in result[column] for column in columns):
             lines.append(f"{title:30} " + "  ".join(cell(result[column].get(name, math.nan)) for column in columns))
@@ -325,7 +332,7 @@ def report(result):
     if "classes" in result:
         lines += ["", *class_table(result["classes"])]
     lines += ["", f"real: {result['reference']:,} training images, held against the test images as the fakes are"
-              + (";\n      in the last three rows of the first table, the test images themselves" if "fake" in result
+              + (";\n      in the last four rows of the first table, the test images themselves" if "fake" in result
                  else "")]
     if "vae" in result:
         lines.append("vae:  the same training images through the VAE; what it makes of latents cannot be nearer")

@@ -228,16 +228,6 @@ class Rounding(torch.nn.Module):
         return z
 
 
-def test_psnr_is_the_formula():
-    images = torch.randint(50, 200, (3, 3, 4, 5), dtype=torch.uint8)
-    others = images.clone()
-    others[0] += 10
-    others[1, 1, 2, 3] -= 7
-    expected = [10 * math.log10(255**2 / 100), 10 * math.log10(255**2 / (49 / 60)), 10 * math.log10(255**2 * 60)]
-    assert measure.score.psnr(images, others).tolist() == pytest.approx(expected)
-    assert measure.score.psnr(others, images).tolist() == pytest.approx(expected)
-
-
 def test_latents_are_sampled_by_a_fixed_seed():
     images = torch.full((500, 1, 8, 8), 128, dtype=torch.uint8)
     same = measure.score.reconstruct(Rounding(), images)
@@ -258,7 +248,7 @@ def test_a_perfect_vae_has_the_figures_of_real_images(classifier, parts):
     picked = whole.pick(parts[2].labels, 599)
     reads = embed(classifier, parts[0].images[picked])[1].argmax(dim=1)
     assert result["vae"]["accuracy"] == pytest.approx((reads == parts[0].labels[picked]).float().mean().item())
-    assert result["vae"]["psnr"] == pytest.approx(10 * math.log10(255**2 * 784))
+    assert result["vae"]["psnr"] == pytest.approx(10 * math.log10(255**2 * 12))
     blurred = whole.score(parts[2].images, parts[2].labels, vae=Rounding(std=0.4))
     assert blurred["vae"]["frechet"] > 2 * blurred["real"]["frechet"] and blurred["vae"]["psnr"] < 20
     assert blurred["fake"] == result["fake"] and blurred["real"] == result["real"]
@@ -326,7 +316,7 @@ def test_a_vae_alone(call, vae):
 def test_vaes_that_do_not_fit(call, vae, tmp_path):
     flags = ["--vae", vae, "--dataset", "digits"]
     assert_refused(call(measure.score, "--vae", vae), "scores the VAE alone", "--dataset", "--checkpoint")
-    assert_refused(call(measure.score, *flags, "--image-size", 7), "2 times smaller, and 7", "--image-size")
+    assert_refused(call(measure.score, *flags, "--image-size", 7), "2 x 2 pixels", "7 x 7", "--image-size 8x8")
     assert_refused(call(measure.score, *flags, "--channels", 3), "images of 1 channels, but these have 3")
     assert_refused(call(measure.score, *flags, "--guidance", 2), "draws nothing")
     assert_refused(call(measure.score, *flags, "--pictures", tmp_path / "a"), "draws nothing")
@@ -337,6 +327,13 @@ def test_vaes_that_do_not_fit(call, vae, tmp_path):
 
 
 # The ruler
+
+def test_what_is_nearest(judge, parts):
+    """Copies have a training image as their nearest, test images themselves, and new ones either, by chance."""
+    shares = [judge(part.images, part.labels)["fake"]["unseen"] for part in parts]
+    assert shares[:2] == [0, 1] and shares[2] == pytest.approx(0.5, abs=0.08)
+    assert judge(parts[2].images, None)["real"]["unseen"] == pytest.approx(599 / 1198, abs=0.001)
+
 
 def test_good_fakes_are_as_good_as_real(good):
     fake, real = good["fake"], good["real"]
@@ -453,7 +450,7 @@ def test_the_report_counts_and_warns(good):
 
 def test_a_class_that_no_test_image_is_of(classifier, parts):
     without = (parts[1].labels != 8) & (embed(classifier, parts[1].images)[1].argmax(dim=1) != 8)
-    test = parts[1]._replace(images=parts[1].images[without], labels=parts[1].labels[without])
+    test = dataclasses.replace(parts[1], images=parts[1].images[without], labels=parts[1].labels[without])
     result = Judge(parts[0], test, classifier).score(parts[2].images, parts[2].labels)
     assert math.isnan(result["classes"][8]["real"]["accuracy"]) and result["classes"][7]["real"]["accuracy"] > 0.8
     assert re.search(r"\n {4}8 .* - \( +-\)", report(result))
@@ -712,8 +709,8 @@ def test_what_cannot_be_scored_is_refused_before_the_work(call, tmp_path, monkey
     config = Config(**settings)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, **options: load_dataset(
-        "folder" if name == "folder" else "digits", data_dir, **options)._replace(name=name))
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, **options: dataclasses.replace(
+        load_dataset("folder" if name == "folder" else "digits", data_dir, **options), name=name))
     monkeypatch.setattr(measure.score, "draw_fakes", None)
     assert_refused(call(measure.score, "--checkpoint", tmp_path / "model.pth"), *words)
 
