@@ -49,7 +49,8 @@ STUDIES = {
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
-OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every")
+OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every",
+       "shard")
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change
 
 
