@@ -21,9 +21,9 @@ from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergen
 from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
-             image_size=(8, 8), channels=1)
+             image_size=(8, 8), channels=1, batch_size=32, lr=4e-3)
 FLAGS = ["--dataset", "digits", "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2, "--precision", "fp32",
-         "--batch-size", 8, "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+         "--batch-size", 8, "--lr", 4e-3, "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
