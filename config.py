@@ -24,8 +24,8 @@ class Config:
                         "or auto: mnist, and digits where mnist cannot be had",
                         choices=("auto", "mnist", "digits", "folder"))
     data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
-    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them",
-                             1, 1024)
+    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
+                             "16x32x32; 0 = as the data set has them", 1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
@@ -38,8 +38,8 @@ class Config:
     latent_std: tuple = ()    # each channel
 
     # Model (DiT, arXiv 2212.09748)
-    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; 0 = a quarter of the image, which "
-                             "makes 16 tokens", 1, 1024)
+    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; of clips also the frames: 2x8x8; 0 "
+                             "= a quarter of the image, which makes 16 tokens, and of its frames", 1, 1024)
     hidden_size: int = flag(128, "width D of a token; a multiple of 4 and of num_heads", 4, 16384)
     depth: int = flag(4, "number of DiT blocks", 1, 256)
     num_heads: int = flag(4, "attention heads in each block", 1, 256)
@@ -197,19 +197,18 @@ def show_divisors(size):
 
 
 def as_size(value):
-    """A size as a tuple (H, W): n or "n" stands for a square, "28x20" for (28, 20), 0 for (), not known. What is none
-    of these stays as it is, for `check_value` to refuse."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9})?", value):
-        height, _, width = value.partition("x")
-        value = (int(height), int(width)) if width else int(height)
+    """A size as a tuple (H, W), or (T, H, W) of clips: n or "n" stands for a square, "28x20" for (28, 20), "16x32x32"
+    for (16, 32, 32), 0 for (), not known. What is none of these stays as it is, for `check_value` to refuse."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){0,2}", value):
+        value = tuple(map(int, value.split("x"))) if "x" in value else int(value)
     if type(value) is int:
         return (value, value) if value else ()
     return tuple(value) if isinstance(value, list) else value
 
 
 def show_size(size):
-    """28, or 28x20."""
-    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+    """28, 28x20 or 16x32x32."""
+    return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
 
 
 def check_value(field, value):
@@ -220,10 +219,11 @@ def check_value(field, value):
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
     if field.name in SIZES:
-        if value and (len(value) != 2 or not all(type(side) is int and rule["low"] <= side <= rule["high"]
-                                                 for side in value)):
-            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, each between "
-                            f"{rule['low']} and {rule['high']}")
+        if value and (len(value) not in (2, 3) or not all(type(side) is int and rule["low"] <= side <= rule["high"]
+                                                          for side in value)):
+            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, or of clips "
+                            f"frames, height and width, such as 16x32x32, each between {rule['low']} and "
+                            f"{rule['high']}")
         return
     if field.name == "data_dir" and not value:  # as an unset variable leaves it
         raise UserError("data_dir is empty: name a folder, or leave it out")

@@ -80,13 +80,14 @@ def test_bad_values(values):
 
 
 @pytest.mark.parametrize(("given", "size"), [(28, (28, 28)), ("28", (28, 28)), ("28x20", (28, 20)),
-                                             ([28, 20], (28, 20)), ((28, 20), (28, 20)), (0, ()), ("0", ()), ((), ())])
+                                             ([28, 20], (28, 20)), ((28, 20), (28, 20)), (0, ()), ("0", ()), ((), ()),
+                                             ("16x32x24", (16, 32, 24)), ((1, 8, 8), (1, 8, 8))])
 def test_sizes(given, size):
     assert Config(image_size=given, patch_size=()).image_size == size
 
 
-@pytest.mark.parametrize("given", [-1, 1025, "x", "28x", "28x20x3", "x28", (28,), (28, 20, 3), (28, 0), (28.0, 28),
-                                   None, True, "2000", 2.5])
+@pytest.mark.parametrize("given", [-1, 1025, "x", "28x", "2x8x8x8", "x28", (28,), (2, 8, 8, 8), (28, 0), (28.0, 28),
+                                   (0, 28, 28), None, True, "2000", 2.5])
 def test_sizes_that_are_none(given):
     with pytest.raises(UserError, match="image_size") as caught:
         Config(image_size=given)
@@ -99,6 +100,10 @@ def test_patches_that_do_not_divide_name_what_does():
     with pytest.raises(UserError, match=r"7 does not divide image_size 28x20: .*\[1, 2, 4, 7, 14, 28\] x \[1, 2, 4, 5"):
         Config(image_size=(28, 20), patch_size=7)
     assert Config(image_size=(28, 20), patch_size=(7, 5)).patch_size == (7, 5)
+    with pytest.raises(UserError, match=r"4x8x8 does not divide image_size 9x8x8: .*\[1, 3, 9\] x \[1, 2, 4, 8\] x"):
+        Config(image_size="9x8x8", patch_size="4x8x8")
+    with pytest.raises(UserError, match=r"patch_size 8 does not divide image_size 8x8x8"):  # which is no 8 x 8
+        Config(image_size="8x8x8", patch_size=8)
 
 
 def test_a_signal_too_small_for_a_float():
