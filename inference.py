@@ -2,9 +2,9 @@
 and leads from one label or seed to another."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.image_files import read_image
+from support.image_files import read_frames, read_image
 from support.labels import are_numbers, parse_labels, parse_morph
-from support.pictures import check_picture, grid, save_picture
+from support.pictures import check_picture, frames_of, grid, save_animation
 
 import argparse
 import dataclasses
@@ -33,6 +33,7 @@ CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mni
 FULL_BATCH = 16
 
 STRIP, ANIMATION = 11, 61  # images of a strip, of an animation
+FRAME = 100  # milliseconds that a clip shows each of its frames
 STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
 
 
@@ -63,7 +64,7 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
     way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
-    A generator: yields the noise (B, C, H, W) that it starts from, then x after each step; the last one is the images,
+    A generator: yields the noise (B, C, *size) that it starts from, then x after each step; the last one is the images,
     in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
@@ -83,30 +84,37 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
 
 
 def generate(model, config, labels, indices=None):
-    """The images float (B, C, H, W) in [-1, 1] that `sample` ends with; no earlier state is kept."""
+    """The images float (B, C, *size) in [-1, 1] that `sample` ends with; no earlier state is kept."""
     return deque(sample(model, config, labels, indices), maxlen=1).pop()
 
 
+def each_frame(function, x):
+    """`function` of images (N, C, H, W), of every frame of clips x (B, C, T, H, W), or of images as they are."""
+    frames = x.movedim(1, -3)                                                         # (B, T, C, H, W)
+    return function(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3]).movedim(-3, 1)
+
+
 def to_images(x, config):
-    """Images uint8 (B, C, H, W) of a state x of `sample`: of latents, through their VAE. The one way to see a state."""
-    return to_uint8(find_vae(config, x.device).decode(x) if config.latent_shape else x)
+    """Images uint8 (B, C, *size) of a state x of `sample`, of latents through their VAE. The one way to see a state."""
+    return to_uint8(each_frame(find_vae(config, x.device).decode, x) if config.latent_shape else x)
 
 
 def from_images(x, config, known=None):
-    """Images x (B, C, H, W) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
-    bool (B, 1, H, W), also what of that is known: a latent is where all of its pixels are."""
+    """Images x (B, C, *size) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
+    bool (B, 1, *size), also what of that is known: a latent is where all of its pixels are."""
     if config.latent_shape:
-        x, _ = find_vae(config, x.device).encode(x)
+        vae = find_vae(config, x.device)
+        x = each_frame(lambda images: vae.encode(images)[0], x)
         if known is not None:
-            known = adaptive_avg_pool2d(known.float(), x.shape[2:]) == 1
+            known = each_frame(lambda part: adaptive_avg_pool2d(part.float(), x.shape[-2:]) == 1, known)
     return x if known is None else (x, known)
 
 
 def find_vae(config, device):
     """The `VAE` whose latents a configuration is of, with the statistics that the model has learned with. Raises
     `UserError` when it is not there or is another one."""
-    return open_vae(config.vae, config.vae_hash, (config.channels, *config.image_size), config.latent_shape,
-                    config.latent_mean, config.latent_std, device)
+    image, latent = ((shape[0], *shape[-2:]) for shape in ((config.channels, *config.image_size), config.latent_shape))
+    return open_vae(config.vae, config.vae_hash, image, latent, config.latent_mean, config.latent_std, device)
 
 
 def batch_that_fits(config, device):
@@ -154,7 +162,7 @@ def load_for_sampling(args):
 
 def draw_states(model, config, labels, count, shown=1, **options):
     """Draws `count` rows of `labels` (a list): of all states, the last `shown` that are evenly spaced, as uint8
-    (shown, B, C, H, W) on the CPU. The rest is not kept. options: further arguments of `sample`."""
+    (shown, B, C, *size) on the CPU. The rest is not kept. options: further arguments of `sample`."""
     if not 1 <= count * len(labels) <= 10_000:
         raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
     y = torch.tensor(labels * count, device=next(model.parameters()).device)
@@ -169,6 +177,11 @@ def label_grid(images, config, labels):
     """The grid of images uint8 (B, C, H, W) whose columns show `labels`, with their names where they have any."""
     names = config.class_names
     return grid(images, len(labels), captions=() if are_numbers(names) else [names[label] for label in labels])
+
+
+def strips(views):
+    """A picture with a row for each image of the views uint8 (B, C, H, W): how it looks in one after the other."""
+    return grid(torch.stack([*views], dim=1).flatten(0, 1), columns=len(views))
 
 
 def check_changes(args):
@@ -218,8 +231,8 @@ def prepare(model, config, args, frames):
 
 
 def read_picture(path, config, mask=None):
-    """A picture as the model of `config` sees images, (1, C, H, W), and which of it is known by the picture `mask`,
-    bool (1, 1, H, W): what is black there. Without a mask None.
+    """A picture, or the first frames of a clip, as the model of `config` sees images, (1, C, *size), and which of it is
+    known by the picture `mask`, bool (1, 1, *size): what is black there, in every frame. Without a mask None.
 
     Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
     Raises `UserError`.
@@ -227,12 +240,17 @@ def read_picture(path, config, mask=None):
     if config.channels not in (1, 3):
         raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
                         "picture")
-    image = read_image(path, "L" if config.channels == 1 else "RGB")
-    picture = to_float(to_tensor(fit(image, config.image_size)))[None]
+    *frames, height, width = config.image_size
+    images, count = read_frames(path, "L" if config.channels == 1 else "RGB"), math.prod(frames)
+    if len(images) < count:
+        raise UserError(f"{path} has {len(images)} frames, but the model draws clips of {count}")
+    pictures = [to_tensor(fit(image, (height, width))) for image in images[:count]]
+    picture = to_float(torch.stack(pictures, dim=1).view(1, -1, *config.image_size))
     if mask is None:
         return picture, None
     nearest = Image.Resampling.NEAREST
-    known = to_tensor(fit(read_image(mask, "L").resize(image.size, nearest), config.image_size, nearest))[None] < 128
+    known = to_tensor(fit(read_image(mask, "L").resize(images[0].size, nearest), (height, width), nearest)) < 128
+    known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
         raise UserError(f"{mask} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
                         "it be black where the picture is kept, and white where it is drawn anew")
@@ -267,7 +285,7 @@ def morphing_noise(count, to_seed, seed, indices, *rest):
 def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
          morph=None, to_seed=None, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
-    draw("7", edit="three.png", strength=0.5), draw(morph="3:8").
+    draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). Of clips, their frames from left to right.
 
     labels: as `parse_labels` takes them. count: how many of each. The others and settings (sampler, sample_steps,
     guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
@@ -280,8 +298,10 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
     check_changes(args)
     model, config = load_for_sampling(args)
     config, labels, options = prepare(model, config, args, STRIP)
-    images = draw_states(model, config, labels, count, **options)[-1]
-    return grid(images, len(labels)) if morph is not None else label_grid(images, config, labels)
+    frames = frames_of(draw_states(model, config, labels, count, **options)[-1])
+    if len(frames) > 1:
+        return strips(frames)
+    return grid(frames[0], len(labels)) if morph is not None else label_grid(frames[0], config, labels)
 
 
 def say_default(parser, names, default):
@@ -327,12 +347,11 @@ def parse_args():
     parser.add_argument("--count", type=int, help="how many of each (default: 8, with --strip 1)")
     parser.add_argument("--out", help="the picture to write (default: samples.png, strip.png or samples.gif)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, from left to right")
-    kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid")
+    kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, or the frames of each "
+                      "clip, from left to right")
+    kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid; clips are animated anyway")
     add_changes(parser)
     args = parser.parse_args()
-    if args.out is None:
-        args.out = "samples.gif" if args.gif else "strip.png" if args.strip or args.morph else "samples.png"
     if args.count is None:
         args.count = 1 if args.strip and args.morph is None else 8
     return args
@@ -340,32 +359,38 @@ def parse_args():
 
 def lay_out(states, config, labels, args):
     """What `draw_states` drew as PIL pictures, and how long each is shown in an animation, milliseconds."""
-    if args.morph is not None and args.gif:  # there and back
-        there = [grid(images, min(args.count, 10)) for images in states[-1].unflatten(0, (args.count, -1)).unbind(1)]
+    frames = frames_of(states[-1])
+    if args.morph is not None and args.gif and len(frames) == 1:  # there and back
+        there = [grid(images, min(args.count, 10)) for images in frames[0].unflatten(0, (args.count, -1)).unbind(1)]
         way = [60] * (len(there) - 2)
         return there + there[-2:0:-1], [1000, *way, 1000, *way]
+    views = frames if len(frames) > 1 else states
     if args.morph is not None:
-        pictures = [grid(states[-1], len(labels))]
+        pictures = [grid(view, len(labels)) for view in views]
     elif args.strip:
-        pictures = [grid(states.transpose(0, 1).flatten(0, 1), columns=len(states))]
+        pictures = [strips(views)]
     else:
-        pictures = [label_grid(state, config, labels) for state in states]
+        pictures = [label_grid(view, config, labels) for view in views]
+    if len(frames) > 1:
+        return pictures, [FRAME] * len(pictures)
     return pictures, [1500 // len(pictures)] * (len(pictures) - 1) + [2000]
 
 
 def main():
     args = parse_args()
-    check_picture(args.out, animated=args.gif)
     check_changes(args)
     model, config = load_for_sampling(args)
-    frames = ANIMATION // 2 if args.gif else STRIP
-    config, labels, options = prepare(model, config, args, frames)
-    shown = 1 if args.morph is not None else STRIP if args.strip else ANIMATION if args.gif else 1
+    count = math.prod(config.image_size[:-2])  # of frames
+    animated = args.gif or (count > 1 and not args.strip)
+    if args.out is None:
+        args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"
+    check_picture(args.out, animated)
+    config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
+    shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
     states = draw_states(model, config, labels, args.count, shown, **options)
-    pictures, durations = lay_out(states, config, labels, args)
-    animation = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if args.gif else {}
-    save_picture(args.out, pictures[0], **animation)
-    print(f"{args.out}: {states.shape[1]} images, {config.sampler} with {config.sample_steps} steps, guidance "
+    save_animation(args.out, *lay_out(states, config, labels, args))
+    kind = f"clips of {count} frames" if count > 1 else "images"
+    print(f"{args.out}: {states.shape[1]} {kind}, {config.sampler} with {config.sample_steps} steps, guidance "
           f"{config.guidance:g}, seed {config.seed}, drawn with {args.checkpoint}")
 
 
