@@ -30,8 +30,10 @@ class Config:
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers
-    # Nor have these: whoever makes latents of the images says them. Where there are none, the network sees pixels.
-    vae: str = ""             # where the VAE was found: a folder, or its name on the Hugging Face hub
+    flips: bool = flag(False, "mirror half of the images, left to right: for photographs in folders")
+    vae: str = flag("", "learn the latents that this VAE makes of the images (2112.10752): a folder that "
+                    "latent.train_vae or diffusers wrote, or a name on the Hugging Face hub, such as sd-vae-ft-ema")
+    # Nor have these: the VAE says them.
     vae_hash: str = ""        # `fingerprint` of the VAE; "" = not known
     latent_shape: tuple = ()  # (C, *size) of an image's latents
     latent_mean: tuple = ()   # the latents are normalized to (z - latent_mean) / latent_std: one number, or one for
@@ -124,7 +126,7 @@ class Config:
 
     def check_latents(self):
         """Raises `UserError` unless what is said of latents belongs together."""
-        if not self.latent_shape and not (self.vae or self.vae_hash or self.latent_mean or self.latent_std):
+        if not self.latent_shape and not (self.vae_hash or self.latent_mean or self.latent_std):
             return
         C, *size = self.latent_shape or (0,)
         if not size or not all(type(n) is int and 1 <= n <= 1024 for n in self.latent_shape):

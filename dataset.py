@@ -4,6 +4,7 @@ from support.commands import UserError
 from support.image_files import is_grey, list_images, opened, read_image, visible
 
 import contextlib
+import dataclasses
 import hashlib
 import http.client
 import io
@@ -13,8 +14,8 @@ import re
 import socket
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +33,44 @@ class CannotDownload(UserError):
     """MNIST is not there and cannot be downloaded; that it is damaged is another matter."""
 
 
-class Dataset(NamedTuple):
+class Images:
+    """Labelled images of one shape, in memory (`Dataset`) or in files (`Folder`)."""
+
     name: str             # "mnist", "digits" or "folder"
-    images: torch.Tensor  # uint8 (N, C, H, W), 0..255
+    shape: tuple          # (C, H, W) of an image
     labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
     classes: list[str]    # the name of each class
+
+    @property
+    def settings(self):
+        """The fields of `Config` that the data decide, a dict."""
+        C, *size = self.shape
+        return dict(dataset=self.name, image_size=tuple(size), channels=C, num_classes=len(self.classes),
+                    classes=tuple(self.classes))
+
+    @property
+    def summary(self):
+        """What they are, in one line."""
+        C, height, width = self.shape
+        colour = {1: "grey", 3: "colour"}.get(C, f"{C} channels")
+        return (f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, classes "
+                f"{', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(Images):
+    """Training asks data for `shape`, `labels`, `classes`, `settings`, `load`, and then for `summary`, `fingerprint`,
+    `to` and `x_0`, and for nothing else: latents (latent/cache.py) have these too."""
+
+    name: str
+    images: torch.Tensor  # uint8 (N, C, H, W), 0..255
+    labels: torch.Tensor
+    classes: list[str]
+    flips: bool = False   # mirror half of what is learned from, left to right
+
+    @property
+    def shape(self):
+        return tuple(self.images.shape[1:])
 
     @property
     def fingerprint(self):
@@ -45,6 +79,75 @@ class Dataset(NamedTuple):
         for tensor in (self.labels, self.images):
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:16]
+
+    def load(self):
+        return self
+
+    def to(self, device):
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def read(self, rows):
+        """The images in this slice, uint8 (n, C, H, W)."""
+        return self.images[rows]
+
+    def x_0(self, index, part, generator):
+        """What a network learns from: the images `index`[`part`], floats (b, C, H, W) in [-1, 1].
+
+        index: int64 (B,), a whole batch. part: a slice of it. generator: draws what else is random, for all of it."""
+        x = to_float(self.images[index[part]])
+        if self.flips:
+            mirrored = torch.rand(len(index), generator=generator, device=index.device) < 0.5
+            x = torch.where(mirrored[part].view(-1, 1, 1, 1), x.flip(-1), x)
+        return x
+
+
+class Folder(Images):
+    """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.
+
+    Every image is brought to one size ((): a square, the first one's shorter side), cropped at its centre, with
+    `channels` channels (0: 1 if all images are grey, else 3). Raises `UserError`.
+    """
+
+    name = "folder"
+
+    def __init__(self, root, train=True, image_size=(), channels=0):
+        self.root = Path(root)
+        found, self.classes = list_classes(self.root, train)
+        labelled = [(file, label) for label, name in enumerate(self.classes) for file in found.get(name, ())]
+        self.files, labels = zip(*labelled, strict=True)
+        self.labels = torch.tensor(labels)
+        if not image_size:
+            with opened(self.files[0]) as image:
+                image_size = as_size(min(image.size))
+        channels = channels or (1 if all(map(is_grey, self.files)) else 3)
+        self.shape = (channels, *image_size)
+
+    @property
+    def fingerprint(self):
+        """A hash, 16 hexadecimal digits, of the files' names, sizes and times, and of the images' shape."""
+        digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
+        for file in self.files:
+            state = file.stat()
+            digest.update(repr((file.relative_to(self.root).as_posix(), state.st_size, state.st_mtime_ns)).encode())
+        return digest.hexdigest()[:16]
+
+    def read(self, rows):
+        """The images in this slice, uint8 (n, C, H, W)."""
+        C, *size = self.shape
+        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+            return torch.stack(list(pool.map(
+                lambda file: to_tensor(fit(read_image(file, "L" if C == 1 else "RGB"), size)), self.files[rows])))
+
+    def load(self):
+        """All of it as a `Dataset`."""
+        N, block = len(self.files), 256
+        demand_memory(N, self.shape[0], self.shape[1:])
+        images = torch.empty(N, *self.shape, dtype=torch.uint8)
+        with tqdm(total=N, desc=f"reading {self.root}", leave=False, disable=None) as bar:
+            for start in range(0, N, block):
+                images[start:start + block] = self.read(slice(start, start + block))
+                bar.update(len(images[start:start + block]))
+        return Dataset(self.name, images, self.labels, self.classes)
 
 
 def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
@@ -70,8 +173,7 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
             print(f"{str(error).partition(';')[0]}: using scikit-learn's 8x8 digits instead", file=sys.stderr)
             name = "digits"
     if name == "folder":
-        images, labels, classes = read_folder(Path(data_dir), train, image_size, channels)
-        return Dataset(name, images, labels, classes)
+        return Folder(data_dir, train, image_size, channels).load()
     images, labels = read_mnist(Path(data_dir), train) if name == "mnist" else read_digits(train)
     images = torch.from_numpy(images)[:, None]  # (N, 1, H, W)
     image_size = image_size or tuple(images.shape[2:])
@@ -172,13 +274,9 @@ def read_digits(train):
     return images[part], digits.target[part]
 
 
-def read_folder(root, train, image_size, channels):
-    """One folder per class: `root`/train/<class>/* and `root`/test/<class>/*, as in the article, or `root`/<class>/*.
-
-    Every image is brought to `image_size` ((): a square, the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if all images are grey, else 3).
-    Returns images (N, C, H, W), labels (N,) and the names of the classes.
-    """
+def list_classes(root, train):
+    """The images of a part of `root`, which holds train/<class>/* and test/<class>/*, as in the article, or <class>/*:
+    a dict from the names of classes to lists of files, and the names of all classes. Raises `UserError`."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
     part = training_part(root)
@@ -192,16 +290,7 @@ def read_folder(root, train, image_size, channels):
         strange = [name for name in found if name not in names]
         if strange:
             raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
-    files = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
-    if not image_size:
-        with opened(files[0][0]) as image:
-            image_size = as_size(min(image.size))
-    channels = channels or (1 if all(is_grey(file) for file, _ in files) else 3)
-    demand_memory(len(files), channels, image_size)
-    images = torch.empty(len(files), channels, *image_size, dtype=torch.uint8)
-    for i, (file, _) in enumerate(tqdm(files, desc=f"reading {root}", leave=False, disable=None)):
-        images[i] = to_tensor(fit(read_image(file, "L" if channels == 1 else "RGB"), image_size))
-    return images, torch.tensor([label for _, label in files]), names
+    return found, names
 
 
 def training_part(root):

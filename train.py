@@ -33,10 +33,10 @@ import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
 from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
-from dataset import load_dataset, to_float
 from diffusion import Process, build_process
 from dit import build_model
 from inference import sample, to_images
+from latent.cache import open_data
 
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
@@ -58,20 +58,20 @@ class Run:
     process: Process
 
 
-def make_batch(images, labels, process, config, step, part=slice(None)):
-    """The batch of step `step`, on the device of `images`: images x_0 (B, C, H, W) in [-1, 1], labels y (B,), some of
-    them the null label, times t (B,) and noise. part: this process's shard of the B images."""
-    device, B = images.device, config.batch_size
+def make_batch(data, process, config, step, part=slice(None)):
+    """The batch of step `step`, on the device of the data: x_0 (B, C, H, W), labels y (B,), some of them the null
+    label, times t (B,) and noise. part: this process's shard of the B images."""
+    device, B = data.labels.device, config.batch_size
     # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
     words = [config.seed % 2**32, step, config.seed // 2**32]
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(seed))
-    index = torch.randint(len(images), (B,), generator=generator, device=device)
+    index = torch.randint(len(data.labels), (B,), generator=generator, device=device)
     t = process.random_t(torch.rand(B, generator=generator, device=device))
-    noise = torch.randn((B, *images.shape[1:]), generator=generator, device=device)
+    noise = torch.randn((B, *data.shape), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
-    y = torch.where(dropped[part], config.num_classes, labels[index[part]])
-    return to_float(images[index[part]]), y, t[part], noise[part]
+    y = torch.where(dropped[part], config.num_classes, data.labels[index[part]])
+    return data.x_0(index, part, generator), y, t[part], noise[part]
 
 
 def learning_rate(config, step):
@@ -244,14 +244,14 @@ def can_compile(device):
 
 def resolve(config, data, device):
     """The configuration with all filled in that the data set and the device decide."""
-    C, *size = data.images.shape[1:]
-    if not config.patch_size and any(side % 4 for side in size):
-        near = show_size([round(side / 4) * 4 or 4 for side in size])
-        raise UserError(f"image_size {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size to one of "
+    config, patch = dataclasses.replace(config, **data.settings, patch_size=()), config.patch_size
+    name, size = ("latents of" if config.latent_shape else "image_size"), config.input_shape[1:]
+    if not patch and any(side % 4 for side in size):
+        near = show_size([round(side / 4) * 4 * image // side or 4
+                          for side, image in zip(size, config.image_size, strict=True)])
+        raise UserError(f"{name} {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size to one of "
                         f"{show_divisors(size)}, or --image-size to {near}")
-    return dataclasses.replace(config, dataset=data.name, image_size=tuple(size), channels=C,
-                               num_classes=len(data.classes), classes=tuple(data.classes),
-                               patch_size=config.patch_size or tuple(side // 4 for side in size),
+    return dataclasses.replace(config, patch_size=patch or tuple(side // 4 for side in size),
                                precision=resolve_precision(config.precision, device),
                                compile=config.compile and can_compile(device))
 
@@ -264,12 +264,13 @@ def configure(settings, path, resume):
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
     config = saved["config"]
+    changeable = (*CHANGEABLE, *(["vae"] if config.vae else []))  # it may have moved
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in CHANGEABLE and (as_size(value) if name in SIZES else value) != getattr(config, name)
+                   if name not in changeable and (as_size(value) if name in SIZES else value) != getattr(config, name)
                    and not (name in AUTOMATIC and value in ("auto", 0, ()))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
-    config = dataclasses.replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings})
+    config = dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
     return config, saved
@@ -279,10 +280,7 @@ def announce(config, data, model, device, start, run_dir):
     """Says what the run is about to do."""
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
-    colour = {1: "grey", 3: "colour"}.get(config.channels, f"{config.channels} channels")
-    height, width = config.image_size
-    print(f"data      {config.dataset}: {len(data.images):,} images of {height} x {width}, "
-          f"{colour}, classes {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}")
+    print(f"data      {data.summary}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
           f"{config.hidden_size}, {math.prod(model.grid)} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
@@ -291,12 +289,13 @@ def announce(config, data, model, device, start, run_dir):
           flush=True)
 
 
-def train(config, run_dir="run", resume=False, device=None):
+def train(config, run_dir="run", resume=False, device=None, latents="latents"):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
     config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
+    latents: the folder that keeps the latents of images, where the configuration names a VAE.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -315,13 +314,12 @@ def train(config, run_dir="run", resume=False, device=None):
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
         if not resume and path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        with parallel.rank_0_first():
-            data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size,
-                                channels=config.channels)
+        data = open_data(config, device, latents)
+        config = resolve(config, data, device)
+        data = data.load()
         if saved and saved["data"] != data.fingerprint:
             raise UserError(f"{path} was trained on other data: images, labels or names of classes have changed since; "
                             "bring them back, or train a new run")
-        config = resolve(config, data, device)
         return train_on(config, data, saved, run_dir, device)
 
 
@@ -347,10 +345,10 @@ def log_and_save(run, log, path, done, seconds, data, stopped):
 def train_on(config, data, saved, run_dir, device):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
-    images, labels = data.images.to(device), data.labels.to(device)
     fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
     start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     announce(config, data, run.model, device, start, run_dir)
+    data = data.to(device)
     path, began = run_dir / "model.pth", time.monotonic() - before
     done, last_good, stopped = start, f"{path}, step {start:,}" if saved else "none", 0
     log = RunLog(run_dir / "log.csv", config.T, start, config.steps, config.batch_size, device,
@@ -363,7 +361,7 @@ def train_on(config, data, saved, run_dir, device):
             draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
         for step in range(start, config.steps):
             # Learn.
-            batch = make_batch(images, labels, run.process, config, step, parallel.share(config.batch_size))
+            batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
             done, stopped = step + 1, parallel.all_max(signals[0] if signals else 0)
 
@@ -397,6 +395,8 @@ def parse_args():
                         "loss.png, the sample grids and index.html, a page of them all (default: run)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")
+    parser.add_argument("--latents", type=some_path, default=Path("latents"), help="of --vae: the folder that keeps "
+                        "the latents, for this run and others (default: latents)")
     add_flags(parser)
     add_device_flag(parser)
     return parser.parse_args()
@@ -405,7 +405,8 @@ def parse_args():
 @parallel.one_for_all()
 def main():
     args = parse_args()
-    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args), args.run_dir, args.resume, args.device)
+    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args), args.run_dir, args.resume, args.device,
+                          args.latents)
     if stopped:
         command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
         print(f"stopped after step {done:,}; go on with: {command}")

@@ -28,7 +28,8 @@ from torch import nn
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
-PIXELS = 2**16  # of the images that go through at once: 16 of 64 x 64, or one of 256 x 256 or more
+# How many images go through at once, at most, and how many pixels: 16 of 64 x 64, or one of 256 x 256; on a GPU 32
+LIMITS = {"cpu": (16, 2**16), "cuda": (256, 2**21)}
 
 
 class ResidualBlock(nn.Module):
@@ -205,10 +206,14 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
+    def moments(self, x):
+        """What `posterior` has for images x, (B, 2, C_latent, h, w). Those of an image are the same to the last bit in
+        whatever batch, on one kind of CPU."""
+        return in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3])
+
     def encode(self, x):
         """Mean and standard deviation of the normalized latents of images x, each (B, C_latent, h, w)."""
-        mean, std = in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3]
-                                    ).unbind(1)
+        mean, std = self.moments(x).unbind(1)
         return (mean - self.mean) / self.std, std / self.std
 
     @torch.no_grad()
@@ -240,12 +245,19 @@ class VAE(nn.Module):
 def in_full_batches(function, x, pixels):
     """`function` of x (B, ...), in batches of one size for images of so many pixels, the last one filled up: libraries
     compute another batch in another order, and round otherwise."""
-    size = max(1, min(16, PIXELS // pixels))
+    most, room = LIMITS.get(x.device.type, LIMITS["cpu"])
+    size = max(1, min(most, room // pixels))
     parts = []
     for part in x.split(size):
         fill = part[:1].expand(size - len(part), *part.shape[1:])
         parts.append(function(torch.cat([part, fill]))[:len(part)])
     return torch.cat(parts)
+
+
+def psnr(images, others):
+    """Peak signal-to-noise ratio of images uint8 (B, C, H, W) and others, dB: the mean over the images."""
+    errors = (images.float() - others.float()).square().flatten(1).mean(dim=1)
+    return (10 * torch.log10(255**2 / errors.clamp(min=1e-10))).mean().item()
 
 
 # Its folder
@@ -289,11 +301,16 @@ def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
     if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
         raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
                         f"this model's are images {shape} out of latents {latent_shape}")
+    check_same(name, vae, fingerprint)
+    vae.normalize_by(mean, std)
+    return vae
+
+
+def check_same(name, vae, fingerprint):
+    """Raises `UserError` unless this is the `VAE` that a model has learned with; "" = not known."""
     if fingerprint not in ("", vae.fingerprint):
         raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
                         f"hash {vae.fingerprint}, not {fingerprint:.16}")
-    vae.normalize_by(mean, std)
-    return vae
 
 
 def find_files(name):

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import PRESETS, Config, add_flags, given_flags
-from dataset import to_float
+from dataset import Dataset, to_float
 from dit import build_model
 from inference import CHECKPOINTS, sample, say_default
 from train import make_batch, start_run, train_step
@@ -109,10 +109,10 @@ def measure(what, config, device, at_least):
     images = torch.randint(256, (4096, config.channels, *config.image_size), dtype=torch.uint8)
     images, labels = images.to(device), torch.randint(config.num_classes, (4096,)).to(device)
     if what == "train":
-        training = start_run(config, device)
+        training, data = start_run(config, device), Dataset("random", images, labels, [])
 
         def call(i):
-            train_step(training, make_batch(images, labels, training.process, config, i), i)
+            train_step(training, make_batch(data, training.process, config, i), i)
     elif what == "draw":
         model = build_model(config).to(device, dtype).eval()
         y = labels[:count]

@@ -1,5 +1,6 @@
 from support.commands import UserError
 
+import dataclasses
 import http.client
 import itertools
 import os
@@ -562,9 +563,10 @@ def test_fingerprint_is_of_names_labels_and_pixels():
     images, labels = data.images.clone(), data.labels.clone()
     images[700, 0, 3, 3] += 1
     labels[5] = (labels[5] + 1) % 10
-    others = [data._replace(images=images), data._replace(labels=labels), data._replace(classes=[*"1023456789"]),
-              data._replace(images=data.images[:-1], labels=data.labels[:-1]),
-              data._replace(images=data.images.flip(0), labels=data.labels.flip(0))]
+    others = [dataclasses.replace(data, **change) for change in (
+        dict(images=images), dict(labels=labels), dict(classes=[*"1023456789"]),
+        dict(images=data.images[:-1], labels=data.labels[:-1]),
+        dict(images=data.images.flip(0), labels=data.labels.flip(0)))]
     assert len({other.fingerprint for other in [data, *others]}) == 6
     assert load_dataset("digits", "").fingerprint == data.fingerprint and len(data.fingerprint) == 16
 
@@ -588,11 +590,11 @@ def test_fingerprint_of_folders(tmp_path):
 
 def test_fingerprint_does_not_depend_on_strides():
     data = load_dataset("digits", "", channels=3)
-    strided = data._replace(images=data.images.to(memory_format=torch.channels_last),
+    strided = dataclasses.replace(data, images=data.images.to(memory_format=torch.channels_last),
                             labels=data.labels.repeat_interleave(2)[::2])
     assert strided.images.stride() != data.images.stride() and strided.labels.stride() != data.labels.stride()
     assert strided.fingerprint == data.fingerprint
-    assert data._replace(images=data.images.transpose(2, 3)).fingerprint != data.fingerprint
+    assert dataclasses.replace(data, images=data.images.transpose(2, 3)).fingerprint != data.fingerprint
 
 
 def test_pixels_become_floats_and_pixels_again():

@@ -76,7 +76,7 @@ def test_other_data_in_the_same_folder(call, trained, tmp_path, monkeypatch):
     assert call(generator, *flags)[0] == 0
     before, note = read(tmp_path / "real"), (tmp_path / "real" / "settings.json").read_text()
     data = load_dataset("digits", "")
-    other = data._replace(images=data.images.flip(0), labels=data.labels.flip(0))
+    other = dataclasses.replace(data, images=data.images.flip(0), labels=data.labels.flip(0))
     monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: other)
     assert_refused(call(generator, *flags), "another data", tmp_path / "real")
     assert read(tmp_path / "real") == before and (tmp_path / "real" / "settings.json").read_text() == note
@@ -184,7 +184,7 @@ def test_bad_flags(call, trained, tmp_path):
 
 def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch):
     data = load_dataset("digits", "")
-    few = data._replace(images=data.images[:5], labels=data.labels[:5])
+    few = dataclasses.replace(data, images=data.images[:5], labels=data.labels[:5])
     monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: few)
     code, _, err = call(generator, "--checkpoint", trained / "model.pth", "--count", 7, *folders(tmp_path))
     assert code == 0 and "only 5 training images" in err

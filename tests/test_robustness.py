@@ -20,6 +20,7 @@ from conftest import TINY, same
 import train
 from checkpoint import FORMAT, load_checkpoint
 from config import Config
+from dataset import Dataset
 from train import make_batch, save, start_run, train_step
 
 
@@ -176,7 +177,7 @@ def test_damaged_checkpoints(count, tmp_path, monkeypatch):
     state = start_run(SMALL, torch.device("cpu"))
     for step in range(2):
         zeros = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
-        train_step(state, make_batch(zeros, torch.arange(9), state.process, SMALL, step), step)
+        train_step(state, make_batch(Dataset("", zeros, torch.arange(9), []), state.process, SMALL, step), step)
     save(state, path, 2, 1.0, "0" * 16, torch.ones(NOISE_LEVELS, 2))
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
     monkeypatch.chdir(tmp_path)

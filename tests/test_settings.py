@@ -24,6 +24,7 @@ import inference
 import train
 from checkpoint import load_model, save_checkpoint
 from config import Config
+from dataset import Dataset
 from diffusion import build_process
 from dit import sincos_positions
 from dit_block import DiTBlock
@@ -38,8 +39,9 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
                   sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1, clamp=False,
                   compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
-    dataset="folder", image_size=16, channels=3, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64,
-    depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3, beta_end=0.01,
+    dataset="folder", image_size=16, channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4,
+    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3,
+    beta_end=0.01,
     shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,),
     latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
     grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
@@ -111,7 +113,8 @@ def digits():
 def draws(config, step=0, data=None):
     """What step `step` draws: x_0, y, t, noise. The one place that asks train.py itself."""
     config = config if isinstance(config, Config) else Config(**config)
-    return train.make_batch(*(data or digits()), build_process(config), config, step)
+    images, labels = data or digits()
+    return train.make_batch(Dataset("", images, labels, []), build_process(config), config, step)
 
 
 def path(config, t):
@@ -272,6 +275,16 @@ def test_channels(go, own):
         assert run.config["channels"] == channels and shapes(run)[LAST] == (2 * 2 * channels, 32)
         with Image.open(run.folder / "samples_000001.png") as image:
             assert image.mode == mode
+
+
+def test_flips(go, own, call, tmp_path):
+    """A network that answers 0 is as wrong about an image as about its mirror image, but has other things to learn."""
+    run, plain = (go(flips=flips, dataset="folder", data_dir=own, batch_size=12) for flips in (True, False))
+    assert run.config["flips"] and not plain.config["flips"] and run.content["data"] == plain.content["data"]
+    assert float(run.rows[0]["loss"]) == pytest.approx(float(plain.rows[0]["loss"]), rel=1e-4)
+    gradients, others = run.gradients()[LAST], plain.gradients()[LAST]
+    assert (gradients - others).abs().max() > 0.01 * others.abs().max()
+    assert_refused(call(train, *TINY, "--flips", "--run-dir", tmp_path / "no"), "--flips", "photographs")
 
 
 # Model
@@ -707,7 +720,7 @@ def test_clamp(call, taught, draw, tmp_path):
     assert np.abs(grid - draw("--count", 6, guidance=5, clamp=False)).max() <= 1
 
 
-# Latents: no flag of train.py sets them yet
+# Latents: tests/test_cache.py trains on them
 
 
 @pytest.fixture
@@ -789,7 +802,7 @@ def test_vae(latent, tmp_path):
     assert torch.equal(latent(vae="other")[0], drawn)  # beside the checkpoint
     assert_refused(latent()[0], f"there is no folder {str(tmp_path / 'vae')!r}")
     assert_refused(latent(vae="")[0], "--vae FOLDER")
-    for fields in (dict(vae="x"), dict(vae_hash="x"), dict(latent_std=(1.0,))):
+    for fields in (dict(vae_hash="x"), dict(latent_std=(1.0,))):
         with pytest.raises(UserError, match="latent_shape"):
             Config(**fields)
 

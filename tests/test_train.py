@@ -26,11 +26,15 @@ import measure.score
 import train
 from checkpoint import load_checkpoint
 from config import PRESETS, Config
-from dataset import load_dataset, to_uint8
+from dataset import Dataset, load_dataset, to_uint8
 from diffusion import DDPM, build_process
 from dit import build_model
 from inference import sample
 from train import Run, learning_rate, make_batch, start_run, train_step
+
+
+def data_of(images, labels):
+    return Dataset("random", images, labels, [*map(str, range(10))])
 
 
 def test_run_folder(trained):
@@ -361,11 +365,11 @@ def test_flags_that_do_not_exist(command, call):
 def test_what_a_step_draws_depends_on_seed_and_step_alone():
     images, labels = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8), torch.arange(50) % 10
     config = Config(batch_size=16, num_classes=10)
-    first = make_batch(images, labels, DDPM(), config, 5)
+    first = make_batch(data_of(images, labels), DDPM(), config, 5)
     torch.rand(100)
-    assert same(first, make_batch(images, labels, DDPM(), config, 5))
-    others = [make_batch(images, labels, DDPM(), config, 6),
-              make_batch(images, labels, DDPM(), Config(seed=1, batch_size=16), 5)]
+    assert same(first, make_batch(data_of(images, labels), DDPM(), config, 5))
+    others = [make_batch(data_of(images, labels), DDPM(), config, 6),
+              make_batch(data_of(images, labels), DDPM(), Config(seed=1, batch_size=16), 5)]
     assert not any(same(first[3], other[3]) or same(first[2], other[2]) for other in others)
 
 
@@ -374,7 +378,7 @@ def test_batch():
     labels = torch.arange(1000) % 10
     images = (labels * 25).byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     config = Config(batch_size=20_000, num_classes=10, label_dropout=0.1)
-    x_0, y, t, noise = make_batch(images, labels, DDPM(), config, 0)
+    x_0, y, t, noise = make_batch(data_of(images, labels), DDPM(), config, 0)
     assert x_0.shape == noise.shape == (20_000, 1, 2, 2) and x_0.min() == -1 and x_0.max() <= 1
     assert t.min() == 0 and t.max() == 999 and t.float().mean().item() == pytest.approx(499.5, abs=8)
     dropped = y == 10
@@ -382,7 +386,7 @@ def test_batch():
     assert torch.equal(((x_0[:, 0, 0, 0] + 1) * 127.5 / 25).round().long()[~dropped], y[~dropped])
     # Each image as it is, and as often as any other
     images, config = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8), Config(batch_size=20_000, label_dropout=0)
-    drawn, y, *_ = make_batch(images, torch.arange(5), DDPM(), config, 0)
+    drawn, y, *_ = make_batch(data_of(images, torch.arange(5)), DDPM(), config, 0)
     assert torch.equal(drawn, images[y].float() / 127.5 - 1)
     assert y.bincount().tolist() == pytest.approx([4000] * 5, rel=0.06)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
@@ -404,7 +408,8 @@ def test_step_trains_and_averages():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters())
     diffusion = build_process(config)
-    batch = make_batch(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9), diffusion, config, 0)
+    data = data_of(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9))
+    batch = make_batch(data, diffusion, config, 0)
     losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step=999)
     assert losses.shape == (8,) and not losses.requires_grad
     target = diffusion.target(batch[0], batch[3])
@@ -422,7 +427,7 @@ def test_bf16_gradients_are_those_of_fp32():
                     batch_size=64, grad_clip=0.0, lr=0.0)
     diffusion = build_process(config)
     images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
-    batch = make_batch(images, torch.arange(99) % 10, diffusion, config, 0)
+    batch = make_batch(data_of(images, torch.arange(99) % 10), diffusion, config, 0)
     gradients = []
 
     class Recorder(torch.optim.SGD):
@@ -456,7 +461,7 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.1)
         images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
         for step in range(3):
-            batch = make_batch(images, torch.arange(99) % 10, run.process, config, step)
+            batch = make_batch(data_of(images, torch.arange(99) % 10), run.process, config, step)
             losses = train_step(run, batch, step)
         assert (run.worker._compiled_call_impl is not None) == compiled
         trained.append((losses, run.model.state_dict()))
@@ -483,7 +488,7 @@ def test_overfits_a_handful_of_digits():
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     diffusion = build_process(config)
     for step in range(config.steps):
-        batch = make_batch(images, labels, diffusion, config, step)
+        batch = make_batch(data_of(images, labels), diffusion, config, step)
         train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
@@ -499,7 +504,7 @@ def test_every_preset_takes_a_step():
         model = build_model(config)
         ema = build_model(config)
         diffusion, optimizer = build_process(config), torch.optim.AdamW(model.parameters())
-        batch = make_batch(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), diffusion, config, 0)
+        batch = make_batch(data_of(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3)), diffusion, config, 0)
         losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, 0)
         assert losses.isfinite().all()
 

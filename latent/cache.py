@@ -1,0 +1,254 @@
+"""The latents of a data set's images, made once and kept in a file that is mapped into memory.
+
+    latents/folder-256x256-1f0c.../latents.npy    (N, V, 2, C, h, w), float16: of image n, mirrored where v is 1, mean
+                                                  and standard deviation of its latents, as the VAE has them
+                                  /latents.json   what they are of, written when all are there
+                                  /encoded        which blocks of images are there until then
+
+An image's place in the file is its number, and a block is noted once it is on disk: whatever ends the encoding, it goes
+on from there.
+"""
+
+from support import parallel
+from support.commands import UserError, first_line
+from support.files import lock_dir, make_dir, write_atomically
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset import Folder, load_dataset, to_float, to_uint8
+from latent.vae import check_same, load_vae, psnr
+
+BLOCK = 256     # images between two notes
+MARK = 16       # bytes of a note: a hash of the block's pixels
+SEEN = 500      # images that the round trip is measured on
+FORMAT = "latents-1"
+
+
+def open_data(config, device, folder="latents"):
+    """What a `Config` says to learn from: a `Dataset`, or with a VAE the `Latents` kept in `folder`; either is there
+    once it is `load`ed. With torchrun, every process must call both. Raises `UserError`."""
+    if config.flips and config.dataset != "folder":
+        raise UserError(f"--flips is for photographs (--dataset folder): what {config.dataset} shows would mean "
+                        "something else in a mirror")
+    of = dict(image_size=config.image_size, channels=config.channels)
+    with parallel.rank_0_first():  # it may download them
+        if not config.vae:
+            return dataclasses.replace(load_dataset(config.dataset, config.data_dir, **of), flips=config.flips)
+        vae = load_vae(config.vae, device)
+        if config.latent_shape:  # of a run that goes on
+            check_same(config.vae, vae, config.vae_hash)
+            vae.normalize_by(config.latent_mean, config.latent_std)
+        of["channels"] = of["channels"] or vae.settings["in_channels"]
+        images = (Folder(config.data_dir, **of) if config.dataset == "folder" else
+                  load_dataset(config.dataset, config.data_dir, **of))
+    check_shapes(config.vae, vae, images.shape)
+    return Latents(images, config.vae, vae, config.flips, Path(folder))
+
+
+def check_shapes(name, vae, shape):
+    """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
+    C, *size = shape
+    if vae.settings["in_channels"] != C:
+        raise UserError(f"the VAE {name} reads images of {vae.settings['in_channels']} channels, but these have {C}: "
+                        f"set --channels {vae.settings['in_channels']}, or choose another VAE")
+    if any(side % vae.factor for side in size):
+        near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
+        raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "
+                        f"{size[0]} x {size[1]}: set --image-size {near}")
+
+
+class Latents:
+    """In the place of a `Dataset`: the latents of its images, each sampled anew from its posterior at every step.
+
+    images: a `Dataset`, or a `Folder`, which is read block by block. name: where the `VAE` was found. flips: the
+    mirrored images too. folder: has a folder for each data set, size and VAE.
+    """
+
+    def __init__(self, images, name, vae, flips, folder):
+        self.labels, self.classes = images.labels, images.classes
+        C, (height, width) = vae.settings["latent_channels"], images.shape[1:]
+        self.shape = (C, height // vae.factor, width // vae.factor)
+        self.images, self.vae, self.flips, self.folder = images, vae, flips, folder
+        self.mean, self.std = vae.mean.cpu(), vae.std.cpu()
+        mean, std = (tuple(numbers.flatten().tolist()) for numbers in (self.mean, self.std))
+        self.settings = images.settings | dict(vae=name, vae_hash=vae.fingerprint, latent_shape=self.shape,
+                                               latent_mean=mean, latent_std=std, clamp=False)
+
+    def load(self):
+        """Encodes what is not there yet, and maps it into memory. Raises `UserError`."""
+        images, vae = self.images, self.vae
+        size = (len(images.labels), 2 if self.flips else 1, 2, *self.shape)
+        identity = dict(format=FORMAT, vae=vae.fingerprint, images=images.fingerprint, size=list(size),
+                        image_shape=list(images.shape))
+        path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{hash_of(identity)[:12]}"
+        note = read_note(path, identity) or encode(images, vae, path, identity)
+        self.rows, self.fingerprint = open_array(path, size), note["fingerprint"]
+        fewer = math.prod(images.shape) / math.prod(self.shape)
+        self.summary = (f"{images.summary}\nlatents   {' x '.join(map(str, self.shape))} of {self.settings['vae']}, "
+                        f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB")
+        del self.images, self.vae  # and their memory
+        return self
+
+    def to(self, device):
+        """Moves what it is on to the device, and the latents too where they take less than a quarter of its memory."""
+        self.labels, self.mean, self.std = (part.to(device) for part in (self.labels, self.mean, self.std))
+        if device.type == "cuda" and 4 * self.rows.nbytes < torch.cuda.mem_get_info(device)[0]:
+            self.rows = self.rows.to(device)
+        return self
+
+    def x_0(self, index, part, generator):
+        """What a network learns from: samples of the normalized latents of images `index`[`part`], (b, C, h, w); see
+        `Dataset.x_0`."""
+        noise = torch.randn((len(index), *self.shape), generator=generator, device=index.device)
+        mirrored = torch.randint(self.rows.shape[1], (len(index),), generator=generator, device=index.device)
+        places = (numbers[part].to(self.rows.device) for numbers in (index, mirrored))
+        mean, std = self.rows[*places].to(index.device).float().unbind(1)
+        return (mean + std * noise[part] - self.mean) / self.std
+
+
+def hash_of(value, *others):
+    """A hash, 16 hexadecimal digits, of plain values and bytes."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
+    for other in others:
+        digest.update(other)
+    return digest.hexdigest()[:16]
+
+
+def read_note(path, identity):
+    """What latents.json says, or None where there is none: the encoding is not done. Raises `UserError`."""
+    note = path / "latents.json"
+    if not note.exists():
+        return None
+    try:
+        content = json.loads(note.read_bytes())
+        if {name: content[name] for name in identity} == identity and type(content["fingerprint"]) is str:
+            return content | {"psnr": float(content["psnr"])}
+        reason = "they are of other images, or of another VAE"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"it is damaged: {type(error).__name__}"
+    raise UserError(f"{note} does not belong to these latents ({reason}): remove {path} to have them encoded anew")
+
+
+def open_array(path, size):
+    """The latents, float16 of this size, mapped into memory. Raises `UserError` unless the file holds them all."""
+    try:
+        array = np.load(path / "latents.npy", mmap_mode="c")  # c: what torch takes for writable; none of it is written
+        if array.shape != size or array.dtype != np.float16:
+            raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 {size}")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path / 'latents.npy'} is damaged or cut short ({first_line(error):.120}): remove {path} to "
+                        "have it encoded anew") from None
+    return torch.from_numpy(array)
+
+
+def encode(images, vae, path, identity):
+    """Encodes the blocks of `images` that are not there yet, every process its share. Returns what latents.json says.
+    Raises `UserError`."""
+    size = tuple(identity["size"])
+    blocks = math.ceil(size[0] / BLOCK)
+    with parallel.rank_0_first():
+        if not parallel.RANK:
+            make_dir(path)
+    with lock_dir(path) if parallel.RANK == 0 else contextlib.nullcontext():
+        with parallel.rank_0_first():
+            if not parallel.RANK:
+                reserve(path, size, blocks)
+            marks = read_marks(path, blocks)
+        parallel.wait()  # with the first block until all have looked
+        todo = [block for block in range(blocks) if not any(marks[block])]
+        try:
+            encode_blocks(images, vae, path, size, todo[parallel.share(len(todo))])
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}; what is encoded is kept, and the same "
+                            "command goes on from there") from None
+        except KeyboardInterrupt:
+            print(f"\nwhat is encoded is kept in {path}; the same command goes on from there", file=sys.stderr)
+            raise
+        parallel.wait()
+        if not parallel.RANK:
+            content = identity | {"fingerprint": hash_of([identity["vae"], images.classes, identity["size"]],
+                                                         images.labels.numpy(), *read_marks(path, blocks)),
+                                  "psnr": round_trip(images, vae, open_array(path, size))}
+            write_atomically(path / "latents.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+            (path / "encoded").unlink()
+        parallel.wait()
+    return read_note(path, identity)
+
+
+def read_marks(path, blocks):
+    """The notes (blocks, MARK) of which blocks are there, zeros for those that are not; None where nothing is."""
+    marks = path / "encoded"
+    if not marks.is_file() or marks.stat().st_size != blocks * MARK:
+        return None
+    return np.fromfile(marks, dtype=np.uint8).reshape(blocks, MARK)
+
+
+def reserve(path, size, blocks):
+    """Makes the files for latents of this size where they are not there, and takes their space on the disk: it is
+    better to fail now. Raises `UserError`."""
+    latents, room = path / "latents.npy", 2 * math.prod(size)
+    there = latents.stat().st_size if latents.is_file() else 0
+    marks = read_marks(path, blocks)
+    if marks is not None and there > room:
+        print(f"latents   {int(marks.any(axis=1).sum())} of {blocks} blocks are in {path} already")
+        return
+    print(f"latents   are made once and kept in {path}, {show_bytes(room)}", flush=True)
+    try:
+        if room > shutil.disk_usage(path).free + there:
+            raise OSError(errno.ENOSPC, "there is not so much space left on its disk")
+        np.lib.format.open_memmap(latents, "w+", np.float16, size)
+        with latents.open("r+b") as file, contextlib.suppress(AttributeError):  # only Linux has it
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
+            latents.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot hold {show_bytes(room)} of latents: {error.strerror}; choose another "
+                            "folder with --latents") from None
+    write_atomically(path / "encoded", lambda file: file.write(bytes(blocks * MARK)))
+
+
+def show_bytes(count):
+    unit = next((unit for unit in (1e9, 1e6) if count >= unit), 1e3)
+    return f"{count / unit:.3g} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB'}[unit]}"
+
+
+def encode_blocks(images, vae, path, size, todo):
+    """Encodes these blocks. One is noted as encoded when it is on disk."""
+    total = sum(min(BLOCK, size[0] - BLOCK * block) for block in todo)
+    offset = np.load(path / "latents.npy", mmap_mode="r").offset
+    with (path / "latents.npy").open("r+b", 0) as latents, (path / "encoded").open("r+b", 0) as marks, \
+            tqdm(total=total, desc="encoding", unit=" images", disable=parallel.RANK > 0 or None) as bar:
+        for block in todo:
+            pixels = images.read(slice(BLOCK * block, BLOCK * (block + 1)))
+            x = to_float(pixels.to(vae.mean.device))
+            moments = torch.stack([vae.moments(view) for view in (x, x.flip(-1))[:size[1]]], dim=1).half()
+            if not moments.isfinite().all():
+                raise UserError("the VAE makes latents that are not finite, or too large for float16: it is broken, or "
+                                "these images are not what it has learned")
+            latents.seek(offset + BLOCK * block * 2 * math.prod(size[1:]))
+            latents.write(moments.cpu().numpy().tobytes())
+            os.fsync(latents.fileno())
+            marks.seek(MARK * block)
+            marks.write(hashlib.blake2b(pixels.contiguous().numpy(), digest_size=MARK).digest())
+            bar.update(len(pixels))
+
+
+def round_trip(images, vae, rows):
+    """The PSNR, dB, of images that were encoded and decoded: up to `SEEN`, evenly spaced."""
+    picked = torch.linspace(0, len(rows) - 1, min(SEEN, len(rows))).long()
+    pixels = torch.cat([images.read(slice(i, i + 1)) for i in picked.tolist()])
+    mean = rows[picked, 0, 0].to(vae.mean.device).float()
+    return psnr(pixels, to_uint8(vae.decode((mean - vae.mean) / vae.std)).cpu())

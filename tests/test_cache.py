@@ -1,0 +1,345 @@
+from support.commands import UserError
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import HANGS, REPOSITORY, TINY, assert_refused, same, train_until
+from PIL import Image
+from test_parallel import assert_alike, finish, torchrun
+
+import inference
+import train
+from checkpoint import load_checkpoint
+from config import Config
+from dataset import Dataset, Folder, load_dataset, to_float
+from latent import cache
+from latent.cache import Latents, open_data
+from latent.vae import VAE, load_vae, save_vae
+
+SMALL = dict(latent_channels=2, block_out_channels=(4, 8), norm_num_groups=2, mid_block_add_attention=False)
+
+
+def make_vae(channels=3, seed=0, std=(0.5, 2.0)):
+    """A random VAE of factor 2, whose posterior is wide enough to be seen."""
+    torch.manual_seed(seed)
+    vae = VAE(channels, channels, **SMALL).eval().requires_grad_(False)
+    vae.normalize_by((0.1, -0.2), std)
+    return vae
+
+
+def random_data(count=20, channels=3, **options):
+    images = torch.randint(0, 256, (count, channels, 8, 4), dtype=torch.uint8)
+    return Dataset("random", images, torch.arange(count) % 3, [*"abc"], **options)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of 8 images, so that a few images have several; the list of those that are encoded."""
+    monkeypatch.setattr(cache, "BLOCK", 8)
+    encoded, original = [], Dataset.read
+
+    def read(data, rows):
+        if rows.stop - rows.start == 8:
+            encoded.append(rows.start // 8)
+        return original(data, rows)
+
+    monkeypatch.setattr(Dataset, "read", read)
+    return encoded
+
+
+def only_folder(path):
+    folder, = path.iterdir()
+    return folder
+
+
+def test_samples_are_of_the_posterior_of_their_images(tmp_path):
+    """Their mean and standard deviation over many draws, against `VAE.encode`; and each draw by its formula."""
+    vae, data = make_vae(), random_data(3)
+    latents = Latents(data, "here", vae, False, tmp_path).load()
+    mean, std = vae.encode(to_float(data.images))
+    index = torch.arange(3).repeat(4000)
+    x = latents.x_0(index, slice(None), torch.Generator().manual_seed(1)).view(4000, *mean.shape)
+    assert latents.shape == (2, 4, 2) and std.min() > 0.05
+    torch.testing.assert_close(x.mean(dim=0), mean, atol=0.08 * std.max().item(), rtol=0)
+    torch.testing.assert_close(x.std(dim=0), std, atol=0.002, rtol=0.05)
+    noise = torch.randn(2, 2, 4, 2, generator=torch.Generator().manual_seed(7))
+    x = latents.x_0(torch.tensor([2, 0]), slice(1, 2), torch.Generator().manual_seed(7))
+    torch.testing.assert_close(x[0], mean[0] + std[0] * noise[1], atol=4e-3, rtol=1e-3)  # float16 at rest
+
+
+def test_half_are_mirrored_where_it_is_asked_for(tmp_path):
+    vae, data = make_vae(), random_data(2)
+    both = torch.stack([vae.encode(to_float(images))[0] for images in (data.images, data.images.flip(-1))])
+    for flips in (False, True):
+        latents = Latents(data, "here", vae, flips, tmp_path).load()
+        latents.rows = latents.rows.clone()
+        latents.rows[:, :, 1] = 0  # the mean alone
+        x = latents.x_0(torch.zeros(1000, dtype=int), slice(None), torch.Generator().manual_seed(0))
+        as_they_are, mirrored = ((x - variant).abs().amax(dim=(1, 2, 3)) < 0.01 for variant in both[:, 0])
+        assert (as_they_are | mirrored).all()
+        assert mirrored.sum() == pytest.approx(500, abs=60) if flips else not mirrored.any()
+
+
+def test_pixels_are_mirrored_as_latents_are():
+    data = random_data(2, flips=True)
+    x = data.x_0(torch.zeros(1000, dtype=int), slice(None), torch.Generator().manual_seed(0))
+    mirrored = (x == to_float(data.images[0]).flip(-1)).all(dim=(1, 2, 3))
+    assert ((x == to_float(data.images[0])).all(dim=(1, 2, 3)) ^ mirrored).all()
+    assert mirrored.sum() == pytest.approx(500, abs=60)
+    part = data.x_0(torch.zeros(1000, dtype=int), slice(300, 500), torch.Generator().manual_seed(0))
+    assert torch.equal(part, x[300:500])
+
+
+def test_they_are_encoded_once(tmp_path, blocks):
+    vae, data = make_vae(), random_data()
+    first = Latents(data, "here", vae, False, tmp_path).load()
+    assert blocks == [0, 1, 2]
+    again = Latents(data, "there", vae, False, tmp_path).load()
+    assert blocks == [0, 1, 2] and torch.equal(first.rows, again.rows) and first.fingerprint == again.fingerprint
+    assert sorted(path.name for path in only_folder(tmp_path).iterdir()) == ["latents.json", "latents.npy"]
+    assert again.settings == data.settings | dict(
+        vae="there", vae_hash=vae.fingerprint, latent_shape=(2, 4, 2), latent_mean=pytest.approx((0.1, -0.2)),
+        latent_std=(0.5, 2.0), clamp=False)
+    # They are kept as the VAE has them: other statistics need no other file.
+    other = Latents(data, "here", make_vae(std=(1.0, 1.0)), False, tmp_path).load()
+    assert blocks == [0, 1, 2] and torch.equal(first.rows, other.rows) and other.settings["latent_std"] == (1.0, 1.0)
+
+
+def test_of_other_images_or_another_vae_they_are_encoded_anew(tmp_path, blocks, capsys):
+    vae, data = make_vae(), random_data()
+    changed = data.images.clone()
+    changed[9, 0, 0, 0] ^= 1
+    kinds = [(data, vae, False), (data, make_vae(seed=1), False), (data, vae, True),
+             (Dataset("random", changed, data.labels, data.classes), vae, False)]
+    found = [Latents(images, "here", network, flips, tmp_path).load() for images, network, flips in kinds]
+    assert len(blocks) == 12 and len(list(tmp_path.iterdir())) == 4
+    assert capsys.readouterr().out.count("are made once and kept in") == 4
+    assert len({latents.fingerprint for latents in found}) == 4
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_was_killed_goes_on(tmp_path, blocks, monkeypatch, at):
+    """No hole, no double: within a block, whose part is written already."""
+    vae, data = make_vae(), random_data()
+    whole = Latents(data, "here", vae, False, tmp_path / "whole").load()
+    original, count = os.fsync, []
+
+    def killed(number):
+        count.append(number)
+        if len(count) == at + 2:  # the first is that of the notes
+            raise KeyboardInterrupt
+        return original(number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        Latents(data, "here", vae, False, tmp_path / "parts").load()
+    blocks.clear()
+    parts = Latents(data, "here", vae, False, tmp_path / "parts").load()
+    assert blocks == [0, 1, 2][at:]
+    assert torch.equal(whole.rows, parts.rows) and whole.fingerprint == parts.fingerprint
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dataset import Dataset, load_dataset
+from latent import cache
+from latent.vae import load_vae
+original = Dataset.read
+def read(data, rows):
+    if rows.start >= 512:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(data, rows)
+Dataset.read = read
+cache.Latents(load_dataset("digits", ""), "here", load_vae(sys.argv[1]), False, Path(sys.argv[2])).load()
+"""
+
+
+def test_kill_9(tmp_path, capsys):
+    save_vae(make_vae(1), tmp_path / "vae")
+    process = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "vae", tmp_path / "latents"], timeout=HANGS,
+                             cwd=REPOSITORY, capture_output=True)
+    assert process.returncode == -9, process.stderr
+    vae, data = load_vae(tmp_path / "vae"), load_dataset("digits", "")
+    latents = Latents(data, "here", vae, False, tmp_path / "latents").load()
+    assert "2 of 6 blocks are in" in capsys.readouterr().out
+    assert torch.equal(latents.rows, Latents(data, "here", vae, False, tmp_path / "other").load().rows)
+
+
+def test_a_folder_is_read_block_by_block(tmp_path, monkeypatch):
+    """A data set of any size; each image is encoded as `load_dataset` reads it."""
+    for i in range(20):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        array = np.random.default_rng(i).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    save_vae(make_vae(), tmp_path / "vae")
+    monkeypatch.setattr(cache, "BLOCK", 8)
+    config = Config(dataset="folder", data_dir=str(tmp_path / "data"), vae=str(tmp_path / "vae"))
+    data = load_dataset("folder", tmp_path / "data")
+    monkeypatch.setattr(Folder, "load", None)
+    most, original = [], Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, rows: most.append(rows.stop - rows.start) or original(self, rows))
+    latents = open_data(config, torch.device("cpu"), tmp_path / "latents").load()
+    assert max(most) == 8 and len(latents.rows) == 20 and torch.equal(latents.labels, data.labels)
+    vae = load_vae(tmp_path / "vae")
+    assert torch.equal(latents.rows[:, 0], vae.moments(to_float(data.images)).half())
+    # Another file of the same name, size and place is another image
+    file = tmp_path / "data" / "a" / "0.png"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    assert open_data(config, torch.device("cpu"), tmp_path / "latents").load().fingerprint == latents.fingerprint
+    assert len(list((tmp_path / "latents").iterdir())) == 2  # looked at again, and found to be the same
+
+
+def test_there_and_back_is_measured(tmp_path, monkeypatch):
+    """Of a VAE that returns what it got, or always grey."""
+    data = random_data()
+    mean_square = ((data.images.float() - 128).square().flatten(1).mean(1))
+    for decode, expected in ((lambda z: z.repeat(1, 1, 2, 2), None), (
+            lambda z: torch.zeros(len(z), 3, 8, 4), (10 * torch.log10(255**2 / mean_square)).mean().item())):
+        vae = make_vae()
+        monkeypatch.setattr(vae, "reconstruct", decode)
+        if expected:
+            latents = Latents(data, "here", vae, False, tmp_path).load()
+            assert f"round trip {expected:.1f} dB" in latents.summary
+
+
+# What cannot be
+
+
+def test_a_damaged_cache(tmp_path):
+    vae, data = make_vae(), random_data()
+    Latents(data, "here", vae, False, tmp_path).load()
+    folder = only_folder(tmp_path)
+    note, file = folder / "latents.json", folder / "latents.npy"
+    text, content = note.read_text(), file.read_bytes()
+
+    def refused(words):
+        with pytest.raises(UserError, match=words) as error:
+            Latents(data, "here", vae, False, tmp_path).load()
+        assert str(folder) in str(error.value) and "remove" in str(error.value)
+
+    for damage in (content[:-1], content[:100], b"", content[:20] + b"x" * 60 + content[80:]):
+        file.write_bytes(damage)
+        refused("damaged or cut short")
+    np.save(file, np.zeros((20, 1, 2, 2, 4, 2), np.float32))
+    refused("float32")
+    file.write_bytes(content)
+    for damage in ("", "[]", "{}", text[:-5], text.replace('"psnr": ', '"psnr": []+'), "[" * 100_000):
+        note.write_text(damage)
+        refused("damaged")
+    note.write_text(json.dumps(json.loads(text) | {"vae": "0123456789abcdef"}))
+    refused("another VAE")
+    note.write_text(text)
+    Latents(data, "here", vae, False, tmp_path).load()
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    """It is known before the work, or the system says so, or it happens in the midst: what was there stays."""
+    vae, data = make_vae(), random_data(300)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match=r"cannot hold 19.2 kB of latents.*--latents"):
+            Latents(data, "here", vae, False, tmp_path).load()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if hasattr(os, "posix_fallocate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(UserError, match="No space left on device; choose another"):
+                Latents(data, "here", vae, False, tmp_path).load()
+        assert [path.name for path in only_folder(tmp_path).iterdir()] == []
+    with monkeypatch.context() as patch:
+        original, calls = os.fsync, []
+        patch.setattr(os, "fsync", lambda number: full() if len(calls) == 2 else calls.append(1) or original(number))
+        with pytest.raises(UserError, match="No space left on device; what is encoded is kept"):
+            Latents(data, "here", vae, False, tmp_path).load()
+    assert len(Latents(data, "here", vae, False, tmp_path).load().rows) == 300
+
+
+def test_latents_that_are_not_finite(tmp_path):
+    for broken in (float("nan"), 1e9):
+        vae = make_vae()
+        vae.quant_conv.bias[:] = broken
+        with pytest.raises(UserError, match="not finite"):
+            Latents(random_data(), "here", vae, False, tmp_path).load()
+
+
+def test_images_that_do_not_fit(call, tmp_path):
+    save_vae(make_vae(3), tmp_path / "vae")
+    flags = [*TINY, "--vae", tmp_path / "vae", "--run-dir", tmp_path / "run", "--latents", tmp_path / "latents"]
+    assert_refused(call(train, *flags, "--channels", 1), "reads images of 3 channels", "--channels 3")
+    assert_refused(call(train, *flags, "--image-size", "7x9"), "2 x 2 pixels", "7 x 9", "--image-size 8x8")
+    assert_refused(call(train, *flags, "--image-size", 12), "latents of 6", "--patch-size", "--image-size to 16")
+    assert_refused(call(train, *flags, "--vae", tmp_path), "holds no config.json")
+    assert_refused(call(train, *flags, "--flips"), "--flips", "mirror")
+    assert not (tmp_path / "latents").exists()  # it is known before the work
+
+
+# Training on them
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latent")
+    save_vae(make_vae(1), folder / "vae")
+    return [*TINY, "--vae", folder / "vae", "--latents", folder / "latents"]
+
+
+def test_a_resumed_run_is_the_same_run(call, flags, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, _ = call(train, *flags, "--steps", 7, "--run-dir", whole)
+    assert code == 0 and "2 x 4 x 4 of" in out and "round trip" in out and "16 tokens" in out
+    train_until(call, [*flags, "--steps", 7, "--run-dir", parts], 3)
+    # The VAE has moved, and its statistics have been measured anew
+    vae = load_vae(flags[-3])
+    vae.normalize_by((3.0,), (4.0,))
+    save_vae(vae, tmp_path / "moved")
+    resumed = [*flags, "--vae", tmp_path / "moved", "--steps", 7, "--run-dir", parts, "--resume"]
+    assert call(train, *resumed)[0] == 0
+    a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(parts / "model.pth")
+    for part in ("model", "ema", "optimizers", "window", "step", "data"):
+        assert same(a[part], b[part]), part
+    assert a["config"].vae == str(flags[-3]) and b["config"].vae == str(tmp_path / "moved")
+    assert a["config"].latent_std == b["config"].latent_std == (0.5, 2.0)
+    assert (whole / "samples_000007.png").read_bytes() == (parts / "samples_000007.png").read_bytes()
+
+
+def test_draws_without_a_flag(call, flags, tmp_path):
+    run = tmp_path / "run"
+    assert call(train, *flags, "--steps", 2, "--run-dir", run)[0] == 0
+    out = tmp_path / "out.png"
+    code, _, err = call(inference, "--checkpoint", run, "--out", out, "--count", 1)
+    assert code == 0, err
+    with Image.open(out) as image:
+        assert image.width > 10 * 8
+
+
+def test_another_vae_goes_on_with_no_run(call, flags, tmp_path):
+    run, pixels = tmp_path / "run", tmp_path / "pixels"
+    assert call(train, *flags, "--steps", 2, "--run-dir", run)[0] == 0
+    save_vae(make_vae(1, seed=5), tmp_path / "other")
+    again = [*flags, "--vae", tmp_path / "other", "--steps", 4, "--resume", "--run-dir"]
+    assert_refused(call(train, *again, run), "another VAE")
+    assert call(train, *TINY, "--steps", 2, "--run-dir", pixels)[0] == 0
+    assert_refused(call(train, *again, pixels), "cannot be resumed with other settings", "vae")
+
+
+def test_processes_share_the_encoding_and_the_steps(command, flags, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    steady = [*flags, "--batch-size", 9, "--lr-decay", "constant", "--precision", "fp32", "--steps", 4]
+    process = command("train.py", *steady, "--run-dir", one, "--latents", tmp_path / "a")
+    assert process.returncode == 0, process.stderr
+    finish(torchrun(2, "train.py", *steady, "--run-dir", two, "--latents", tmp_path / "b"))
+    assert_alike(one, two)
+    files = [only_folder(tmp_path / name) / "latents.npy" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
