@@ -21,11 +21,17 @@ class Config:
 
     # Data
     dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), folder (one folder per class), "
-                        "or auto: mnist, and digits where mnist cannot be had",
-                        choices=("auto", "mnist", "digits", "folder"))
-    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder the folder of classes")
+                        "or auto: mnist, and digits where mnist cannot be had; moving (clips of these digits), clips "
+                        "(one folder per class, of GIFs or folders of frames)",
+                        choices=("auto", "mnist", "digits", "folder", "moving", "clips"))
+    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder and clips the folder of "
+                         "classes")
+    digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
+    speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
                              "16x32x32; 0 = as the data set has them", 1, 1024)
+    sizes: tuple = flag((), "of clips: more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or "
+                        "image_size", 1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
@@ -103,13 +109,16 @@ class Config:
     clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels, which latents do not have")
 
     def __post_init__(self):
-        for name in SIZES:
-            object.__setattr__(self, name, as_size(getattr(self, name)))
+        for name, read in SIZES.items():
+            object.__setattr__(self, name, read(getattr(self, name)))
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
             raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
         self.check_latents()
+        if self.sizes and (self.latent_shape or {len(size) for size in (*self.sizes, self.image_size)} - {0, 3}):
+            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several, each frames x "
+                            "height x width")
         if self.variance == "learned" and self.process != "ddpm":
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
         if self.beta_start > self.beta_end:
@@ -156,6 +165,11 @@ class Config:
         return self.latent_shape or (self.channels, *self.image_size)
 
     @property
+    def largest(self):
+        """The largest number along each axis of all the sizes that the network sees."""
+        return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
+
+    @property
     def output_channels(self):
         """What the network predicts for each position: the noise or the image, and perhaps the variance."""
         return self.input_shape[0] * (2 if self.variance == "learned" else 1)
@@ -173,10 +187,11 @@ def check_eta(config, given):
                         "add --sampler ddim, or leave --eta out")
 
 
-SIZES = ("image_size", "patch_size")
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},
+    # Clips of a moving digit: more noise, since 16 frames tell more of it than one
+    "moving": dict(dataset="moving", patch_size="2x8x8", batch_size=32, shift=6.0, sample_steps=8, guidance=2.0),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,
@@ -208,6 +223,21 @@ def as_size(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_sizes(value):
+    """Several sizes as a tuple of them, from a list, or as in "8x32x32,16x32x64"; 0 stands for ()."""
+    value = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(size for size in map(as_size, value) if size != ()) if isinstance(value, (list, tuple)) else value
+
+
+# The fields that hold sizes, and how they are read
+SIZES = {"image_size": as_size, "patch_size": as_size, "sizes": as_sizes}
+
+
+def show_sizes(sizes):
+    """8x32x32,16x32x64"""
+    return ",".join(map(show_size, sizes))
+
+
 def show_size(size):
     """28, 28x20 or 16x32x32."""
     return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
@@ -221,8 +251,9 @@ def check_value(field, value):
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
     if field.name in SIZES:
-        if value and (len(value) not in (2, 3) or not all(type(side) is int and rule["low"] <= side <= rule["high"]
-                                                          for side in value)):
+        sizes = value if field.name == "sizes" else [value] if value else []
+        if not all(type(size) is tuple and len(size) in (2, 3) and all(
+                type(side) is int and rule["low"] <= side <= rule["high"] for side in size) for size in sizes):
             raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, or of clips "
                             f"frames, height and width, such as 16x32x32, each between {rule['low']} and "
                             f"{rule['high']}")
@@ -242,7 +273,7 @@ def add_flags(parser, names=None):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=as_size if field.name in SIZES else field.type, choices=rule["choices"],
+                type=SIZES.get(field.name, field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
             default = 0 if field.name in SIZES else field.default
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,

@@ -161,9 +161,9 @@ class DiT(nn.Module):
 
 def build_model(config):
     """The untrained `DiT` of a `Config` whose sizes are all known."""
-    channels, *size = config.input_shape
-    return DiT(size, config.patch_size, channels, config.num_classes, config.hidden_size, config.depth,
-               config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute, config.output_channels)
+    return DiT(config.largest, config.patch_size, config.input_shape[0], config.num_classes, config.hidden_size,
+               config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute,
+               config.output_channels)
 
 
 def main():

@@ -21,7 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import checkpoint_file, load_model
-from config import SAMPLING, add_flags, check_eta, given_flags
+from config import SAMPLING, add_flags, as_size, check_eta, given_flags, show_size
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
 from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
 from latent.vae import open_vae
@@ -59,11 +59,12 @@ def noise_source(seed, indices, shape, device, calls=1):
 
 
 @torch.no_grad()
-def sample(model, config, labels, indices=None, way=from_noise, source=None):
+def sample(model, config, labels, indices=None, way=from_noise, source=None, size=()):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
+    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`. size: in
+    the place of the configuration's, another that the model knows.
     A generator: yields the noise (B, C, *size) that it starts from, then x after each step; the last one is the images,
     in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
@@ -71,7 +72,8 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
+    shape = (config.input_shape[0], *size) if size else config.input_shape
+    noise = (source or noise_source)(config.seed, indices, shape, labels.device, config.sample_steps)
     process, bound = build_process(config), BOUND if config.clamp else math.inf
     options = {"ddim": {"eta": config.eta}, "ddpm": {"spread": lambda: process.spread}}.get(config.sampler, {})
     sampler = functools.partial(SAMPLERS[config.sampler], **options)
@@ -202,6 +204,17 @@ def check_changes(args):
         raise UserError("--morph names its labels itself: leave --labels out")
     if args.to_seed is not None and not (0 <= args.to_seed < 2**63 and args.to_seed != getattr(args, "seed", 0)):
         raise UserError(f"--to-seed {args.to_seed}: must be another seed than --seed, and not below 0")
+
+
+def check_drawn_size(config, args):
+    """Raises `UserError` unless the model can draw in the size that --size names."""
+    if args.size and (config.latent_shape or len(args.size) != 3 or len(config.image_size) != 3
+                      or any(side > most for side, most in zip(args.size, config.largest, strict=True))):
+        raise UserError(f"--size {show_size(args.size)}: this model draws " + (
+            f"clips of at most {show_size(config.largest)}" if len(config.image_size) == 3 and not config.latent_shape
+            else f"nothing but {show_size(config.image_size)}"))
+    if args.size and (args.edit is not None or args.inpaint is not None):
+        raise UserError("--size is for what is drawn anew, not for --edit and --inpaint")
 
 
 def prepare(model, config, args, frames):
@@ -345,6 +358,8 @@ def parse_args():
     parser.add_argument("--labels", nargs="+", help="what to draw, names or numbers: 31415, or a list: 3 1 4, cat dog "
                         "(default: each label)")
     parser.add_argument("--count", type=int, help="how many of each (default: 8, with --strip 1)")
+    parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="of clips: draw them in another size "
+                        "that the model has learned (train.py --sizes)")
     parser.add_argument("--out", help="the picture to write (default: samples.png, strip.png or samples.gif)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, or the frames of each "
@@ -380,14 +395,15 @@ def main():
     args = parse_args()
     check_changes(args)
     model, config = load_for_sampling(args)
-    count = math.prod(config.image_size[:-2])  # of frames
+    check_drawn_size(config, args)
+    count = math.prod((args.size or config.image_size)[:-2])  # of frames
     animated = args.gif or (count > 1 and not args.strip)
     if args.out is None:
         args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"
     check_picture(args.out, animated)
     config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
     shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
-    states = draw_states(model, config, labels, args.count, shown, **options)
+    states = draw_states(model, config, labels, args.count, shown, size=args.size, **options)
     save_animation(args.out, *lay_out(states, config, labels, args))
     kind = f"clips of {count} frames" if count > 1 else "images"
     print(f"{args.out}: {states.shape[1]} {kind}, {config.sampler} with {config.sample_steps} steps, guidance "

@@ -14,7 +14,7 @@ from support.commands import (
 )
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
-from support.pictures import grid, save_picture
+from support.pictures import frames_of, grid, save_animation
 from support.run_log import RunLog, plot_loss
 from support.run_page import write_page
 
@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
+from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags, show_divisors, show_size, show_sizes
 from diffusion import Process, build_process
 from dit import build_model
-from inference import sample, to_images
+from inference import FRAME, sample, to_images
 from latent.cache import open_data
+from video.clips import CLIPS
 
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
@@ -59,13 +60,15 @@ class Run:
 
 
 def make_batch(data, process, config, step, part=slice(None)):
-    """The batch of step `step`, on the device of the data: x_0 (B, C, H, W), labels y (B,), some of them the null
+    """The batch of step `step`, on the device of the data: x_0 (B, C, *size), labels y (B,), some of them the null
     label, times t (B,) and noise. part: this process's shard of the B images."""
     device, B = data.labels.device, config.batch_size
     # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
     words = [config.seed % 2**32, step, config.seed // 2**32]
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(seed))
+    if config.sizes:
+        data = data.at((data.shape[1:], *config.sizes)[int(seed) % (1 + len(config.sizes))])
     index = torch.randint(len(data.labels), (B,), generator=generator, device=device)
     t = process.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *data.shape), generator=generator, device=device)
@@ -193,7 +196,8 @@ def warned():
 
 
 def draw_samples(run, path, device, stop):
-    """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
+    """Writes the grid of samples: the same noise and labels at every step of training. Clips move in it. Gives up when
+    `stop()`."""
     config = run.config
     if parallel.RANK and not config.shard:
         return
@@ -204,11 +208,13 @@ def draw_samples(run, path, device, stop):
         x = state
     if parallel.RANK == 0:
         with warned():
-            save_picture(path, grid(to_images(x, config), columns=10))
+            save_animation(path, [grid(view, columns=10) for view in frames_of(to_images(x, config))], FRAME)
 
 
 def show_setting(name, value):
     """The value of a field of `Config`, in a few words."""
+    if name == "sizes":
+        return show_sizes(value) or "0"
     if name in SIZES:
         return show_size(value) if value else "0"
     return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
@@ -245,6 +251,8 @@ def can_compile(device):
 def resolve(config, data, device):
     """The configuration with all filled in that the data set and the device decide."""
     config, patch = dataclasses.replace(config, **data.settings, patch_size=()), config.patch_size
+    for size in config.sizes:
+        data.at(size)  # or it says that it cannot
     name, size = ("latents of" if config.latent_shape else "image_size"), config.input_shape[1:]
     if not patch and any(side % 4 for side in size):
         near = show_size([round(side / 4) * 4 * image // side or 4
@@ -266,7 +274,7 @@ def configure(settings, path, resume):
     config = saved["config"]
     changeable = (*CHANGEABLE, *(["vae"] if config.vae else []))  # it may have moved
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in changeable and (as_size(value) if name in SIZES else value) != getattr(config, name)
+                   if name not in changeable and SIZES.get(name, lambda value: value)(value) != getattr(config, name)
                    and not (name in AUTOMATIC and value in ("auto", 0, ()))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
@@ -314,7 +322,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents"):
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
         if not resume and path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        data = open_data(config, device, latents)
+        data = CLIPS.get(config.dataset, open_data)(config, device, latents)
         config = resolve(config, data, device)
         data = data.load()
         if saved and saved["data"] != data.fingerprint:

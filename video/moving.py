@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from config import show_size
 from dataset import Images, load_dataset
 
 SIZE = (16, 32, 32)  # frames, height and width, where the user names none
@@ -77,6 +78,14 @@ class Moving(Images):
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:16]
 
+    def load(self):
+        return self
+
+    def at(self, size):
+        """The same in another size (T, H, W)."""
+        check_size(size)
+        return dataclasses.replace(self, shape=(1, *size))
+
     def to(self, device):
         return dataclasses.replace(self, **{name: getattr(self, name).to(device)
                                             for name in ("images", "shown", "paces", "labels")})
@@ -102,18 +111,23 @@ class Moving(Images):
         return frames.unflatten(0, digits.shape[:2]).amax(1)[:, None] * 2 - 1
 
 
+def check_size(size):
+    """Raises `UserError` unless digits can move in clips of this size."""
+    if len(size) == 2 or min(size[1:]) < 2 * MARGIN + 2:
+        raise UserError(f"image_size {show_size(size)} is none of clips of moving digits: say frames x height x width, "
+                        f"such as --image-size {show_size(SIZE)}, of which no side is below {2 * MARGIN + 2} pixels")
+
+
 def load_moving(config, train=True):
-    """The clips that a `Config` says, of the training or the test part of MNIST, or of scikit-learn's digits where MNIST
-    cannot be had: a `Moving`. Raises `UserError`."""
+    """The clips that a `Config` says, of the training or the test part of MNIST, or where that cannot be had of
+    scikit-learn's digits: a `Moving`. Raises `UserError`."""
+    size = config.image_size or SIZE
+    check_size(size)
     data = load_dataset("auto", config.data_dir, train)
     images = data.images[:, 0]
     if images.shape[-1] < 28:  # scikit-learn's digits, as large as MNIST's
         images = F.interpolate(data.images.float(), (20, 20), mode="bicubic").clamp(0, 255).round().byte()
         images = F.pad(images, (4, 4, 4, 4))[:, 0]
-    size = SIZE[:3 - len(config.image_size)] + config.image_size
-    if min(size[1:]) < 2 * MARGIN + 2:
-        raise UserError(f"image_size {size[1]} x {size[2]} leaves no room for a digit to move: set --image-size to 32, "
-                        f"or to {2 * MARGIN + 2} at the least")
     N = len(images)
     first, names = torch.arange(N), [str(digit) for digit in range(10)]
     shown, labels = first[:, None], data.labels

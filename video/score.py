@@ -188,7 +188,8 @@ def main():
     parser = sampling_parser("Draws clips of one moving digit from a checkpoint, and scores them beside real clips of "
                              "test digits: is it the digit asked for, in all frames, and does it move in a straight "
                              "line and bounce?")
-    parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: 500)")
+    parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
+                        "500)")
     parser.add_argument("--given", type=int, default=4, help="frames of real clips to continue (RePaint, 2201.09865; "
                         "default: 4)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
@@ -197,7 +198,7 @@ def main():
         raise UserError(f"--count {args.count}: must lie between 20 and 100,000")
     model, config = load_for_sampling(args)
     if config.dataset != "moving" or config.digits != 1:
-        raise UserError(f"{args.checkpoint} does not draw clips of one moving digit (--dataset moving, --digits 1), and "
+        raise UserError(f"{args.checkpoint} does not draw clips of one moving digit (--dataset moving, --digits 1): "
                         "only these can be scored")
     T = config.image_size[0]
     if not 0 < args.given < T:
