@@ -379,7 +379,7 @@ def lay_out(states, config, labels, args):
         there = [grid(images, min(args.count, 10)) for images in frames[0].unflatten(0, (args.count, -1)).unbind(1)]
         way = [60] * (len(there) - 2)
         return there + there[-2:0:-1], [1000, *way, 1000, *way]
-    views = frames if len(frames) > 1 else states
+    views = [view for state in states for view in frames_of(state)]
     if args.morph is not None:
         pictures = [grid(view, len(labels)) for view in views]
     elif args.strip:
