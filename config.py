@@ -20,12 +20,12 @@ class Config:
     """All settings of a run. Raises `UserError` when a value has the wrong type or is out of range."""
 
     # Data
-    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), folder (one folder per class), "
-                        "or auto: mnist, and digits where mnist cannot be had; moving (clips of these digits), clips "
-                        "(one folder per class, of GIFs or folders of frames)",
-                        choices=("auto", "mnist", "digits", "folder", "moving", "clips"))
-    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/, or for --dataset folder and clips the folder of "
-                         "classes")
+    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), sprites (64x64, in colour: 9 actions), "
+                        "folder (one folder per class), or auto: mnist, and digits where mnist cannot be had; moving "
+                        "(clips of these digits), clips (one folder per class, of GIFs or folders of frames)",
+                        choices=("auto", "mnist", "digits", "sprites", "folder", "moving", "clips"))
+    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/ or Sprites/, or for --dataset folder and clips "
+                         "the folder of classes")
     digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
     speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
@@ -266,10 +266,10 @@ def check_value(field, value):
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
 
 
-def add_flags(parser, names=None):
-    """Adds a flag to `parser` for each field of `Config`, or for those in `names`. The flags have no default: the
-    namespace holds only what the user gave."""
-    for field in dataclasses.fields(Config):
+def add_flags(parser, names=None, of=Config):
+    """Adds a flag to `parser` for each field of a class such as `Config`, or for those in `names`. The flags have no
+    default: the namespace holds only what the user gave."""
+    for field in dataclasses.fields(of):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
@@ -280,7 +280,7 @@ def add_flags(parser, names=None):
                                 help=f"{rule['help']} (default: {default})")
 
 
-def given_flags(args):
-    """The fields of `Config` that the user set on the command line, as a dict."""
-    names = {field.name for field in dataclasses.fields(Config)}
+def given_flags(args, of=Config):
+    """The fields of a class such as `Config` that the user set on the command line, as a dict."""
+    names = {field.name for field in dataclasses.fields(of)}
     return {name: value for name, value in vars(args).items() if name in names}

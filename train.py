@@ -59,16 +59,20 @@ class Run:
     process: Process
 
 
+def step_generator(seed, step, device):
+    """The generator of all that step `step` of a run draws."""
+    # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
+    words = np.random.SeedSequence([seed % 2**32, step, seed // 2**32]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]))
+
+
 def make_batch(data, process, config, step, part=slice(None)):
     """The batch of step `step`, on the device of the data: x_0 (B, C, *size), labels y (B,), some of them the null
     label, times t (B,) and noise. part: this process's shard of the B images."""
     device, B = data.labels.device, config.batch_size
-    # Injective: seeds of 64 bits are two words, and no two pairs of seed and step share their words.
-    words = [config.seed % 2**32, step, config.seed // 2**32]
-    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device).manual_seed(int(seed))
+    generator = step_generator(config.seed, step, device)
     if config.sizes:
-        data = data.at((data.shape[1:], *config.sizes)[int(seed) % (1 + len(config.sizes))])
+        data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
     index = torch.randint(len(data.labels), (B,), generator=generator, device=device)
     t = process.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *data.shape), generator=generator, device=device)
@@ -134,7 +138,7 @@ def round_weights(run):
 def take_gradients(run):
     """Moves the gradients of the worker's bfloat16 copy, where there is one, to the weights."""
     for weight, copied in zip(run.model.parameters(), run.worker.parameters(), strict=True):
-        if copied is not weight:
+        if copied is not weight and copied.grad is not None:
             weight.grad, copied.grad = copied.grad.float(), None
 
 
@@ -297,13 +301,14 @@ def announce(config, data, model, device, start, run_dir):
           flush=True)
 
 
-def train(config, run_dir="run", resume=False, device=None, latents="latents"):
+def train(config, run_dir="run", resume=False, device=None, latents="latents", until=None):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
     config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
     latents: the folder that keeps the latents of images, where the configuration names a VAE.
+    until: stop after this step, with a checkpoint to resume from; None: after the last one.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -328,7 +333,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents"):
         if saved and saved["data"] != data.fingerprint:
             raise UserError(f"{path} was trained on other data: images, labels or names of classes have changed since; "
                             "bring them back, or train a new run")
-        return train_on(config, data, saved, run_dir, device)
+        return train_on(config, data, saved, run_dir, device, until or config.steps)
 
 
 def due(config, done, every):
@@ -336,11 +341,11 @@ def due(config, done, every):
     return done % every == 0 or done == config.steps
 
 
-def log_and_save(run, log, path, done, seconds, data, stopped):
-    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that is `stopped` saves.
+def log_and_save(run, log, path, done, seconds, data, stops):
+    """Writes the row of the log and the checkpoint that are due after `done` steps; a run that `stops` there saves.
     Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
     config = run.config
-    log_now, save_now = due(config, done, config.log_every), stopped or due(config, done, config.checkpoint_every)
+    log_now, save_now = due(config, done, config.log_every), stops or due(config, done, config.checkpoint_every)
     if (log_now or save_now) and not log.collect():
         raise not_finite("loss is", config, done)
     if log_now:
@@ -350,7 +355,7 @@ def log_and_save(run, log, path, done, seconds, data, stopped):
     return bool(save_now)
 
 
-def train_on(config, data, saved, run_dir, device):
+def train_on(config, data, saved, run_dir, device, until):
     """The training loop; see `train`."""
     run = start_run(config, device, saved)
     fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
@@ -367,7 +372,7 @@ def train_on(config, data, saved, run_dir, device):
 
         if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
             draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
-        for step in range(start, config.steps):
+        for step in range(start, until):
             # Learn.
             batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
             log.add(train_step(run, batch, step), batch[2])
@@ -375,7 +380,7 @@ def train_on(config, data, saved, run_dir, device):
 
             # Log and save.
             try:
-                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped):
+                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped or done == until):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None

@@ -12,6 +12,7 @@ on from there.
 from support import parallel
 from support.commands import UserError, first_line
 from support.files import lock_dir, make_dir, write_atomically
+from support.pictures import psnr
 
 import contextlib
 import dataclasses
@@ -29,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import Folder, load_dataset, to_float, to_uint8
-from latent.vae import check_same, load_vae, psnr
+from latent.vae import check_same, check_shapes, load_vae
 
 BLOCK = 256     # images between two notes
 MARK = 16       # bytes of a note: a hash of the block's pixels
@@ -53,23 +54,11 @@ def open_data(config, device, folder="latents", images=None):
         if config.latent_shape:  # of a run that goes on
             check_same(config.vae, vae, config.vae_hash)
             vae.normalize_by(config.latent_mean, config.latent_std)
-        of["channels"] = of["channels"] or vae.settings["in_channels"]
+        of["channels"] = of["channels"] or vae.image_channels
         images = images or (Folder(config.data_dir, **of) if config.dataset == "folder" else
                             load_dataset(config.dataset, config.data_dir, **of))
     check_shapes(config.vae, vae, images.shape)
     return Latents(images, config.vae, vae, config.flips, Path(folder))
-
-
-def check_shapes(name, vae, shape):
-    """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
-    C, *size = shape
-    if vae.settings["in_channels"] != C:
-        raise UserError(f"the VAE {name} reads images of {vae.settings['in_channels']} channels, but these have {C}: "
-                        f"set --channels {vae.settings['in_channels']}, or choose another VAE")
-    if any(side % vae.factor for side in size):
-        near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
-        raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "
-                        f"{size[0]} x {size[1]}: set --image-size {near}")
 
 
 class Latents:
@@ -100,7 +89,8 @@ class Latents:
         self.rows, self.fingerprint = open_array(path, size), note["fingerprint"]
         fewer = math.prod(images.shape) / math.prod(self.shape)
         self.summary = (f"{images.summary}\nlatents   {' x '.join(map(str, self.shape))} of {self.settings['vae']}, "
-                        f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB")
+                        f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB"
+                        f"{kept_distance(self.settings['vae'], vae, images)}")
         del self.images, self.vae  # and their memory
         return self
 
@@ -119,6 +109,17 @@ class Latents:
         places = (numbers[part].to(self.rows.device) for numbers in (index, mirrored))
         mean, std = self.rows[*places].to(index.device).float().unbind(1)
         return (mean + std * noise[part] - self.mean) / self.std
+
+
+def kept_distance(name, vae, images):
+    """What `python -m measure.score --vae` has found out about the VAE called `name`, and kept in its folder: "" where
+    nothing, or it was of another VAE or of other images."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        kept = json.loads((Path(name) / "round_trip.json").read_bytes())
+        if (kept["vae_hash"], kept["dataset"], kept["shape"]) == (
+                vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"), images.name, list(images.shape)):
+            return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
+    return ""
 
 
 def hash_of(value, *others):

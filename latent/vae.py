@@ -171,22 +171,30 @@ class VAE(nn.Module):
 
     The settings have diffusers' names and defaults. block_out_channels: the width of each level, of which each but the
     last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
+
+    One is ours: patch_size p. Above 1 the network sees patches, their pixels as channels, (B, C p^2, H / p, W / p):
+    convolutions of whole images cost most. in_channels and out_channels are then C p^2.
     """
 
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
-                 norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True):
+                 norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
+                 patch_size=1):
         super().__init__()
         self.settings = dict(in_channels=in_channels, out_channels=out_channels, latent_channels=latent_channels,
                              block_out_channels=tuple(block_out_channels), layers_per_block=layers_per_block,
                              norm_num_groups=norm_num_groups, mid_block_add_attention=mid_block_add_attention,
                              use_quant_conv=use_quant_conv, use_post_quant_conv=use_post_quant_conv)
+        if patch_size > 1:  # else the settings are diffusers' alone
+            self.settings["patch_size"] = patch_size
         shape = tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention
         self.encoder = Encoder(in_channels, latent_channels, *shape)
         self.decoder = Decoder(out_channels, latent_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = (nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv
                                 else nn.Identity())
-        self.factor = 2 ** (len(block_out_channels) - 1)
+        self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(block_out_channels) - 1)
+        self.image_channels = out_channels // patch_size**2
         self.normalize_by((0.0,), (1.0,))
 
     def normalize_by(self, mean, std):
@@ -198,12 +206,12 @@ class VAE(nn.Module):
 
     def posterior(self, x):
         """Mean and standard deviation of the latents of images x, each (B, C_latent, h, w)."""
-        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.patch_size))).chunk(2, dim=1)
         return mean, (log_variance.clamp(-30, 20) / 2).exp()
 
     def reconstruct(self, z):
         """The images (B, C, H, W) of latents z that are not normalized."""
-        return self.decoder(self.post_quant_conv(z))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.patch_size)
 
     @torch.no_grad()
     def moments(self, x):
@@ -254,17 +262,12 @@ def in_full_batches(function, x, pixels):
     return torch.cat(parts)
 
 
-def psnr(images, others):
-    """Peak signal-to-noise ratio of images uint8 (B, C, H, W) and others, dB: the mean over the images."""
-    errors = (images.float() - others.float()).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(255**2 / errors.clamp(min=1e-10))).mean().item()
-
-
 # Its folder
 
 
 def save_vae(vae, folder):
-    """Writes a VAE as a folder that `load_vae` and diffusers read. Raises `UserError` when that cannot be done."""
+    """Writes a VAE as a folder that `load_vae` and diffusers read, in float16 where that changes nothing. Raises
+    `UserError` when that cannot be done."""
     folder = Path(folder)
     make_dir(folder)
     mean, std = (numbers.flatten().expand(vae.settings["latent_channels"]).tolist() for numbers in (vae.mean, vae.std))
@@ -273,6 +276,9 @@ def save_vae(vae, folder):
               "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
               "scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
     state = {name: weight.detach().cpu().contiguous() for name, weight in vae.state_dict().items()}
+    halves = {name: weight.half() for name, weight in state.items()}
+    if all(torch.equal(halves[name].to(weight.dtype), weight) for name, weight in state.items()):
+        state = halves
     write_atomically(folder / WEIGHTS, lambda file: file.write(safetensors.torch.save(state)))
     write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(config, indent=2).encode()))
 
@@ -297,7 +303,7 @@ def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
     if not name:
         raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
     vae = load_vae(name, device)
-    made = (vae.settings["out_channels"], *(side * vae.factor for side in latent_shape[1:]))
+    made = (vae.image_channels, *(side * vae.factor for side in latent_shape[1:]))
     if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
         raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
                         f"this model's are images {shape} out of latents {latent_shape}")
@@ -311,6 +317,18 @@ def check_same(name, vae, fingerprint):
     if fingerprint not in ("", vae.fingerprint):
         raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
                         f"hash {vae.fingerprint}, not {fingerprint:.16}")
+
+
+def check_shapes(name, vae, shape):
+    """Raises `UserError` unless the `VAE` called `name` makes latents of images of this shape (C, H, W)."""
+    C, *size = shape
+    if vae.image_channels != C:
+        raise UserError(f"the VAE {name} reads images of {vae.image_channels} channels, but these have {C}: set "
+                        f"--channels {vae.image_channels}, or choose another VAE")
+    if any(side % vae.factor for side in size):
+        near = "x".join(str(max(1, round(side / vae.factor)) * vae.factor) for side in size)
+        raise UserError(f"the VAE {name} makes one latent of {vae.factor} x {vae.factor} pixels, which do not divide "
+                        f"{size[0]} x {size[1]}: set --image-size {near}")
 
 
 def find_files(name):
@@ -369,7 +387,8 @@ def check_settings(settings, config):
     """Raises `UserError` unless the settings make a `VAE`, and what else is in `config` is what that can do."""
     widths, groups = settings["block_out_channels"], settings["norm_num_groups"]
     for name, value in settings.items():
-        high = {"block_out_channels": 8192, "latent_channels": 1024, "norm_num_groups": 8192}.get(name, 16)
+        high = {"block_out_channels": 8192, "norm_num_groups": 8192, "layers_per_block": 16,
+                "patch_size": 16}.get(name, 1024)
         if name.startswith(("use_", "mid_")):
             sound = type(value) is bool
         else:
@@ -377,6 +396,9 @@ def check_settings(settings, config):
             sound = 0 < len(values) <= 8 and all(type(n) is int and 0 < n <= high for n in values)
         if not sound:
             raise UserError(f"{name} is {value!r:.60}")
+    if any(settings[f"{side}_channels"] % settings["patch_size"] ** 2 for side in ("in", "out")):
+        raise UserError(f"in_channels {settings['in_channels']} and out_channels {settings['out_channels']} are not "
+                        f"those of patches of {settings['patch_size']} x {settings['patch_size']} pixels")
     if any(width % groups for width in widths):
         raise UserError(f"norm_num_groups {groups} does not divide block_out_channels {list(widths)}")
     for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):

@@ -1,26 +1,48 @@
-"""A small network that reads MNIST digits: its features are the ruler of `measure.score`.
+"""A small network that reads what images show: its features are the ruler of `measure.score`.
 
-    python -m measure.classifier --data-dir .    trains it anew, a minute or two on two CPU cores
+    python -m measure.classifier --dataset folder --data-dir my_images --flips   one of your images, in minutes
+    python -m measure.classifier                                  MNIST's anew, a minute or two on two CPU cores
 
-The weights are kept in the repository (float16, half a megabyte), so that scoring needs no download.
+MNIST's weights come with the repository (float16, half a megabyte), so that scoring needs no download. Others are kept
+in classifiers/ and found again by the images that they were trained on.
 """
 
-from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
-from support.files import check_file, write_atomically
+from support.commands import (
+    Parser,
+    UserError,
+    add_device_flag,
+    first_line,
+    pick_device,
+    resolve_precision,
+    run,
+    some_path,
+)
+from support.files import check_file, make_dir, write_atomically
+from support.run_log import Bar
 
+import dataclasses
+import math
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from config import Config
+from config import Config, add_flags, given_flags, show_size
 from dataset import load_dataset, to_float
+from inference import say_default
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
-FORMAT = "digit-classifier-1"
+KEPT = Path("classifiers")
+FORMAT, OLD_FORMAT = "classifier-1", "digit-classifier-1"
+DIGITS = {"mnist": (1, 28, 28), "digits": (1, 8, 8)}  # the images that `DigitClassifier` reads
+FEATURES = 64
+WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
+LARGEST_GRID = 32  # its first convolution brings larger images down to this
+SMOOTHING = 0.1  # of the labels (1512.00567)
 
 
 def conv(in_channels, out_channels, kernel_size):
@@ -30,11 +52,11 @@ def conv(in_channels, out_channels, kernel_size):
 
 
 class DigitClassifier(nn.Module):
-    """Reads images float (B, 1, size, size) in [-1, 1]; the shapes below are those of MNIST."""
+    """Reads digits float (B, 1, size, size) in [-1, 1]; the shapes below are those of MNIST."""
 
     def __init__(self, size=28):
         super().__init__()
-        self.size = size
+        self.shape, self.num_classes = (1, size, size), 10
         self.body = nn.Sequential(
             conv(1, 32, 5),                                                              # (B, 32, 14, 14)
             conv(32, 64, 3),                                                             # (B, 64, 7, 7)
@@ -55,6 +77,49 @@ class DigitClassifier(nn.Module):
         return self.head(self.features(x))
 
 
+def layer(in_channels, out_channels, kernel_size=3, stride=1, halve=False):
+    """Convolution, perhaps halved by taking maxima, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
+        nn.MaxPool2d(2, ceil_mode=True) if halve else nn.Identity(),
+        nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """Reads any images float (B, *shape) in [-1, 1]; the sizes below are those of images of 32 x 32 or more."""
+
+    def __init__(self, shape, num_classes):
+        super().__init__()
+        self.shape, self.num_classes = tuple(shape), num_classes
+        C, *size = shape
+        stride = math.ceil(max(size) / LARGEST_GRID)
+        a, b, c, d = WIDTHS
+        rows, columns = (math.ceil(side / stride / 8) for side in size)
+        self.body = nn.Sequential(
+            layer(C, a, 2 * stride + 1, stride),                                         # (B, 32, 32, 32)
+            layer(a, b, halve=True), layer(b, b),                                        # (B, 64, 16, 16)
+            layer(b, c, halve=True), layer(c, c),                                        # (B, 128, 8, 8)
+            layer(c, d, halve=True), layer(d, d),                                        # (B, 128, 4, 4)
+            nn.Flatten(),                             # not averaged over the image: it counts where things are
+            nn.Linear(d * rows * columns, FEATURES, bias=False), nn.BatchNorm1d(FEATURES),
+        )
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(FEATURES, num_classes))
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x):
+        """(B, 64), as those of `DigitClassifier`."""
+        return self.body(x)
+
+    def forward(self, x):
+        """The logits (B, num_classes)."""
+        return self.head(self.features(x))
+
+
+def build_classifier(name, shape, num_classes):
+    """The untrained network for images of `shape` (C, H, W) of the data set called `name`."""
+    return DigitClassifier(shape[-1]) if tuple(shape) == DIGITS.get(name) else Classifier(shape, num_classes)
+
+
 def augment(x, generator):
     """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by up to 10 % and shifted by up to a 14th of
     its side: 2 pixels of MNIST's 28."""
@@ -66,75 +131,201 @@ def augment(x, generator):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(images, labels, epochs=5, batch_size=256, lr=5e-3, seed=0, device="cpu"):
-    """A `DigitClassifier` trained on images uint8 (N, 1, size, size) and labels (N,), its weights as of float16."""
+def shift(images, generator, flips=False):
+    """Images (B, C, H, W), each shifted by up to an eighth of its sides, 4 pixels of 32, its border repeated; with
+    `flips`, every other one mirrored."""
+    B, C, *size = images.shape
+    places = []
+    for side in size:
+        offsets = torch.randint(-(side // 8), side // 8 + 1, (B, 1), generator=generator)
+        places.append((torch.arange(side) + offsets).clamp(0, side - 1))                 # (B, H), (B, W)
+    rows, columns = places
+    if flips:
+        columns = torch.where(torch.rand(B, 1, generator=generator) < 0.5, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    b, c = (torch.arange(n, device=images.device) for n in (B, C))
+    return images[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def schedule(data):
+    """How many epochs, and how large a batch, train a classifier of a `Dataset`: 10 epochs, but not less than about
+    1,000 steps, and not more than about 5,000."""
+    N = len(data.images)
+    if tuple(data.images.shape[1:]) == DIGITS.get(data.name):
+        return (5, min(256, N)) if data.name == "mnist" else (20, min(100, N))
+    batch_size = max(2, min(128, N // 10))
+    batches = max(1, N // batch_size)
+    return max(math.ceil(1000 / batches), min(10, math.ceil(5000 / batches))), batch_size
+
+
+def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, seed=0, device="cpu", leave=False):
+    """A classifier trained on a `Dataset`, its weights as of float16.
+
+    epochs, batch_size: None = as `schedule` says. flips: mirrored images count as well. leave: the bar stays.
+    """
+    images, labels = data.images.to(device), data.labels.to(device)
+    digits = tuple(images.shape[1:]) == DIGITS.get(data.name)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    images, labels = images.to(device), labels.to(device)
-    classifier = DigitClassifier(images.shape[-1]).to(device)
+    classifier = build_classifier(data.name, images.shape[1:], len(data.classes)).to(device)
+    epochs, batch_size = (given or usual for given, usual in zip((epochs, batch_size), schedule(data), strict=True))
+    bf16 = not digits and resolve_precision("auto", torch.device(device)) == "bf16"
     batches = len(images) // batch_size
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
-    with tqdm(total=epochs * batches, desc="training the classifier", leave=False, disable=None) as bar:
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    with Bar(total=epochs * batches * batch_size, desc="training the classifier", unit=" images", unit_scale=True,
+             leave=leave, disable=False if leave else None,
+             mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
             for index in order[:batches * batch_size].view(batches, batch_size):
-                x = augment(to_float(images[index]), generator)
-                loss = F.cross_entropy(classifier(x), labels[index])
+                x = augment(to_float(images[index]), generator) if digits else (
+                    to_float(shift(images[index], generator, flips)).contiguous(memory_format=torch.channels_last))
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                    logits = classifier(x)
+                loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0 if digits else SMOOTHING)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                schedule.step()
-                bar.update()
+                lr_schedule.step()
+                bar.update(batch_size)
     return classifier.half().float().eval()  # what is measured now is what the file will hold
 
 
-def load_classifier(dataset_name="mnist", path=WEIGHTS, device="cpu"):
-    """The trained classifier. Raises `UserError` when the file is missing, damaged, or reads another data set."""
-    retrain = "fetch it anew, or train it with python -m measure.classifier"
+def load_parts(name, data_dir, image_size=(), channels=0):
+    """The training part and the test part of a data set, and the fingerprint of all that there is to train on.
+
+    Where a folder has no test/, every tenth image of each class is held out to test on, and a line on standard error
+    says so. Raises `UserError` as `load_dataset`, and where there are too few images for that.
+    """
+    data = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels)
+    fingerprint = data.fingerprint
+    if data.name != "folder" or all((Path(data_dir) / part).is_dir() for part in ("train", "test")):
+        C, *size = data.images.shape[1:]
+        return data, load_dataset(data.name, data_dir, train=False, image_size=tuple(size), channels=C), fingerprint
+    held_out = every_tenth(data.labels)
+    if not held_out.any():
+        raise UserError(f"{data_dir} has no test/, and no class of 10 images or more of which to hold some out")
+    print(f"{data_dir} has no test/: every tenth image of each class, {held_out.sum():,} in all, is held out to test "
+          "on", file=sys.stderr)
+    return *(dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
+             for part in (~held_out, held_out)), fingerprint
+
+
+def every_tenth(labels):
+    """Which of the images with these labels (N,) are the tenth, twentieth, ... of their class: bool (N,)."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # within its class
+    return torch.empty(len(labels), dtype=torch.bool).index_put((order,), place % 10 == 9)
+
+
+def where_kept(name, shape, fingerprint):
+    """The file of the classifier of such images: MNIST's own comes with the repository."""
+    mnist = name == "mnist" and tuple(shape) == DIGITS[name]
+    return WEIGHTS if mnist else KEPT / f"{name}-{fingerprint}.pth"
+
+
+def save_classifier(path, classifier, data, fingerprint, accuracy):
+    """Writes a classifier of the `Dataset` data, whose fingerprint is that of `load_parts`. Raises `UserError`."""
+    state = {name: tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
+             for name, tensor in classifier.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError("the classifier has learned nothing: its weights are not all finite. Try another --seed")
+    content = {"format": FORMAT, "dataset": data.name, "data": fingerprint, "shape": list(classifier.shape),
+               "classes": list(data.classes), "test_accuracy": accuracy, "state_dict": state}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
+    """The classifier in a file, of the data set called `name` with this fingerprint (None: whichever). Nothing in it
+    can run code. Raises `UserError` when the file is missing, damaged, or reads other images."""
+    retrain = "train it anew with python -m measure.classifier" + (f" --dataset {name}" if name != "mnist" else "")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no classifier {path}: {retrain}") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
-        raise UserError(f"{path} is not a digit classifier, or is cut short ({type(error).__name__}): "
-                        f"{retrain}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a digit classifier (no format {FORMAT!r} in it): {retrain}")
-    if content.get("dataset") != dataset_name:
-        raise UserError(f"{path} reads {content.get('dataset')!r:.40}, not {dataset_name!r:.40}: its features mean "
-                        f"nothing there")
-    classifier = DigitClassifier()
+        raise UserError(f"{path} is not a classifier, or is cut short ({type(error).__name__}): {retrain}") from None
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_FORMAT):
+        raise UserError(f"{path} is not a classifier (no format {FORMAT!r} in it): {retrain}")
+    if content["format"] == OLD_FORMAT:
+        content = {"shape": DIGITS["mnist"], "classes": [*"0123456789"], "data": None} | content
+    if content.get("dataset") != name or (fingerprint and content.get("data") not in (None, fingerprint)):
+        which = "other images of " if content.get("dataset") == name else ""
+        raise UserError(f"{path} reads {which}{content.get('dataset')!r:.40}, not {'these' if which else repr(name)}: "
+                        "its features mean nothing there")
     try:
-        classifier.load_state_dict(content["state_dict"])
+        shape, classes, state = tuple(content["shape"]), content["classes"], content["state_dict"]
+        if len(shape) != 3 or not all(type(n) is int and 1 <= n <= most for n, most in zip(
+                shape, (16, 1024, 1024), strict=True)) or not all(type(label) is str for label in classes):
+            raise UserError("it reads images of an impossible shape, or classes without names")
+        classifier = build_classifier(name, shape, len(classes))
+        classifier.load_state_dict(state)
+        if not all(weight.isfinite().all() for weight in state.values()):
+            raise UserError("its weights are not all finite")
     except Exception as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]:.100}): {retrain}") from None
+        raise UserError(f"{path} is damaged ({first_line(error):.100}): {retrain}") from None
     return classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast
 
 
+def find_classifier(data, fingerprint, data_dir, device="cpu"):
+    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`. For scikit-learn's
+    digits it is trained here where none is kept, in seconds. Raises `UserError` when there is none, with the command
+    that trains it."""
+    shape = tuple(data.images.shape[1:])
+    path = where_kept(data.name, shape, fingerprint)
+    if path.exists() or path == WEIGHTS:
+        return load_classifier(path, data.name, fingerprint, device)
+    if shape == DIGITS.get(data.name):
+        return train_classifier(data).to(device)
+    C, *size = shape
+    flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
+             "--image-size", show_size(size), "--channels", str(C)]
+    raise UserError(f"no classifier has learned these {len(data.images):,} images yet: python -m measure.classifier "
+                    f"{shlex.join(flags)} trains one (photographs: add --flips)")
+
+
+@torch.inference_mode()
+def accuracy_on(classifier, data):
+    """The share of a `Dataset` that is read as its labels say."""
+    device = next(classifier.parameters()).device
+    reads = [classifier(to_float(x.to(device))).argmax(1).cpu() for x in data.images.split(500)]
+    return (torch.cat(reads) == data.labels).float().mean().item()
+
+
 def main():
-    parser = Parser(description="Trains the classifier of MNIST digits that measure.score uses.")
-    parser.add_argument("--data-dir", type=some_path, default=".",
-                        help="the folder that holds (or gets) MNIST/ (default: .)")
-    parser.add_argument("--out", type=some_path, default=WEIGHTS,
-                        help="the file to write (default: weights/digit_classifier.pth)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
+                                "of any labelled data set.")
+    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "flips", "seed"])
+    parser.set_defaults(dataset="mnist")
+    say_default(parser, ["dataset"], "mnist")
+    parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
+                        "1,000 to 5,000 steps; fewer for digits)")
+    parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "
+                        "weights/digit_classifier.pth for MNIST, else in classifiers/)")
     add_device_flag(parser)
     args = parser.parse_args()
-    check_file(args.out)
-    Config(seed=args.seed)  # it knows which seeds there are
+    config = Config(**given_flags(args))  # it knows what each may be
+    if args.epochs is not None and not 1 <= args.epochs <= 10_000:
+        raise UserError(f"--epochs {args.epochs}: must lie between 1 and 10,000")
+    if args.out:
+        check_file(args.out)
     device = pick_device(args.device)
-    train, test = (load_dataset("mnist", args.data_dir, train=part) for part in (True, False))
-    classifier = train_classifier(train.images, train.labels, seed=args.seed, device=device)
-    with torch.inference_mode():
-        reads = [classifier(to_float(x.to(device))).argmax(1).cpu() for x in test.images.split(1000)]
-    accuracy = (torch.cat(reads) == test.labels).float().mean().item()
-    state = {name: tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
-             for name, tensor in classifier.state_dict().items()}
-    content = {"format": FORMAT, "dataset": "mnist", "test_accuracy": accuracy, "state_dict": state}
-    write_atomically(args.out, lambda file: torch.save(content, file))
-    print(f"{args.out}: reads {accuracy:.2%} of the test images right, {os.path.getsize(args.out) / 1e6:.2f} MB")
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    if len(train.classes) < 2:
+        raise UserError(f"{config.data_dir} holds one class, {train.classes[0]!r:.40}: a network learns by telling "
+                        "classes apart. FID needs none: fid_computer.py")
+    path = args.out or where_kept(train.name, train.images.shape[1:], fingerprint)
+    if path.parent == KEPT:
+        make_dir(KEPT)
+    check_file(path)
+    classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device, leave=True)
+    accuracy = accuracy_on(classifier, test)
+    save_classifier(path, classifier, train, fingerprint, accuracy)
+    print(f"{path}: reads {accuracy:.2%} of {len(test.images):,} test images right, "
+          f"{os.path.getsize(path) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    run(main, memory="what else needs memory here", alone=True)
+    run(main, memory="--image-size", alone=True)

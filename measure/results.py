@@ -16,11 +16,10 @@ import os
 import statistics
 from pathlib import Path
 
-import torch
-
 from checkpoint import averaged_model, load_checkpoint
+from config import Config, add_flags
 from diffusion import SAMPLERS
-from inference import find_checkpoint
+from inference import find_checkpoint, say_default
 from measure.score import draw_fakes, few, open_judge
 
 
@@ -83,7 +82,7 @@ def samplers(args, judge, real):
 
 
 def runs(args, judge, real):
-    """Quality against training time, and the digits of the runs side by side."""
+    """Quality against training time, and images of the runs side by side."""
     from matplotlib.figure import Figure
 
     alike = {}  # runs that differ in nothing but the seed
@@ -124,6 +123,19 @@ def runs(args, judge, real):
     save_figure(figure, args.out / "runs_digits.png")
 
 
+def check_alike(configs):
+    """Raises `UserError` unless all these are of the same images."""
+    kinds = {(config.dataset, config.channels, *config.image_size, config.class_names) for config in configs}
+    if len(kinds) > 1:
+        shown = sorted(f"{dataset} {'x'.join(map(str, shape))}, {len(names)} classes"
+                       for dataset, *shape, names in kinds)
+        raise UserError(f"runs of several kinds of images do not compare: {'; '.join(shown):.150}")
+    places = sorted({os.path.realpath(config.data_dir) for config in configs})
+    if len(places) > 1:
+        raise UserError(f"the runs had their images from several folders, {', '.join(places):.150}: name the one to "
+                        "score them against with --data-dir")
+
+
 def main():
     parser = Parser(description="Sets samplers, or runs, side by side: a table, and pictures of it.")
     what = parser.add_subparsers(dest="what", required=True)
@@ -141,13 +153,16 @@ def main():
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
                               help="(default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
-        part.add_argument("--data-dir", type=some_path, default=".", help="the folder that holds MNIST/ (default: .)")
+        add_flags(part, ["data_dir"])
+        say_default(part, ["data_dir"], "as in training")
         part.add_argument("--out", type=some_path, default=Path("images"),
                           help="folder for the pictures (default: images)")
         add_device_flag(part)
     args = parser.parse_args()
     if not 10 <= args.count <= 10_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 10,000")
+    data_dir = {"data_dir": args.data_dir} if "data_dir" in args else {}
+    Config(**data_dir)  # it knows what that may be
     names = ["samplers.png"] if args.what == "samplers" else ["runs.png", "runs_digits.png"]
     args.paths = [find_checkpoint(path) for path in (args.runs if args.what == "runs" else [args.checkpoint])]
     make_dir(args.out)
@@ -155,15 +170,12 @@ def main():
         check_picture(args.out / name)
     if len(set(map(os.path.realpath, args.paths))) < len(args.paths):
         raise UserError("a run that is named twice would count as two: name each once")
-    configs = [load_checkpoint(path)["config"] for path in args.paths]
-    kinds = {((config.channels, *config.image_size), config.dataset) for config in configs}
-    if len(kinds) > 1:
-        raise UserError(f"runs of several kinds of images do not compare: {', '.join(sorted(map(str, kinds))):.150}")
+    configs = [dataclasses.replace(load_checkpoint(path)["config"], **data_dir) for path in args.paths]
+    check_alike(configs)
     if args.what == "samplers":
         settings(args, configs[0])  # before the work
-    (shape, dataset), = kinds
-    judge = open_judge(shape, args.data_dir, pick_device(args.device), dataset)
-    real = judge.brief_real(torch.arange(args.count) % 10) | {"ratio": 1.0}
+    judge = open_judge(configs[0], pick_device(args.device))
+    real = judge.brief_real(judge.labels(args.count)) | {"ratio": 1.0}
     print(f"{args.count:,} images for each figure; {min(args.count, len(judge.train.images)):,} real ones: "
           f"{real['accuracy']:.1%}, {real['frechet']:.3f}")
     (samplers if args.what == "samplers" else runs)(args, judge, real)

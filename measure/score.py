@@ -1,44 +1,53 @@
-"""How good are fake digits? Measured with a network that reads digits (`measure/classifier.py`), not photographs.
+"""How good are fake images? Measured with a network that reads just such images (`measure/classifier.py`).
 
-    python -m measure.score --checkpoint run     draws digits and scores them
-    python -m measure.score --images images/fake   scores those that generator.py has drawn
+    python -m measure.score --checkpoint run                                       draws images and scores them
+    python -m measure.score --images images/fake --dataset folder --data-dir mine  scores those in a folder
+    python -m measure.score --vae vae --dataset folder --data-dir mine             scores what a VAE makes of real ones
 
-Every figure stands beside the same figure of real images, which is what perfect fakes would get.
+Every figure stands beside the same figure of real images, which is what perfect fakes would get, and where a model
+draws latents, beside that of real images that went through its VAE: no fakes of such latents can be better.
 """
 
 from support.commands import UserError, pick_device, run, some_path
-from support.files import make_dir
-from support.pictures import check_picture, grid, save_picture
+from support.files import make_dir, write_atomically
+from support.image_files import opened
+from support.labels import are_numbers
+from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 
-import argparse
+import json
+import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw
 from tqdm import tqdm
 
-from config import given_flags
-from dataset import list_images, load_dataset, read_image, to_float
+from config import Config, add_flags, given_flags
+from dataset import list_images, read_image, to_float, to_uint8
 from fid_computer import frechet_distance, statistics
-from inference import batch_that_fits, generate, load_for_sampling, sampling_parser, to_images
-from measure.classifier import load_classifier, train_classifier
+from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
+from latent.vae import check_shapes, load_vae
+from measure.classifier import DIGITS, find_classifier, load_parts
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
 METRICS = ("frechet", "precision", "recall", "density", "coverage")
-JUDGED = {(1, 28, 28): "mnist", (1, 8, 8): "digits"}  # images that can be scored: the data set that they belong to
+ROWS = 20  # of classes in a report, or in a picture
+SMALL = 32  # images are compared by their pixels at this size at most
+BLOCK = 2**26  # numbers that are floats at once: 256 MB
 
 
 @torch.inference_mode()
 def embed(classifier, images, batch_size=250):
-    """Images uint8 (N, 1, H, W) -> their features (N, 64) and the probability of each digit (N, 10), on the
+    """Images uint8 (N, C, H, W) -> their features (N, 64) and the probability of each class (N, num_classes), on the
     classifier's device."""
-    size = classifier.size
-    if images.dtype != torch.uint8 or images.shape[1:] != (1, size, size):
-        raise UserError(f"the digit classifier reads grey images of {size} x {size} pixels, uint8 (N, 1, {size}, "
-                        f"{size}), not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
+    C, H, W = classifier.shape
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (C, H, W):
+        raise UserError(f"the classifier reads images of {H} x {W} pixels, uint8 (N, {C}, {H}, {W}), not "
+                        f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
     device = next(classifier.parameters()).device
     features = [classifier.features(to_float(batch.to(device))) for batch in images.split(batch_size)]
     probs = [classifier.head(batch).softmax(dim=1) for batch in features]
@@ -86,25 +95,41 @@ def neighbour_distances(features):
                       for _, distances in distance_blocks(features, features)])
 
 
+def shrink(images):
+    """Images uint8 (N, C, H, W), averaged over blocks of pixels until no side is longer than SMALL."""
+    H, W = images.shape[2:]
+    if max(H, W) <= SMALL:
+        return images
+    size = [max(1, side * SMALL // max(H, W)) for side in (H, W)]
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), size).round().byte() for part in images.split(1000)])
+
+
 def nearest(images, train_images, size=500, device="cpu"):
-    """The training image nearest to each of `images` (N, 1, H, W), by L2 over pixels in [0, 1]: distances and indices,
-    both (N,), found on `device`."""
-    train = train_images.flatten(1).to(device).float()
-    half_square = train.square().sum(dim=1) / 2
-    distances, indices = [], []
+    """The training image nearest to each of `images` (N, C, H, W), by L2 over pixels in [0, 1] (`shrink`): distances
+    and indices, both (N,), found on `device` in bounded memory."""
+    images, train_images = (shrink(some).flatten(1) for some in (images, train_images))
+    best = torch.full((len(images),), math.inf, device=device)
+    indices = torch.zeros(len(images), dtype=torch.int64, device=device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # as bfloat16 where that is quicker, which holds 0..255 exactly
-    for batch in images.flatten(1).split(size):
-        batch = batch.to(device).float()
-        # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: its rounding would hide a copy.
-        index = torch.addmm(half_square, batch, train.T, alpha=-1).argmin(dim=1)
-        distances.append((batch - train[index]).norm(dim=1) / 255)
-        indices.append(index)
+    length = max(1, BLOCK // images.shape[1])
+    for start in range(0, len(train_images), length):
+        train = train_images[start:start + length].to(device).float()
+        half_square = train.square().sum(dim=1) / 2
+        for part in torch.arange(len(images), device=device).split(size):
+            batch = images[part.cpu()].to(device).float()
+            # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: rounded, it would hide a copy.
+            least, index = torch.addmm(half_square, batch, train.T, alpha=-1).min(dim=1)
+            nearer = part[least < best[part]]
+            indices[nearer] = start + index[least < best[part]]
+            best[part] = torch.minimum(least, best[part])
     torch.set_float32_matmul_precision(precision)
-    return torch.cat(distances), torch.cat(indices)
+    distances = [(batch.float() - train_images[index.cpu()].float()).norm(dim=1) / 255
+                 for batch, index in zip(images.split(size), indices.split(size), strict=True)]
+    return torch.cat(distances).to(device), indices
 
 
-def pick_reference(labels, real_labels, count, generator):
+def pick_reference(labels, real_labels, count, generator, num_classes=10):
     """Indices of `count` real images, picked at random. If `labels` were asked for in like numbers, there are as many
     of each.
 
@@ -113,9 +138,9 @@ def pick_reference(labels, real_labels, count, generator):
     """
     order = torch.randperm(len(real_labels), generator=generator)
     if labels is not None:
-        counts = labels.bincount(minlength=10)
-        if counts.max() <= 2 * counts.min() and (counts <= real_labels.bincount(minlength=10)).all():
-            return torch.cat([order[real_labels[order] == digit][:counts[digit]] for digit in range(10)])
+        counts = labels.bincount(minlength=num_classes)
+        if counts.max() <= 2 * counts.min() and (counts <= real_labels.bincount(minlength=num_classes)).all():
+            return torch.cat([order[real_labels[order] == label][:counts[label]] for label in range(num_classes)])
     return order[:count]
 
 
@@ -124,21 +149,40 @@ def share(which):
     return which.float().mean().item()
 
 
-class Judge:
-    """Real digits, and a network that reads them, for fakes to be held against.
+def reconstruct(vae, images, seed=0, batch_size=250):
+    """Images uint8 (N, C, H, W) encoded by a `VAE`, their latents sampled, and decoded: uint8 (N, C, H, W), on the
+    CPU."""
+    device, generator, parts = vae.mean.device, torch.Generator().manual_seed(seed), []
+    with tqdm(total=len(images), desc="through the VAE", unit=" images", leave=False, disable=None) as bar:
+        for batch in images.split(batch_size):
+            mean, std = vae.encode(to_float(batch.to(device)))
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            parts.append(to_uint8(vae.decode(mean + std * noise)).cpu())
+            bar.update(len(batch))
+    return torch.cat(parts)
 
-    train, test: the real ones, each a `Dataset`. classifier: a `DigitClassifier`; all is computed on its device.
+
+def ratio(fake, real):
+    """How many times further than real images fakes are, by the figures of both."""
+    return fake["frechet"] / real["frechet"] if real["frechet"] else math.nan
+
+
+class Judge:
+    """Real images, and a network that reads them, for fakes to be held against.
+
+    train, test: the real ones, each a `Dataset`. classifier: of `measure.classifier`; all is computed on its device.
     """
 
     def __init__(self, train, test, classifier):
         self.train, self.test, self.classifier = train, test, classifier
+        self.names, self.num_classes = tuple(train.classes), len(train.classes)
         self.device = next(classifier.parameters()).device
         self.test_features, self.test_reads = self.read(test.images)
         self.test_labels = test.labels.to(self.device)
         self.around_test = neighbour_distances(self.test_features)
 
     def read(self, images):
-        """The features (N, 64) of images uint8 (N, 1, H, W), and what they are read as, int64 (N,)."""
+        """The features (N, 64) of images uint8 (N, C, H, W), and what they are read as, int64 (N,)."""
         features, probs = embed(self.classifier, images)
         return features, probs.argmax(dim=1)
 
@@ -151,23 +195,52 @@ class Judge:
         features, reads = self.read(fakes)
         return self.compare(features) | {"accuracy": share(reads == labels.to(self.device))}
 
+    def labels(self, count):
+        """`count` labels to draw, equally many of each: int64 (count,)."""
+        return torch.arange(count) % self.num_classes
+
+    def pick(self, labels, count, seed=0):
+        """Indices of the training images that stand in the place of `count` fakes; see `pick_reference`."""
+        generator = torch.Generator().manual_seed(seed)
+        return pick_reference(labels, self.train.labels, count, generator, self.num_classes)
+
     def brief_real(self, labels, seed=0):
         """The same of real images, training images in the place of fakes that were asked to show `labels`."""
-        picked = pick_reference(labels, self.train.labels, len(labels), torch.Generator().manual_seed(seed))
+        picked = self.pick(labels, len(labels), seed)
         features, _ = self.read(self.train.images[picked])
         return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
+
+    def round_trip(self, vae, picked, seed=0):
+        """The figures of `brief` of the training images number `picked` after their way through a `VAE`, and "psnr",
+        `psnr`."""
+        images = self.train.images[picked]
+        made = reconstruct(vae, images, seed)
+        return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images)}
+
+    def score_vae(self, vae, count):
+        """The figures of a `VAE` alone, as `score` returns them, without "fake" and "classes"; "ratio" is its Fréchet
+        distance over that of real images."""
+        labels = self.labels(count)
+        picked = self.pick(labels, count)
+        if min(len(picked), len(self.test.images)) <= K_COVERAGE:
+            raise UserError(f"{min(len(picked), len(self.test.images))} images are too few to score: {FEW:,} or more "
+                            "would do")
+        vae, real = self.round_trip(vae, picked), self.brief_real(labels)
+        return {"count": len(picked), "reference": len(picked), "vae": vae, "real": real, "ratio": ratio(vae, real)}
 
     def find_copies(self, fakes, fake_reads):
         """The distance of each fake to the nearest training image, and whether it is nearer than 99 % of the test
         images that are read alike; then both of the test images."""
         distances, _ = nearest(torch.cat([fakes, self.test.images]), self.train.images, device=self.device)
         fake_near, test_near = distances.split([len(fakes), len(self.test.images)])
-        # A limit for each digit: the simple stroke of a 1 is always near another.
-        limits = torch.stack([test_near[self.test_reads == digit].quantile(0.01) for digit in range(10)])
+        # A limit for each class: the simple stroke of a 1 is always near another.
+        limits = torch.full((self.num_classes,), math.nan, device=self.device)  # where nothing is read so: none
+        for label in self.test_reads.unique().tolist():
+            limits[label] = test_near[self.test_reads == label].quantile(0.01)
         return fake_near, fake_near < limits[fake_reads], test_near, test_near < limits[self.test_reads]
 
-    def score(self, fakes, labels, seed=0):
-        """All figures of `fakes` uint8 (N, 1, H, W) that were asked to show `labels` int64 (N,), None where not known.
+    def score(self, fakes, labels, seed=0, vae=None):
+        """All figures of `fakes` uint8 (N, C, H, W) that were asked to show `labels` int64 (N,), None where not known.
 
         Returns a dict of plain values (NaN: cannot be known), where "fake" and "real" are each a dict of
             METRICS   of `compare`, against the test images; real: of as many training images in the fakes' place
@@ -175,15 +248,18 @@ class Judge:
             nearest   median distance to the nearest training image
             copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
                       1 for copies, while images a little smoother than real ones may reach 0.03
-        and beside these are "count" (of fakes), "reference" (of training images in their place), "ratio" (fake over
-        real Fréchet distance) and "classes", a list of the same for each digit; fakes without labels count as what they
-        are read as.
+            unseen    share whose nearest real image is a test image, in all and not by class; real: the share of test
+                      images among the real ones, to which fakes come that know no training image better
+        With a `vae`, "vae" is the same of `round_trip`: of the training images of "real" that went through it.
+        And beside these are "count" (of fakes), "reference" (of training images in their place), "ratio" (fake over
+        real Fréchet distance) and "classes", a list of the same for each class, with its "name"; fakes without labels
+        count as what they are read as.
         """
         if len(fakes) <= K_COVERAGE:
             raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
-        if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() > 9):
-            raise UserError(f"the {len(fakes):,} images need as many labels, each a digit from 0 to 9")
-        picked = pick_reference(labels, self.train.labels, len(fakes), torch.Generator().manual_seed(seed))
+        if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() >= self.num_classes):
+            raise UserError(f"the {len(fakes):,} images need as many labels, each from 0 to {self.num_classes - 1}")
+        picked = self.pick(labels, len(fakes), seed)
         fake, fake_reads = self.read(fakes)
         train, _ = self.read(self.train.images[picked])
         asked = fake_reads if labels is None else labels.to(self.device)
@@ -199,28 +275,35 @@ class Judge:
                                                   ("real", of_test, test_right, test_near, test_copies)):
                 result[part] |= {"accuracy": share(right[of]), "nearest": near[of].cpu().nanmedian().item(),
                                  "copies": share(copies[of])}
-            return result | {"ratio": result["fake"]["frechet"] / result["real"]["frechet"]}
+            return result | {"ratio": ratio(result["fake"], result["real"])}
 
-        def of_digit(digit):
-            of_test = self.test_labels == digit
-            return figures(lambda features: compare(features, self.test_features[of_test]), asked == digit,
-                           self.train.labels[picked].to(self.device) == digit, of_test)
+        def of_class(label):
+            of_test = self.test_labels == label
+            return {"name": self.names[label]} | figures(
+                lambda features: compare(features, self.test_features[of_test]), asked == label,
+                self.train.labels[picked].to(self.device) == label, of_test)
 
         everything = [torch.ones(len(some), dtype=torch.bool, device=self.device) for some in (fake, train, test_right)]
-        return figures(self.compare, *everything) | {"classes": [of_digit(digit) for digit in range(10)]}
+        result = figures(self.compare, *everything)
+        from_test, _ = nearest(fakes, self.test.images, device=self.device)
+        result["fake"]["unseen"] = share(from_test < fake_near)
+        result["real"]["unseen"] = len(self.test.images) / (len(self.test.images) + len(self.train.images))
+        return result | {"classes": [of_class(label) for label in range(self.num_classes)]} | (
+            {"vae": self.round_trip(vae, picked)} if vae else {})
 
 
-def open_judge(shape, data_dir, device, dataset=None):
-    """The `Judge` of images of this shape (C, H, W), and of this data set where that is known. For scikit-learn's
-    digits, 8x8, a classifier is trained here, in seconds. Raises `UserError` for images that none reads."""
-    name = JUDGED.get(tuple(shape))
-    if name is None or dataset not in (name, None):
-        raise UserError(f"images of {'x'.join(map(str, shape))}{f' of {dataset}' if dataset else ''} cannot be scored: "
-                        "only MNIST's (--dataset mnist, 1x28x28) and scikit-learn's (--dataset digits, 1x8x8) can")
-    train, test = (load_dataset(name, data_dir, train=part) for part in (True, False))
-    if name == "mnist":
-        return Judge(train, test, load_classifier(device=device))
-    return Judge(train, test, train_classifier(train.images, train.labels, epochs=20, batch_size=100).to(device))
+def open_judge(config, device):
+    """The `Judge` of the images that a `Config` is of. Raises `UserError` when these or their classifier cannot be
+    had, or the model knows other classes."""
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    if config.num_classes not in (0, len(train.classes)):
+        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} in "
+                        f"{config.data_dir} have {len(train.classes):,}: name its own with --dataset and --data-dir")
+    if config.classes and config.classes != tuple(train.classes):
+        one = next(i for i, name in enumerate(train.classes) if name != config.classes[i])
+        print(f"warning: what the model calls {config.classes[one]!r:.40} is {train.classes[one]!r:.40} in "
+              f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
+    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
 
 
 def few(count):
@@ -229,73 +312,127 @@ def few(count):
             f"model"] if count < FEW else []
 
 
+def cell(value, width=8, digits=3):
+    """A number in a table; "-" is what cannot be known."""
+    return f"{value:{width}.{digits}f}" if math.isfinite(value) else "-".rjust(width)
+
+
 def report(result):
-    """What `score` returned, as a table to print; "-" is what cannot be known."""
-    fake, real = result["fake"], result["real"]
-    lines = [f"{format(result['count'], ',') + ' images':30}     fake      real",
-             f"{'Fréchet distance':30} {fake['frechet']:8.3f}  {real['frechet']:8.3f}   ratio {result['ratio']:.2f}"]
-    for name, title in (("precision", "precision"), ("recall", "recall"), ("density", "density"),
-                        ("coverage", "coverage"), ("accuracy", "read as the digit asked for"),
-                        ("nearest", "distance to a training image"), ("copies", "nearer than 99 % of real ones")):
-        lines.append(f"{title:30} {fake[name]:8.3f}  {real[name]:8.3f}")
-    lines += ["", "digit  images  read as asked   Fréchet (real)   recall (real)  coverage (real)"]
-    for digit, part in enumerate(result["classes"]):
+    """What `score` or `score_vae` returned, as a table to print."""
+    columns = [name for name in ("fake", "real", "vae") if name in result]
+    lines = [f"{format(result['count'], ',') + ' images':30} " + "  ".join(f"{name:>8}" for name in columns)]
+    for name, title in (("frechet", "Fréchet distance"), ("precision", "precision"), ("recall", "recall"),
+                        ("density", "density"), ("coverage", "coverage"), ("accuracy", "read as asked for"),
+                        ("nearest", "distance to a training image"), ("copies", "nearer than 99 % of real ones"),
+                        ("unseen", "nearest is a test image"),
+                        ("psnr", "PSNR, dB")):
+        if any(name in result[column] for column in columns):
+            lines.append(f"{title:30} " + "  ".join(cell(result[column].get(name, math.nan)) for column in columns))
+    lines[1] += f"   ratio {cell(result['ratio'], 0, 2)}"
+    if "classes" in result:
+        lines += ["", *class_table(result["classes"])]
+    lines += ["", f"real: {result['reference']:,} training images, held against the test images as the fakes are"
+              + (";\n      in the last four rows of the first table, the test images themselves" if "fake" in result
+                 else "")]
+    if "vae" in result:
+        lines.append("vae:  the same training images through the VAE; what it makes of latents cannot be nearer")
+    return "\n".join([*lines, *few(result["count"])])
+
+
+def class_table(classes):
+    """The lines of the report that tell of each class, or of the ROWS that are the worst."""
+    shown = classes
+    if len(classes) > ROWS:  # unknown comes last
+        shown = sorted(classes, key=lambda part: [value if math.isfinite(value) else math.inf for value in (
+            part["fake"]["accuracy"], -part["ratio"])])[:ROWS]
+    width = min(30, max(len(part["name"]) for part in [{"name": "class"}, *shown]))
+    lines = [f"{'class':>{width}}  images  read as asked   Fréchet (real)   recall (real)  coverage (real)"]
+    for part in shown:
         fake, real = part["fake"], part["real"]
-        lines.append(f"{digit:5}  {part['count']:6,}  {fake['accuracy']:13.3f}"
-                     f"  {fake['frechet']:7.3f} ({real['frechet']:5.3f})"
-                     f"   {fake['recall']:5.3f} ({real['recall']:5.3f})"
-                     f"    {fake['coverage']:5.3f} ({real['coverage']:5.3f})")
-    lines += ["", f"real: {result['reference']:,} training images, held against the test images as the fakes are;",
-              "      in the last three rows of the first table, the test images themselves", *few(result["count"])]
-    return "\n".join(lines).replace("nan", "  -")
+        name = " ".join(part["name"].split())
+        lines.append(f"{name if len(name) <= width else name[:width - 1] + '…':>{width}}  {part['count']:6,}"
+                     f"  {cell(fake['accuracy'], 13)}"
+                     f"  {cell(fake['frechet'], 7)} ({cell(real['frechet'], 5)})"
+                     f"   {cell(fake['recall'], 5)} ({cell(real['recall'], 5)})"
+                     f"    {cell(fake['coverage'], 5)} ({cell(real['coverage'], 5)})")
+    if len(classes) > ROWS:
+        lines.append(f"the {ROWS} of {len(classes):,} classes that are least read as asked for")
+    return lines
 
 
-def nearest_picture(fakes, train, each=6, device="cpu"):
-    """Of each digit, a row of the fakes most like an image of the `Dataset` train, left of that image: a PIL image."""
-    distances, indices = (part.cpu() for part in nearest(fakes, train.images, device=device))
-    order = distances.argsort(stable=True)
-    digits = train.labels[indices[order]]
-    order = torch.cat([order[digits == digit][:each] for digit in range(10)])  # the nearest of all are all ones
-    return grid(torch.cat([fakes[order], train.images[indices[order]]], dim=3), columns=each)
-
-
-def worst_picture(fakes, labels, probs, count=40):
-    """The fakes least read as the label asked for, the worst first, each above what was asked and read: a PIL image.
-
-    probs (N, 10): of `embed`."""
-    order = probs[torch.arange(len(fakes)), labels].argsort(stable=True)[:count]
-    columns, scale, caption, gap = 10, 3, 4, 2  # caption: its height, in pixels of the fakes
-    tiles = F.pad(fakes[order], (0, 0, 0, caption))
-    width, height = scale * tiles.shape[3], scale * tiles.shape[2]
-    picture = grid(tiles, columns, gap, height)
-    draw = ImageDraw.Draw(picture)
-    for i, k in enumerate(order.tolist()):
-        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
-        draw.text((left + 4, top + height - scale * caption), f"{labels[k]} read {probs[k].argmax()}", fill=255)
+def captioned(images, columns, captions, height):
+    """A grid of images uint8 (N, C, H, W), each enlarged to about `height` pixels, above its caption: strings (N,),
+    of one line or several. A PIL image."""
+    scale = max(1, round(height / images.shape[2]))
+    lines = max(len(caption.splitlines()) for caption in captions)
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    H, W = images.shape[2:]
+    tiles, gap = F.pad(images, (0, 0, 0, lines * LINE)), 2
+    picture = grid(tiles, columns, gap, tiles.shape[2])
+    for i, caption in enumerate(captions):
+        left, top = gap + i % columns * (W + gap), gap + i // columns * (tiles.shape[2] + gap)
+        for row, line in enumerate(caption.splitlines()):
+            write(picture, left + 4, top + H + 1 + row * LINE, line, W - 4)
     return picture
 
 
-def read_fakes(folder):
-    """The images uint8 (N, 1, H, W) of a folder, and their labels int64 (N,), which their names end in, as those of
-    generator.py do: 000000_7.png; None if no name does. Raises `UserError` when they differ in that, or in size."""
+def nearest_picture(fakes, train, each=6, device="cpu"):
+    """Of each class, a row of the fakes most like an image of the `Dataset` train, left of that image: a PIL image.
+    Of many classes, those ROWS whose fakes are the most like one."""
+    distances, indices = (part.cpu() for part in nearest(fakes, train.images, device=device))
+    order = distances.argsort(stable=True)
+    labels = train.labels[indices[order]]
+    found = list(dict.fromkeys(labels.tolist()))[:ROWS]  # the nearest first
+    rows = [order[labels == label][:each] for label in sorted(found)]  # the nearest of all are all of one class
+    order = torch.cat(rows)
+    pairs = torch.cat([fakes[order], train.images[indices[order]]], dim=3)
+    if are_numbers(train.classes):
+        return grid(pairs, columns=each)
+    return captioned(pairs, each, [train.classes[train.labels[k]] for k in indices[order]], height=56)
+
+
+def worst_picture(fakes, labels, probs, names, count=40):
+    """The fakes least read as the label asked for, the worst first, each above what was asked and read: a PIL image.
+
+    probs (N, num_classes): of `embed`. names: of the classes."""
+    order = probs[torch.arange(len(fakes)), labels].argsort(stable=True)[:count]
+    between = " " if are_numbers(names) else "\n"
+    captions = [f"{names[labels[k]]}{between}read {names[probs[k].argmax()]}" for k in order]
+    return captioned(fakes[order], 10, captions, height=84)
+
+
+def fake_size(folder):
+    """The size (H, W) of the first image in a folder of fakes. Raises `UserError` where there is none."""
     paths = list_images(folder)
-    images = [np.array(read_image(path, "L")) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
+    if not paths:
+        raise UserError(f"{folder} holds no images to score")
+    with opened(paths[0]) as image:
+        return image.height, image.width
+
+
+def read_fakes(folder, mode="L"):
+    """The images uint8 (N, C, H, W) of a folder, grey (mode L) or RGB, and their labels int64 (N,), which their names
+    end in, as those of generator.py do: 000000_7.png; None if no name does. Raises `UserError` when they differ in
+    that, or in size."""
+    paths = list_images(folder)
+    images = [np.array(read_image(path, mode)) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
     if len({image.shape for image in images}) != 1:
-        raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: it must hold digits, "
-                        "all of 28x28 or all of 8x8 pixels")
-    labels = [re.search(r"_([0-9])$", path.stem) for path in paths]
+        raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: all should be of the "
+                        "size that the classifier reads")
+    labels = [re.search(r"_([0-9]{1,6})$", path.stem) for path in paths]
     if any(labels) and not all(labels):
         raise UserError(f"{folder} holds {labels.count(None):,} images whose names end in no label, such as "
                         f"{paths[labels.index(None)].name:.50}, beside others: all of them should, or none")
     labels = torch.tensor([int(label[1]) for label in labels]) if all(labels) else None
-    return torch.from_numpy(np.stack(images))[:, None], labels
+    images = torch.from_numpy(np.stack(images))
+    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous(), labels
 
 
 def draw_fakes(model, config, count):
-    """The images number 0 to `count` - 1 that `config` draws with `model`, equally many of each digit: uint8
-    (count, 1, H, W) and their labels int64 (count,), both on the CPU."""
+    """The images number 0 to `count` - 1 that `config` draws with `model`, equally many of each class: uint8
+    (count, C, H, W) and their labels int64 (count,), both on the CPU."""
     device = next(model.parameters()).device
-    labels = torch.arange(count) % 10
+    labels = torch.arange(count) % config.num_classes
     fakes = []
     with tqdm(total=count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
         for indices in torch.arange(count).split(batch_that_fits(config, device)):
@@ -305,42 +442,105 @@ def draw_fakes(model, config, count):
     return torch.cat(fakes), labels
 
 
-def main():
-    parser = sampling_parser("Draws digits from a checkpoint, or takes those in a folder, and scores them against the "
-                             "real ones: MNIST, or scikit-learn's 8x8 digits, for which a small classifier is trained "
-                             "first, in seconds (its scores compare with no others).")
+def score_folder(args, device):
+    """Scores the images in the folder `--images`. Returns the judge, the images, and their labels or None."""
+    given = {name: value for name, value in given_flags(args).items() if name in ("dataset", "data_dir")}
+    size = fake_size(args.images)
+    if "dataset" not in given:
+        dataset = {shape[1:]: name for name, shape in DIGITS.items()}.get(size)
+        if dataset is None:
+            raise UserError(f"the images in {args.images} are of {size[0]} x {size[1]} pixels: name the real ones to "
+                            "hold them against with --dataset and --data-dir (only 28 x 28, MNIST's, and 8 x 8, "
+                            "scikit-learn's digits, are known by their size)")
+        given["dataset"] = dataset
+    judge = open_judge(Config(**given, image_size=size), device)
+    fakes, labels = read_fakes(args.images, "L" if judge.train.images.shape[1] == 1 else "RGB")
+    if labels is not None and labels.max() >= judge.num_classes:
+        raise UserError(f"{args.images} holds an image whose name ends in _{labels.max()}, but the labels of "
+                        f"{judge.train.name} are 0 to {judge.num_classes - 1}: name them as generator.py does, or "
+                        "without a number")
+    return judge, fakes, labels
+
+
+def score_vae(args, device):
+    """Scores the VAE `--vae` alone, and keeps the result in its folder, where it is one."""
+    flags = given_flags(args)
+    if "dataset" not in flags:
+        raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
+                        "and --data-dir, or the model that draws its latents with --checkpoint")
+    vae = load_vae(args.vae, device)
+    C = vae.image_channels
+    config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
+        "dataset", "data_dir", "image_size", "channels") if name in flags})
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    check_shapes(args.vae, vae, train.shape)
+    judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
+    result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
+    print(report(result))
+    if Path(args.vae).is_dir():
+        result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
+                   "dataset": train.name, "data": fingerprint, "shape": list(train.shape)}
+        path = Path(args.vae) / "round_trip.json"
+        write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+        print(f"-> {path}")
+
+
+def parse_args():
+    parser = sampling_parser("Draws images from a checkpoint, or takes those in a folder, and scores them against the "
+                             "real ones, with the classifier that measure.classifier has trained on these (MNIST's "
+                             "comes with the repository; for scikit-learn's 8x8 digits one is trained first, in "
+                             "seconds, and its scores compare with no others). With --vae and no --checkpoint, scores "
+                             "what the VAE makes of real images, and keeps that in its folder as round_trip.json.")
     parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
                         "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
-    parser.add_argument("--count", type=int, help="how many to draw, equally many of each digit (default: 10000, or as "
+    parser.add_argument("--count", type=int, help="how many to draw, equally many of each class (default: 10000, or as "
                         "many as there are training images; scores of different counts do not compare)")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
+    add_flags(parser, ["dataset", "data_dir", "image_size", "channels"])
+    say_default(parser, ["dataset", "data_dir"], "as in training; of --images, what their size says")
+    say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
     parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
                         "training images nearest to them, and worst.png, those that are least read as asked for")
     args = parser.parse_args()
+    args.vae_alone = "vae" in args and args.checkpoint is None and not args.images
     if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
-    if args.images and (args.checkpoint is not None or args.count or given_flags(args).keys() - {"data_dir"}):
+    if args.images and (args.checkpoint is not None or args.count
+                        or given_flags(args).keys() - {"dataset", "data_dir"}):
         raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
+    if not args.vae_alone and given_flags(args).keys() & {"image_size", "channels"}:
+        raise UserError("--image-size and --channels are for --vae alone: whatever else is scored has its own")
+    if args.vae_alone and (args.pictures or given_flags(args).keys() - {"vae", "dataset", "data_dir", "image_size",
+                                                                       "channels"}):
+        raise UserError("--vae without --checkpoint scores the VAE alone, which draws nothing: leave out the flags "
+                        "that say how to draw, or name the model with --checkpoint")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.vae_alone:
+        score_vae(args, pick_device(args.device))
+        return
     if args.pictures:
         make_dir(args.pictures)
         for name in ("nearest.png", "worst.png"):
             check_picture(args.pictures / name)
+    vae = None
     if args.images:
-        fakes, labels = read_fakes(args.images)
-        judge = open_judge(fakes.shape[1:], getattr(args, "data_dir", "."), pick_device(args.device))
+        judge, fakes, labels = score_folder(args, pick_device(args.device))
     else:
         model, config = load_for_sampling(args)
-        judge = open_judge((config.channels, *config.image_size), config.data_dir,
-                           next(model.parameters()).device, config.dataset)
+        device = next(model.parameters()).device
+        judge, vae = open_judge(config, device), find_vae(config, device) if config.latent_shape else None
         fakes, labels = draw_fakes(model, config, args.count or min(10_000, len(judge.train.images)))
         print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "
               f"seed {config.seed}")
-    print(report(judge.score(fakes, labels)))
+    print(report(judge.score(fakes, labels, vae=vae)))
     if args.pictures:
         save_picture(args.pictures / "nearest.png", nearest_picture(fakes, judge.train, device=judge.device))
         if labels is not None:
             probs = embed(judge.classifier, fakes)[1].cpu()
-            save_picture(args.pictures / "worst.png", worst_picture(fakes, labels, probs))
+            save_picture(args.pictures / "worst.png", worst_picture(fakes, labels, probs, judge.names))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def orthogonalize(matrices, steps=4):
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
-    params: matrices (M, N). An update is scaled to the size of AdamW's (2502.16982, equation 4), so that both take the
-    same lr. Matrices of one shape are iterated as one batch.
+    params: matrices (M, N), or kernels (M, C, h, w), taken as matrices (M, C h w). An update is scaled to the size of
+    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices of one shape are iterated as one batch.
     dtype: what the iteration computes in. bfloat16 is as good, and slow where the hardware has no bf16 matrix units.
     torch's own Muon always takes bfloat16.
     """
@@ -38,18 +38,20 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = defaultdict(list)
             for weight in group["params"]:
-                alike[weight.shape].append(weight)
+                if weight.grad is not None:
+                    alike[weight.flatten(1).shape].append(weight)
             for (M, N), weights in alike.items():
-                gradients = [weight.grad for weight in weights]
+                gradients = [weight.grad.flatten(1) for weight in weights]
                 for weight in weights:
                     if not self.state[weight]:
-                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                        self.state[weight]["momentum"] = torch.zeros_like(weight.flatten(1))
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 looked_ahead = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov's
                 updates = orthogonalize(looked_ahead.to(self.dtype)).to(weights[0].dtype)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates.unbind(), alpha=-ADAMW_RMS * max(M, N) ** 0.5 * group["lr"])
+                updates = [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)]
+                torch._foreach_add_(weights, updates, alpha=-ADAMW_RMS * max(M, N) ** 0.5 * group["lr"])
 
 
 def split_parameters(network, muon):

@@ -10,7 +10,7 @@ from PIL import Image
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from dit import build_model
-from measure import results, score
+from measure import classifier, results
 from measure.classifier import load_classifier
 from measure.score import Judge, compare, draw_fakes, embed
 
@@ -21,7 +21,7 @@ CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patc
 @pytest.fixture
 def checkpoint(monkeypatch, parts, tmp_path):
     """Makes checkpoints of untrained models, in a place where the stand-in digits are MNIST."""
-    monkeypatch.setattr(score, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    monkeypatch.setattr(classifier, "load_dataset", lambda name, data_dir, train, **options: parts[0 if train else 1])
 
     def checkpoint(name, seconds, **settings):
         config = dataclasses.replace(CONFIG, **settings)
@@ -102,11 +102,14 @@ def test_mistakes(call, checkpoint, tmp_path, monkeypatch):
 
 
 def test_other_images_are_refused(call, checkpoint, tmp_path):
-    path = checkpoint("run", 1.0, dataset="digits")
-    assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "1x28x28 of digits cannot be scored")
+    path = checkpoint("run", 1.0, num_classes=7)
+    assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "knows 7 classes", "have 10")
     small = checkpoint("small", 1.0, dataset="digits", image_size=8, patch_size=4)
     assert_refused(call(results, "runs", checkpoint("mnist", 1.0), small, "--count", 10, "--out", tmp_path),
-                   "several kinds of images")
+                   "several kinds of images", "digits 1x8x8, 10 classes; mnist 1x28x28")
+    moved = checkpoint("moved", 1.0, data_dir="elsewhere")
+    assert_refused(call(results, "runs", tmp_path / "mnist", moved, "--count", 10, "--out", tmp_path),
+                   "several folders", "elsewhere", "--data-dir")
     (tmp_path / "runs.png").mkdir()
     assert_refused(call(results, "runs", tmp_path / "mnist", "--out", tmp_path), "runs.png", "folder")
 

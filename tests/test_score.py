@@ -2,6 +2,8 @@
 
 from support.commands import UserError
 
+import dataclasses
+import json
 import math
 import pickle
 import re
@@ -17,9 +19,10 @@ from threadpoolctl import threadpool_limits
 import measure.score
 from checkpoint import load_model, save_checkpoint
 from config import Config
-from dataset import CannotDownload, load_dataset, to_uint8
+from dataset import CannotDownload, Dataset, load_dataset, to_uint8
 from dit import build_model
 from inference import generate
+from latent.vae import VAE, load_vae, save_vae
 from measure import classifier as classifier_script
 from measure.classifier import WEIGHTS, DigitClassifier, augment, load_classifier, train_classifier
 from measure.score import (
@@ -167,6 +170,28 @@ def test_nearest_is_exact():
     np.testing.assert_allclose(distances, every.min(axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [2**26, 192 * 100, 1])
+def test_nearest_is_exact_in_blocks_and_in_colour(block, monkeypatch):
+    monkeypatch.setattr(measure.score, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    train, images = (torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8) for n in (301, 9))
+    images[4] = train[199]
+    distances, indices = nearest(images, train, size=4)
+    every = torch.cdist(*(x.flatten(1).double() / 255 for x in (images, train)))
+    assert indices.tolist() == every.argmin(dim=1).tolist() and indices[4] == 199 and distances[4] == 0
+    torch.testing.assert_close(distances.double(), every.min(dim=1).values, rtol=1e-5, atol=0)
+
+
+def test_large_images_are_averaged_first():
+    small = torch.randint(0, 256, (5, 3, 32, 16), dtype=torch.uint8)
+    large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert torch.equal(measure.score.shrink(large), small) and measure.score.shrink(small) is small
+    assert measure.score.shrink(torch.zeros(2, 3, 500, 4, dtype=torch.uint8)).shape == (2, 3, 32, 1)
+    checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 100
+    assert measure.score.shrink(checks.byte().expand(1, 1, 64, 64)).unique().tolist() == [50]
+    assert nearest(large, large.flip(0))[1].tolist() == [4, 3, 2, 1, 0]
+
+
 def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
     real_labels = torch.tensor([0] * 500 + [digit for digit in range(1, 10) for _ in range(100)])
 
@@ -182,9 +207,133 @@ def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
     assert drawn(balanced[balanced != 3], 180)[1][3] > 0  # a missing class is no excuse for itself
     assert torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200)[0])
     assert not torch.equal(drawn(balanced, 200)[0], drawn(balanced, 200, seed=1)[0])
+    few_classes = pick_reference(torch.arange(30) % 3, torch.arange(90) % 3, 30, torch.Generator(), num_classes=3)
+    assert (few_classes % 3).bincount().tolist() == [10] * 3
+
+
+# The round trip of a VAE
+
+class Rounding(torch.nn.Module):
+    """A stand-in for a VAE: its latents are the images, a little off and uncertain."""
+
+    def __init__(self, offset=0.0, std=0.0):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.offset, self.std = offset, std
+
+    def encode(self, x):
+        return x + self.offset, torch.full_like(x, self.std)
+
+    def decode(self, z):
+        return z
+
+
+def test_latents_are_sampled_by_a_fixed_seed():
+    images = torch.full((500, 1, 8, 8), 128, dtype=torch.uint8)
+    same = measure.score.reconstruct(Rounding(), images)
+    assert torch.equal(same, images) and same.device.type == "cpu"
+    made = measure.score.reconstruct(Rounding(offset=0.1, std=0.2), images)
+    values = made.float() / 127.5 - 1
+    assert values.mean().item() == pytest.approx(0.1 + 1 / 255, abs=0.005)
+    assert values.std().item() == pytest.approx(0.2, abs=0.005)
+    assert len({image.numpy().tobytes() for image in made}) == 500  # each its own
+    assert torch.equal(measure.score.reconstruct(Rounding(offset=0.1, std=0.2), images), made)
+    assert not torch.equal(measure.score.reconstruct(Rounding(offset=0.1, std=0.2), images, seed=1), made)
+
+
+def test_a_perfect_vae_has_the_figures_of_real_images(classifier, parts):
+    whole = Judge(parts[0], parts[1], classifier)
+    result = whole.score(parts[2].images, parts[2].labels, vae=Rounding())
+    assert {name: result["vae"][name] for name in METRICS} == {name: result["real"][name] for name in METRICS}
+    picked = whole.pick(parts[2].labels, 599)
+    reads = embed(classifier, parts[0].images[picked])[1].argmax(dim=1)
+    assert result["vae"]["accuracy"] == pytest.approx((reads == parts[0].labels[picked]).float().mean().item())
+    assert result["vae"]["psnr"] == pytest.approx(10 * math.log10(255**2 * 12))
+    blurred = whole.score(parts[2].images, parts[2].labels, vae=Rounding(std=0.4))
+    assert blurred["vae"]["frechet"] > 2 * blurred["real"]["frechet"] and blurred["vae"]["psnr"] < 20
+    assert blurred["fake"] == result["fake"] and blurred["real"] == result["real"]
+    lines = report(blurred).splitlines()
+    assert lines[0].split() == ["599", "images", "fake", "real", "vae"]
+    assert lines[1].split()[2:] == [*(f"{blurred[part]['frechet']:.3f}" for part in ("fake", "real", "vae")), "ratio",
+                                    f"{blurred['ratio']:.2f}"]
+    rows = {line[:30].strip(): line[30:].split() for line in lines}
+    assert rows["PSNR, dB"] == ["-", "-", f"{blurred['vae']['psnr']:.3f}"]
+    assert rows["distance to a training image"][2] == "-"
+    alone = whole.score_vae(Rounding(std=0.4), 590)
+    assert alone["ratio"] == pytest.approx(alone["vae"]["frechet"] / alone["real"]["frechet"])
+    assert report(alone).splitlines()[0].split() == ["590", "images", "real", "vae"]
+    with pytest.raises(UserError, match="5 images are too few"):
+        whole.score_vae(Rounding(), 5)
+
+
+@pytest.fixture(scope="module")
+def small_classifier():
+    return train_classifier(load_dataset("digits", ""), epochs=3)
+
+
+@pytest.fixture
+def vae(tmp_path, small_classifier, monkeypatch):
+    """The folder of a VAE of small digits, which halves them; and a classifier of these at hand."""
+    monkeypatch.setattr(measure.score, "find_classifier", lambda *args: small_classifier)
+    save_vae(VAE(1, 1, block_out_channels=(4, 8), norm_num_groups=4), tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_a_model_of_latents_stands_beside_its_vae(call, vae, tmp_path):
+    config = Config(dataset="digits", image_size=8, channels=1, num_classes=10, latent_shape=(4, 4, 4), vae=str(vae),
+                    latent_mean=(0.0,), latent_std=(1.0,), clamp=False, patch_size=2, hidden_size=32, depth=1,
+                    num_heads=2, sample_steps=2)
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    code, out, err = call(measure.score, "--checkpoint", tmp_path / "model.pth", "--vae", vae, "--count", 50)
+    assert code == 0, err
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    assert rows["50 images"] == ["fake", "real", "vae"] and rows["PSNR, dB"][:2] == ["-", "-"]
+    assert 0 < float(rows["PSNR, dB"][2]) < 20 and float(rows["Fréchet distance"][2]) > 1
+    assert not (vae / "round_trip.json").exists()  # that is of the VAE alone
+
+
+def test_a_vae_alone(call, vae):
+    flags = ["--vae", vae, "--dataset", "digits", "--count", 200]
+    code, out, err = call(measure.score, *flags)
+    assert code == 0, err
+    kept = json.loads((vae / "round_trip.json").read_text())
+    data = load_dataset("digits", "")
+    assert kept["data"] == data.fingerprint and kept["shape"] == [1, 8, 8] and kept["count"] == 200
+    loaded = load_vae(vae)
+    assert kept["vae_hash"] == loaded.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv")
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    assert rows["200 images"] == ["real", "vae"] and rows["PSNR, dB"] == ["-", f"{kept['vae']['psnr']:.3f}"]
+    assert rows["Fréchet distance"][:2] == [f"{kept[part]['frechet']:.3f}" for part in ("real", "vae")]
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))  # 20 of each digit
+    picked = torch.cat([order[data.labels[order] == digit][:20] for digit in range(10)])
+    images = data.images[picked]
+    made = measure.score.reconstruct(loaded, images)
+    errors = (made.double() - images.double()).square().mean(dim=(1, 2, 3))
+    assert kept["vae"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors)).mean().item(), rel=1e-5)
+    assert call(measure.score, *flags)[1] == out
+
+
+def test_vaes_that_do_not_fit(call, vae, tmp_path):
+    flags = ["--vae", vae, "--dataset", "digits"]
+    assert_refused(call(measure.score, "--vae", vae), "scores the VAE alone", "--dataset", "--checkpoint")
+    assert_refused(call(measure.score, *flags, "--image-size", 7), "2 x 2 pixels", "7 x 7", "--image-size 8x8")
+    assert_refused(call(measure.score, *flags, "--channels", 3), "images of 1 channels, but these have 3")
+    assert_refused(call(measure.score, *flags, "--guidance", 2), "draws nothing")
+    assert_refused(call(measure.score, *flags, "--pictures", tmp_path / "a"), "draws nothing")
+    assert_refused(call(measure.score, "--checkpoint", SHIPPED, "--image-size", 8), "for --vae alone")
+    assert not (vae / "round_trip.json").exists()
+    (vae / "config.json").unlink()
+    assert_refused(call(measure.score, *flags), "holds no config.json")
 
 
 # The ruler
+
+def test_what_is_nearest(judge, parts):
+    """Copies have a training image as their nearest, test images themselves, and new ones either, by chance."""
+    shares = [judge(part.images, part.labels)["fake"]["unseen"] for part in parts]
+    assert shares[:2] == [0, 1] and shares[2] == pytest.approx(0.5, abs=0.08)
+    assert judge(parts[2].images, None)["real"]["unseen"] == pytest.approx(599 / 1198, abs=0.001)
+
 
 def test_good_fakes_are_as_good_as_real(good):
     fake, real = good["fake"], good["real"]
@@ -277,7 +426,7 @@ def test_without_labels_all_but_the_accuracy_is_known(good, judge, parts):
     for name in (*METRICS[1:], "nearest", "copies"):
         assert result["fake"][name] == good["fake"][name]
     assert sum(part["count"] for part in result["classes"]) == 599
-    assert "read as the digit asked for           -" in report(result)
+    assert re.search(r"read as asked for +- +0\.", report(result))
 
 
 def test_the_score_is_deterministic(good, judge, parts):
@@ -299,6 +448,38 @@ def test_the_report_counts_and_warns(good):
     assert "warning" not in report(good | {"count": 2000})
 
 
+def test_a_class_that_no_test_image_is_of(classifier, parts):
+    without = (parts[1].labels != 8) & (embed(classifier, parts[1].images)[1].argmax(dim=1) != 8)
+    test = dataclasses.replace(parts[1], images=parts[1].images[without], labels=parts[1].labels[without])
+    result = Judge(parts[0], test, classifier).score(parts[2].images, parts[2].labels)
+    assert math.isnan(result["classes"][8]["real"]["accuracy"]) and result["classes"][7]["real"]["accuracy"] > 0.8
+    assert re.search(r"\n {4}8 .* - \( +-\)", report(result))
+
+
+def figures_of(name, accuracy, ratio=1.0):
+    of = dict.fromkeys((*METRICS, "nearest", "copies"), 0.5)
+    return {"name": name, "count": 9, "ratio": ratio, "fake": of | {"accuracy": accuracy}, "real": of}
+
+
+def test_names_of_classes_in_the_report():
+    """Of any length, aligned; what is in a name is no missing number."""
+    classes = [figures_of(name, math.nan) for name in ("banana", "a " * 40, "x")]
+    lines = measure.score.class_table(classes)
+    assert len({len(line) for line in lines}) == 1
+    assert [line[:30].strip() for line in lines] == ["class", "banana", "a " * 14 + "a…", "x"]
+    assert lines[1][30:].split()[:2] == ["9", "-"]
+
+
+def test_of_many_classes_the_worst_are_shown():
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = measure.score.class_table([figures_of(f"n{i}", i / 1000) for i in order])
+    assert [line.split()[0] for line in lines[1:21]] == [f"n{i}" for i in range(20)]
+    assert len(lines) == 22 and lines[-1] == "the 20 of 1,000 classes that are least read as asked for"
+    lines = measure.score.class_table([figures_of(f"n{i}", math.nan, i) for i in order])  # no labels
+    assert [line.split()[0] for line in lines[1:21]] == [f"n{999 - i}" for i in range(20)]
+    assert len(measure.score.class_table([figures_of(str(i), 0.5) for i in range(20)])) == 21
+
+
 def test_each_figure_of_the_report_is_in_its_own_column():
     numbers = (i / 1000 for i in range(1, 1000))
 
@@ -307,7 +488,8 @@ def test_each_figure_of_the_report_is_in_its_own_column():
         return {"count": count, "reference": count, "ratio": 1000 * next(numbers),
                 "fake": {name: next(numbers) for name in names}, "real": {name: next(numbers) for name in names}}
 
-    result = figures(3000) | {"reference": 2999, "classes": [figures(300 + digit) for digit in range(10)]}
+    result = figures(3000) | {"reference": 2999, "classes": [
+        {"name": str(digit)} | figures(300 + digit) for digit in range(10)]}
     lines = report(result).splitlines()
     fake, real = result["fake"], result["real"]
     assert lines[1].split()[2:] == [f"{fake['frechet']:.3f}", f"{real['frechet']:.3f}", "ratio", "1.00"]
@@ -332,16 +514,37 @@ def test_pictures(classifier, parts):
     labels = torch.cat([parts[2].labels[:50], parts[0].labels[3:4]])
     labels[17] = (labels[17] + 1) % 10
     probs = embed(classifier, images)[1]
-    picture = worst_picture(images, labels, probs, count=12)
+    picture = worst_picture(images, labels, probs, "0123456789", count=12)
     assert picture.mode == "L" and max(picture.size) < 1200
     order = sorted(range(51), key=lambda k: probs[k, labels[k]].item())
     assert 17 in order[:2]  # the one that is none of what it should be
     for place, k in enumerate(order[:12]):  # the worst first, row by row
-        top, left = 2 + place // 10 * (96 + 2), 2 + place % 10 * (84 + 2)
+        top, left = 2 + place // 10 * (98 + 2), 2 + place % 10 * (84 + 2)
         assert np.array_equal(np.asarray(picture)[top:top + 84:3, left:left + 84:3], images[k, 0]), place
-        caption = Image.new("L", (80, 12))  # 80 of 84 pixels: text begins at the fifth
+        caption = Image.new("L", (80, 13))  # 80 of 84 pixels: text begins at the fifth
         ImageDraw.Draw(caption).text((0, 0), f"{labels[k]} read {probs[k].argmax()}", fill=255)
-        assert np.array_equal(np.asarray(picture)[top + 84:top + 96, left + 4:left + 84], np.asarray(caption)), place
+        assert np.array_equal(np.asarray(picture)[top + 85:top + 98, left + 4:left + 84], np.asarray(caption)), place
+
+
+def test_pictures_of_named_classes():
+    """In colour; the names of the classes below, in nearest.png of the training image."""
+    names = [f"class {i}" for i in range(30)]
+    images = torch.randint(0, 256, (60, 3, 64, 64), dtype=torch.uint8)
+    train = Dataset("folder", images, torch.arange(60) % 30, names)
+    picture = np.asarray(nearest_picture(images, train, each=2))
+    assert picture.shape == (2 + 20 * (64 + 14 + 2), 2 + 2 * (128 + 2), 3)  # 20 of the 30 classes
+    pair = picture[2:66, 2:130]
+    assert np.array_equal(pair[:, :64], pair[:, 64:])
+    label = next(i % 30 for i in range(60) if np.array_equal(pair[:, :64], images[i].permute(1, 2, 0)))
+    caption = Image.new("RGB", (120, 13))
+    ImageDraw.Draw(caption).text((0, 0), names[label], fill="white")
+    assert np.array_equal(picture[67:80, 6:126], np.asarray(caption))
+    picture = np.asarray(worst_picture(images, torch.arange(60) % 30, torch.eye(30)[torch.arange(1, 61) % 30], names))
+    assert np.array_equal(picture[2:66, 2:66], images[0].permute(1, 2, 0))
+    for row, text in enumerate(("class 0", "read class 1")):
+        caption = Image.new("RGB", (60, 12))
+        ImageDraw.Draw(caption).text((0, 0), text, fill="white")
+        assert np.array_equal(picture[67 + 14 * row:79 + 14 * row, 6:66], np.asarray(caption))
 
 
 def test_the_nearest_come_first(parts):
@@ -383,7 +586,7 @@ def test_other_images_are_refused(classifier):
 
 def test_another_data_set_is_refused():
     with pytest.raises(UserError, match="reads 'mnist', not 'digits'"):
-        load_classifier("digits")
+        load_classifier(name="digits")
 
 
 class Malicious:
@@ -413,11 +616,14 @@ def test_a_file_that_is_no_classifier_is_one_clear_error(tmp_path, capsys):
     assert "never run" not in capsys.readouterr().out
 
 
+def few(data, count):
+    return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
+
+
 def test_training_learns_and_is_repeatable(parts):
-    images, labels = parts[0].images, parts[0].labels
-    trained = train_classifier(images, labels, epochs=6, batch_size=64)
+    trained = train_classifier(parts[0], epochs=6, batch_size=64)
     assert (embed(trained, parts[1].images)[1].argmax(dim=1) == parts[1].labels).float().mean() > 0.8
-    first, second = (train_classifier(images[:128], labels[:128], epochs=1, batch_size=64) for _ in range(2))
+    first, second = (train_classifier(few(parts[0], 128), epochs=1, batch_size=64) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(weight, weight.half().float()) for weight in trained.parameters())
     assert isinstance(trained, DigitClassifier) and not trained.training
@@ -426,8 +632,8 @@ def test_training_learns_and_is_repeatable(parts):
 @pytest.fixture
 def mnist(parts, monkeypatch):
     """The stand-in digits in place of MNIST."""
-    monkeypatch.setattr(measure.score, "load_dataset", lambda name, data_dir, train: (
-        parts[0 if train else 1] if name == "mnist" else load_dataset(name, data_dir, train)))
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: (
+        parts[0 if train else 1] if name == "mnist" else load_dataset(name, data_dir, train, **options)))
 
 
 def test_folder_of_fakes(call, mnist, parts, tmp_path):
@@ -453,11 +659,11 @@ def test_folder_of_fakes(call, mnist, parts, tmp_path):
         path.unlink()
     assert_refused(call(measure.score, "--images", tmp_path), "no images")
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
-    assert_refused(call(measure.score, "--images", tmp_path), "1x20x20 cannot be scored", "1x8x8")
+    assert_refused(call(measure.score, "--images", tmp_path), "20 x 20", "--dataset", "8 x 8")
 
 
 def accuracy(out):
-    return float(re.search(r"read as the digit asked for +([0-9.]+)", out)[1])
+    return float(re.search(r"read as asked for +([0-9.]+)", out)[1])
 
 
 def test_what_is_drawn_is_read_as_what_was_asked_for(call, mnist):
@@ -491,21 +697,29 @@ def test_scores_a_checkpoint(call, mnist, tmp_path):
     assert_refused(call(measure.score, *flags, "--pictures", tmp_path / "model.pth"), "cannot be written")
 
 
-@pytest.mark.parametrize("settings", [dict(dataset="folder"), dict(image_size=32), dict(channels=3),
-                                      dict(dataset="digits"), dict(image_size=8)])
-def test_what_cannot_be_scored_is_refused_before_the_work(call, mnist, tmp_path, monkeypatch, settings):
-    config = Config(**dict(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=4, hidden_size=32,
-                           depth=1, num_heads=2) | settings)
+@pytest.mark.parametrize(("settings", "words"), [
+    (dict(image_size=32), ["--dataset mnist --data-dir here --image-size 32 --channels 1"]),
+    (dict(channels=3), ["--image-size 28 --channels 3"]), (dict(num_classes=7), ["7 classes", "have 10"]),
+    (dict(dataset="digits"), ["python -m measure.classifier --dataset digits --data-dir here --image-size 28"]),
+    (dict(channels=2), ["channels is 2"]), (dict(dataset="folder", data_dir="none"), ["none is not a folder"])])
+def test_what_cannot_be_scored_is_refused_before_the_work(call, tmp_path, monkeypatch, settings, words):
+    """And where a classifier is missing, the line says which command trains it."""
+    settings = dict(dataset="mnist", data_dir="here", image_size=28, channels=1, num_classes=10, patch_size=4,
+                    hidden_size=32, depth=1, num_heads=2) | settings
+    config = Config(**settings)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, **options: dataclasses.replace(
+        load_dataset("folder" if name == "folder" else "digits", data_dir, **options), name=name))
     monkeypatch.setattr(measure.score, "draw_fakes", None)
-    assert_refused(call(measure.score, "--checkpoint", tmp_path / "model.pth"), "cannot be scored", config.dataset)
+    assert_refused(call(measure.score, "--checkpoint", tmp_path / "model.pth"), *words)
 
 
 def test_no_mnist_is_found_before_the_work(call, tmp_path, monkeypatch):
     def missing(*args, **options):
         raise CannotDownload("MNIST is not there")
 
-    monkeypatch.setattr(measure.score, "load_dataset", missing)
+    monkeypatch.setattr(classifier_script, "load_dataset", missing)
     monkeypatch.setattr(measure.score, "draw_fakes", None)
     assert_refused(call(measure.score, "--checkpoint", SHIPPED), "MNIST is not there")
     (tmp_path / "worst.png").mkdir()
@@ -537,13 +751,14 @@ def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp
 
 
 def test_a_classifier_is_written(call, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train: parts[0 if train else 1])
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: parts[
+        0 if train else 1])
     code, out, err = call(classifier_script, "--out", tmp_path / "x.pth", "--device", "cpu")
     assert code == 0, err
     share = torch.load(tmp_path / "x.pth", weights_only=True)["test_accuracy"]
     reads = embed(load_classifier(path=tmp_path / "x.pth"), parts[1].images)[1].argmax(dim=1)
     assert share == pytest.approx((reads == parts[1].labels).float().mean().item(), abs=0.01)
-    assert f"reads {share:.2%} of the test images" in out
+    assert f"reads {share:.2%} of 599 test images" in out
 
 
 def test_images_are_turned_scaled_and_shifted():
@@ -570,5 +785,5 @@ def test_images_are_turned_scaled_and_shifted():
 def test_training_sees_augmented_images(parts, monkeypatch):
     seen = []
     monkeypatch.setattr(classifier_script, "augment", lambda x, generator: seen.append(x) or x * 0 - 1)
-    train_classifier(parts[0].images[:128], parts[0].labels[:128], epochs=2, batch_size=64)
+    train_classifier(few(parts[0], 128), epochs=2, batch_size=64)
     assert len(seen) == 4 and all(x.shape == (64, 1, 28, 28) and x.min() == -1 and x.max() == 1 for x in seen)

@@ -75,6 +75,20 @@ def test_resumed_run_is_the_same_run(call, tmp_path):
     assert (whole / "samples_000009.png").read_bytes() == (parts / "samples_000009.png").read_bytes()
 
 
+def test_a_run_in_pieces_is_the_same_run(tmp_path):
+    """That end neither where a row of the log is due nor where a checkpoint is."""
+    settings = dict(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, warmup=2,
+                    log_every=2, steps=8)
+    assert train.train(settings, tmp_path / "whole", device="cpu") == (8, 0)
+    for until, reached in ((3, 3), (2, 3), (5, 5), (None, 8)):
+        assert train.train(settings, tmp_path / "parts", until != 3, "cpu", until=until) == (reached, 0)
+        assert load_checkpoint(tmp_path / "parts" / "model.pth")["step"] == reached
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts"))
+    assert same({**whole, "seconds": 0}, {**parts, "seconds": 0})
+    for name in ("log.csv", "samples_000008.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(call, tmp_path):
     out = train_until(call, [*TINY, "--steps", 9, "--run-dir", tmp_path / "run"], 4)
     assert "stopped after step 4" in out and "--resume" in out
@@ -588,7 +602,7 @@ def test_what_was_learned_is_drawn_when_asked_for(call, learned, read, tmp_path)
 def test_what_was_learned_is_scored(call, learned):
     code, out, err = call(measure.score, "--checkpoint", learned, "--count", 200, "--device", "cpu")
     assert code == 0, err
-    assert float(re.search(r"read as the digit asked for +([0-9.]+)", out)[1]) > 0.9
+    assert float(re.search(r"read as asked for +([0-9.]+)", out)[1]) > 0.9
     assert {row.split()[0]: int(row.split()[1]) for row in out.splitlines() if re.match(r" {4}[0-9] ", row)} == {
         str(digit): 20 for digit in range(10)}
 

@@ -121,6 +121,16 @@ def test_diffusers_loads_what_is_saved(settings, tmp_path):
     assert sorted(file.name for file in (tmp_path / "new" / "vae").iterdir()) == [CONFIG, WEIGHTS]
 
 
+def test_float16_where_it_loses_nothing(tmp_path):
+    for vae, dtype in ((VAE(**SMALL), torch.float32), (VAE(**SMALL).half().float(), torch.float16)):
+        save_vae(vae, tmp_path)
+        kept = safetensors.torch.load_file(tmp_path / WEIGHTS)
+        again, theirs = load_vae(tmp_path), AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float32)
+        for name, weight in vae.state_dict().items():
+            assert kept[name].dtype == dtype
+            assert torch.equal(again.state_dict()[name], weight) and torch.equal(theirs.state_dict()[name], weight)
+
+
 def test_latents_are_normalized_both_ways():
     vae = VAE(**SMALL).eval()
     vae.normalize_by((1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0, 4.0))

@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from config import show_size
-from dataset import Dataset, demand_memory, fit, to_tensor, training_part
+from dataset import Dataset, demand_memory, fit, load_dataset, to_tensor, training_part
 from latent.cache import open_data
 from video.moving import load_moving
 
 MOST = 16  # frames of a clip, where the user says nothing and none is shorter
+SPRITES = 8  # frames of each
 ENDINGS = (*IMAGE_ENDINGS, ".apng")
 
 
@@ -158,6 +159,20 @@ def open_clips(config, device, folder="latents"):
     return Clips("clips", open_data(config, device, folder, frames), *rest)
 
 
+def open_sprites(config, device, folder="latents"):
+    """The sprites in motion, or for an image_size without frames as images; see `open_data`."""
+    if len(config.image_size) != 3:
+        return open_data(config, device, folder)
+    T, *size = config.image_size
+    if T > SPRITES:
+        raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {SPRITES} frames, and no more")
+    with parallel.rank_0_first():  # it may download them
+        frames = load_dataset("sprites", config.data_dir, image_size=size, channels=config.channels)
+    starts = torch.arange(0, len(frames.labels), SPRITES)
+    lengths = torch.full_like(starts, SPRITES)
+    return Clips("sprites", open_data(config, device, folder, frames), starts, lengths, frames.labels[starts], T)
+
+
 def open_moving(config, device, folder="latents"):
     """The clips of moving digits; see `open_data`."""
     if config.vae or config.flips or config.channels > 1:
@@ -167,4 +182,5 @@ def open_moving(config, device, folder="latents"):
         return load_moving(config)
 
 
-CLIPS = {"moving": open_moving, "clips": open_clips}  # what opens a data set of clips, in the place of `open_data`
+# What opens a data set of clips, in the place of `open_data`
+CLIPS = {"moving": open_moving, "sprites": open_sprites, "clips": open_clips}

@@ -1,0 +1,230 @@
+import itertools
+import json
+import signal
+
+import numpy as np
+import pytest
+from conftest import assert_refused, same
+from matplotlib.figure import Figure
+from PIL import Image
+
+import train
+from checkpoint import load_checkpoint
+from config import Config
+from dit import build_model
+from measure import classifier, scaling
+from measure.results import save_figure
+from measure.scaling import collect, fit, forward_flops, plan, seconds_left
+
+FLAGS = ["--dataset", "digits", "--sizes", "1x32", "2x64", "--patches", 8, 4, "--steps", 8, "--batch-size", 8,
+         "--count", 20, "--sample-steps", 2, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def haste(monkeypatch):
+    """What the judge reads with is not the matter here: it has learned next to nothing, at once. Nor are pictures, but
+    those that the first test looks at."""
+    original = classifier.train_classifier
+    monkeypatch.setattr(train, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(scaling, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(classifier, "train_classifier", lambda data: original(data, epochs=1, batch_size=1000))
+
+
+def read(folder):
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/scores.json")}
+
+
+def figures(folder):
+    """All that does not depend on how long it took."""
+    return {name: [{key: value for key, value in part.items() if key not in ("seconds", "scoring")}
+                   for part in record["scores"]] for name, record in read(folder).items()}
+
+
+def test_the_study(call, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "save_figure", save_figure)
+        check_the_study(call, tmp_path)
+    # Once more: nothing is left to do.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    assert call(scaling, *FLAGS, "--marks", 2, "--seeds", 0, 1, "--out", tmp_path)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == before
+
+
+def check_the_study(call, tmp_path):
+    code, out, err = call(scaling, *FLAGS, "--marks", 2, "--seeds", 0, 1, "--out", tmp_path)
+    assert code == 0, err
+    records = read(tmp_path)
+    assert sorted(records) == sorted(f"{size}_patch{patch}_seed{seed}" for size in ("1x32", "2x64") for patch in (8, 4)
+                                     for seed in (0, 1))
+    for name, record in records.items():
+        content = load_checkpoint(tmp_path / name / "model.pth")
+        assert content["step"] == 8 and record["settings"]["steps"] == 8
+        assert [part["step"] for part in record["scores"]] == ([4, 8] if name.endswith("0") else [8])
+        if name.endswith("1"):
+            continue
+        assert record["parameters"] == sum(p.numel() for p in build_model(content["config"]).parameters())
+        assert record["tokens"] == (1 if "patch8" in name else 4)
+        assert record["flops"] == forward_flops(content["config"])
+    # The table, in the order of their Gflops, has the mean and the spread over seeds.
+    rows = [row for row in (tmp_path / "scaling.md").read_text().splitlines() if "±" in row]
+    names = [row.split(" | ")[:2] for row in rows]
+    assert names == [["| 1x32", "8"], ["| 1x32", "4"], ["| 2x64", "8"], ["| 2x64", "4"]]
+    distances = np.array([records[f"2x64_patch8_seed{seed}"]["scores"][-1]["frechet"] for seed in (0, 1)])
+    assert f"{distances.mean():.3f} ± {distances.std(ddof=1):.3f}" in rows[2] and rows[2] in out
+    assert f"| {3 * 8 * 8 * records['2x64_patch8_seed0']['flops'] / 1e12:.3g} |" in rows[2]
+    for name in ("gflops.png", "training.png", "samples.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 500, name
+
+
+def stopped_at(monkeypatch, where, calls):
+    """Has Ctrl-C pressed in the `calls`th call of a function, (module, name)."""
+    original, left = getattr(*where), [calls]
+
+    def pressed(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
+
+    monkeypatch.setattr(*where, pressed)
+
+
+def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
+    flags = [*FLAGS, "--sizes", "1x32", "--marks", 2]
+    assert call(scaling, *flags, "--out", tmp_path / "whole")[0] == 0
+    # In the first steps, on the way to a score, and while images are drawn for one
+    for where, calls in (((train, "train_step"), 3), ((train, "train_step"), 7), ((scaling, "draw_fakes"), 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_at(patch, where, calls)
+            code, out, err = call(scaling, *flags, "--out", tmp_path / "parts")
+        assert code == 130 and "Traceback" not in err
+        assert f"stopped; go on with: python -m measure.scaling --dataset digits {' '.join(map(str, flags[2:]))}" in out
+    code, _, err = call(scaling, *flags, "--out", tmp_path / "parts")
+    assert code == 0, err
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+    for name in read(tmp_path / "whole"):
+        whole, parts = (load_checkpoint(tmp_path / folder / name / "model.pth") for folder in ("whole", "parts"))
+        assert same({**whole, "seconds": 0}, {**parts, "seconds": 0}), name
+
+
+def test_learning_rates(call, tmp_path):
+    """The middle patch alone; the usual rate is the run that the study itself has."""
+    flags = [*FLAGS, "--patches", 8, 4, 2, "--out", tmp_path]
+    assert call(scaling, *flags, "--sizes", "1x32", "--marks", 1)[0] == 0
+    before = (tmp_path / "1x32_patch4_seed0" / "model.pth").stat().st_mtime_ns
+    code, out, err = call(scaling, *flags, "--rates", 1e-3, Config.lr)
+    assert code == 0, err
+    assert (tmp_path / "1x32_patch4_seed0" / "model.pth").stat().st_mtime_ns == before
+    records = read(tmp_path)
+    assert len(records) == 6 and records["2x64_patch4_seed0_lr0.001"]["settings"]["lr"] == 1e-3
+    head, _, *rows = [line for line in (tmp_path / "rates.md").read_text().splitlines() if line.startswith("|")]
+    assert head == "| size | 0.001 | 0.004 |"
+    for row, size in zip(rows, ("1x32", "2x64"), strict=True):
+        distances = [records[f"{size}_patch4_seed0{rate}"]["scores"][-1]["frechet"] for rate in ("_lr0.001", "")]
+        cells = [f"**{value:.3f}**" if value == min(distances) else f"{value:.3f}" for value in distances]
+        assert row == f"| {size} | {' | '.join(cells)} |" and row in out
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """The models of a study of which nothing is done yet, seed by seed, from flags; and its arguments."""
+    def make(*flags):
+        monkeypatch.setattr("sys.argv", ["scaling", *map(str, flags), "--out", str(tmp_path / "study")])
+        args = scaling.parse_args()
+        return plan(args), args
+
+    return make
+
+
+def test_the_models_of_the_presets(made):
+    models, _ = made()
+    assert len(models) == 12 and len({model.kind for model in models}) == 12
+    assert {model.patch for model in models} == {14, 7, 4}
+    assert len({tuple(sorted((key, value) for key, value in model.settings.items() if key not in (
+        "depth", "hidden_size", "num_heads", "patch_size"))) for model in models}) == 1  # all else is alike
+    sizes = sorted({(m.config.depth, m.config.hidden_size) for m in models})
+    assert len(sizes) == 4 and sizes == sorted(sizes, key=lambda size: size[1])
+    assert {m.config.hidden_size / m.config.num_heads for m in models} == {32}
+    assert models[0].marks == [150, 300, 600, 1200, 2400]
+    models, _ = made("--preset", "paper")
+    assert [(m.size, m.patch) for m in models] == [*itertools.product(("S", "B", "L", "XL"), (8, 4, 2))]
+    assert {(m.config.steps, m.config.batch_size, m.config.lr) for m in models} == {(400_000, 256, 1e-4)}
+    assert {m.config.hidden_size for m in models} == {384, 768, 1024, 1152}
+
+
+def test_flops_are_those_of_the_matrix_products():
+    config = Config(image_size=28, channels=1, num_classes=10, patch_size=4, hidden_size=96, depth=3, num_heads=3)
+    D, N, P, d = 96, 49, 16, 3
+    block = N * 12 * D * D + 2 * N * N * D + 6 * D * D  # qkv, out and the MLP; attention; the modulation
+    assert forward_flops(config) == 2 * (N * P * D + 256 * D + D * D + d * block + 2 * D * D + N * D * P)
+
+
+def test_the_time_that_is_left(made):
+    """From what is known of each kind of model: the scores of one seed hold for the others."""
+    models, _ = made(*FLAGS[:-8], "--sizes", "1x32", "--patches", 4, "--steps", 100, "--marks", 2, "--seeds", 0, 1,
+                     "--batch-size", 10, "--count", 30, "--sample-steps", 4)
+    todo = [(models[0], 50), (models[0], 100), (models[1], 100)]
+    assert seconds_left(todo, models) == 0  # nothing is known
+    models[0].record["speed"] = 0.3
+    assert seconds_left(todo, models) == pytest.approx(200 * 0.3 + 3 * 0.1 * 4 * 3)
+    models[0].scores.append({"step": 50, "seconds": 10.0, "scoring": 7.0})
+    assert seconds_left(todo[1:], models) == pytest.approx(150 * 0.2 + 2 * 7)
+
+
+def test_power_law():
+    xs = [0.001, 0.01, 0.3]
+    slope, start, correlation = fit(xs, [5 * x**-0.4 for x in xs])
+    assert (slope, start, correlation) == pytest.approx((-0.4, np.log(5), -1))
+
+
+def test_models_are_compared_at_the_step_that_all_have(made):
+    models, _ = made("--sizes", "1x32", "--patches", 14, 7, "--seeds", 0, 1)
+    for model, steps in zip(models, ([4, 8, 16], [4, 8], [8], []), strict=True):
+        model.record["scores"] = [{"step": step, "frechet": step + model.seed} for step in steps]
+    assert [part["frechet"] for parts in collect(models).values() for part in parts] == [8, 8]
+    models[3].record["scores"] = [{"step": 8, "frechet": 9}]
+    assert [[part["frechet"] for part in parts] for parts in collect(models).values()] == [[8, 9], [8, 9]]
+
+
+def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(scaling, "save_figure", lambda figure, path: seen.append(figure))
+    models, _ = made("--sizes", "1x32", "2x64", "--patches", 14, 7, "--batch-size", 10, "--seeds", 0, 1)
+    for i, model in enumerate(models):
+        model.record |= {"flops": 10.0**(9 + i % 4), "parameters": 10**6 * (i % 4 + 1), "scores": [
+            {"step": step, "frechet": 100 / step / (i % 4 + 1) + model.seed} for step in ([10, 20] if i < 4 else [20])]}
+    line = scaling.plot_law(models, collect(models), {"frechet": 0.1}, tmp_path)
+    scaling.plot_training(models, {"frechet": 0.1}, tmp_path)
+    law, training = seen
+    assert all(isinstance(figure, Figure) for figure in seen)
+    points = [container.lines[0].get_xydata()[0].tolist() for container in law.axes[0].containers]
+    assert points == [pytest.approx([10.0**i, 5 / (i + 1) + 0.5]) for i in range(4)]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in training.axes[0].lines}
+    assert curves["2x64, patch 14"] == [pytest.approx([3 * 10 * step * 0.1, 100 / step / 3]) for step in (10, 20)]
+    correlation = np.corrcoef(np.arange(4), np.log([5 / (i + 1) + 0.5 for i in range(4)]))[0, 1]
+    assert f"{correlation:.2f} with Gflops" in line
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--sizes", "4x100"], ["--sizes 4x100", "4x128"]), (["--sizes", "big"], ["--sizes big"]),
+    (["--patches", 3], ["patch_size 3 does not divide image_size 8"]), (["--seeds", -1], ["seed is -1"]),
+    (["--seeds", 1, 1], ["named twice"]), (["--count", 5], ["--count"]), (["--marks", 0], ["--marks"]),
+    (["--rates", "nan"], ["lr is nan"]), (["--out", "/dev/null/x"], ["/dev/null/x"]),
+    (["--dataset", "folder", "--data-dir", "/nowhere"], ["/nowhere is not a folder"])])
+def test_mistakes(call, tmp_path, flags, words):
+    assert_refused(call(scaling, *FLAGS, "--out", tmp_path, *flags), *words)
+
+
+def test_another_study_in_the_folder(call, tmp_path):
+    flags = [*FLAGS, "--sizes", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
+    assert call(scaling, *flags)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    for more, words in ((["--steps", 9], "steps 8 -> 9"), (["--count", 30], "count 20 -> 30"),
+                        (["--lr-decay", "linear"], "lr_decay sqrt -> linear")):
+        assert_refused(call(scaling, *flags, *more), "1x32_patch8_seed0 was made with other settings", words)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+    file = tmp_path / "1x32_patch8_seed0" / "scores.json"
+    for content in ("", "[]", '{"settings": {}}', '{"settings": 3, "scores": []}', file.read_text()[:-20]):
+        file.write_text(content)
+        assert_refused(call(scaling, *flags), "scores.json is damaged: remove", "1x32_patch8_seed0")

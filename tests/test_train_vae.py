@@ -1,0 +1,461 @@
+"""The training of a VAE; on scikit-learn's digits, 8 x 8."""
+
+from support.commands import UserError
+from support.pictures import psnr
+
+import dataclasses
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from dataset import load_dataset, to_float
+from latent import train_vae as module
+from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergence, loss_of, reconstruction_loss
+from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
+
+SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
+             image_size=(8, 8), channels=1)
+FLAGS = ["--dataset", "digits", "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2, "--precision", "fp32",
+         "--batch-size", 8, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Images that are tested on and measured, so that a test takes no longer than it must."""
+    monkeypatch.setattr(module, "HELD_OUT", 16)
+    monkeypatch.setattr(module, "MEASURED", 32)
+
+
+def stop_at(monkeypatch, step):
+    """Presses Ctrl-C during step `step`."""
+    original = module.train_step
+
+    def pressed(*args):
+        if args[-1] == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(module, "train_step", pressed)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """The folder of a VAE that has learned the digits for some seconds, and its recipe."""
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    settings = SMALL | dict(steps=90, save_every=30, half_scale=0.0, kl=1e-3)
+    recipe, done, stopped = module.train_vae(settings, folder, device="cpu")
+    assert (done, stopped) == (90, 0)
+    return folder, recipe
+
+
+def test_it_learns(learned):
+    """Far better than the mean of all images, better from row to row, and the same number in the log."""
+    folder, _ = learned
+    images, tests = (load_dataset("digits", ".", part).images for part in (True, False))
+    mean = images.float().mean(0).round().byte().expand_as(tests)
+    vae = load_vae(folder)
+    made = module.reconstructions(vae, tests)
+    assert psnr(made, tests) > psnr(mean, tests) + 2
+    names, *rows = [row.split(",") for row in (folder / LOG).read_text().splitlines()]
+    assert names == module.COLUMNS and [row[0] for row in rows] == ["30", "60", "90"]
+    assert float(rows[0][2]) < float(rows[2][2]) == pytest.approx(psnr(made, tests), abs=1e-3)
+    assert float(rows[0][1]) > float(rows[1][1]) and float(rows[2][3]) == pytest.approx(4e-3 / 90, rel=1e-4)
+    with Image.open(folder / PICTURE) as picture:
+        assert picture.mode == "L" and picture.width > picture.height
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, LOG, PICTURE])
+
+
+def test_its_latents_are_normalized(learned):
+    """Of each channel, over the images that were measured; as a diffusion model draws them from the posterior."""
+    vae = load_vae(learned[0])  # whose training had no such limits
+    mean, std = vae.encode(to_float(load_dataset("digits", ".").images))
+    assert mean.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
+    assert (mean**2 + std**2).mean(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-3)
+    plain, spread = vae.posterior(to_float(load_dataset("digits", ".").images[:9]))
+    assert torch.allclose(spread, torch.tensor(0.1), atol=2e-4) and 0.1 < plain.std() < 10
+
+
+def test_a_vae_of_patches_is_one_of_diffusers_behind_a_rearrangement(learned):
+    """Whoever has diffusers alone sees an autoencoder of the patches' pixels."""
+    vae = load_vae(learned[0])
+    theirs = AutoencoderKL.from_pretrained(learned[0])
+    assert vae.patch_size == 2 and vae.factor == 4 and vae.image_channels == 1
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    patches = x.view(2, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).reshape(2, 4, 4, 4)
+    with torch.no_grad():
+        expected = theirs.encode(patches).latent_dist
+        mean, std = vae.posterior(x)
+        torch.testing.assert_close(mean, expected.mean)
+        torch.testing.assert_close(std, expected.std)
+        made = theirs.decode(mean).sample.view(2, 2, 2, 4, 4).permute(0, 3, 1, 4, 2).reshape(2, 1, 8, 8)
+        torch.testing.assert_close(vae.reconstruct(mean), made)
+
+
+def test_without_patches_diffusers_reads_it(call, tmp_path):
+    code, *_ = call(module, *FLAGS, "--widths", 8, 8, 16, "--out", tmp_path / "vae")
+    assert code == 0
+    vae, theirs = load_vae(tmp_path / "vae"), AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert vae.factor == 4 and "patch_size" not in (tmp_path / "vae" / CONFIG).read_text()
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x).latent_dist.mean, vae.posterior(x)[0])
+        z = torch.randn(1, 4, 2, 2)
+        torch.testing.assert_close(theirs.decode(z).sample, vae.reconstruct(z))
+
+
+# The loss
+
+
+def test_the_reconstruction_loss():
+    """By its formula, on averages that are written out."""
+    made, x = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    expected = torch.zeros(2)
+    for n, weight in ((1, 1), (2, 0.5), (4, 0.5)):
+        averages = (made - x).view(2, 3, 8 // n, n, 8 // n, n).mean(dim=(3, 5))
+        expected += weight * averages.abs().flatten(1).mean(1)
+    torch.testing.assert_close(reconstruction_loss(made, x), expected)
+    assert reconstruction_loss(x[:, :, :2, :2], x[:, :, :2, :2]).tolist() == [0, 0]  # too small for an average of 4 x 4
+
+
+def test_the_kl_divergence_is_that_of_torch():
+    mean, std = torch.randn(2, 4, 2, 2), torch.rand(2, 4, 2, 2) + 0.1
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).flatten(1).mean(1)
+    torch.testing.assert_close(kl_divergence(mean, std), expected)
+
+
+class Toy(torch.nn.Module):
+    """In place of a VAE: latents are the averages of 4 x 4 pixels, and decoded as one grey each; `seen` holds them."""
+
+    factor = 4
+
+    def __init__(self):
+        super().__init__()
+        self.quant_conv = torch.nn.Conv2d(1, 1, 1)
+        self.gain, self.spread = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.tensor(0.1))
+        self.seen = []
+
+    def posterior(self, x):
+        mean = torch.nn.functional.avg_pool2d(x, 4) * self.gain
+        return mean, self.spread.expand_as(mean)
+
+    def reconstruct(self, z):
+        self.seen.append(z)
+        return z.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+@pytest.mark.parametrize(("size", "small"), [(16, 8), (12, 8), (4, 4)])
+def test_some_images_are_learnt_at_half_their_size(size, small):
+    """Latents and images are halved alike: where both are averages they fit, and the loss is zero."""
+    toy, x = Toy(), torch.rand(4, 1, 1, 1).expand(4, 1, size, size) + torch.zeros(4, 1, size, size)
+    noise = torch.zeros(4, 1, size // 4, size // 4)
+    loss = loss_of(toy, x, noise, Recipe(half_scale=0.25, kl=0))
+    assert sorted(z.shape for z in toy.seen) == sorted([(3, 1, size // 4, size // 4), (1, 1, small // 4, small // 4)])
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    for share, sizes in ((0, {size // 4}), (1, {small // 4})):
+        toy.seen.clear()
+        loss_of(toy, x, noise, Recipe(half_scale=share, kl=0))
+        assert {z.shape[2] for z in toy.seen} == sizes
+    toy.seen.clear()
+    loss_of(toy, x, noise, Recipe(half_scale=1.0, kl=0), alone=True)
+    assert {z.shape[2] for z in toy.seen} == {size // 4}
+
+
+def test_noise_and_kl_in_the_loss():
+    x, noise = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 2, 2)
+    toy = Toy()
+    plain = loss_of(toy, x, noise, Recipe(half_scale=0, kl=0))
+    torch.testing.assert_close(toy.seen[0], torch.nn.functional.avg_pool2d(x, 4) + 0.1 * noise)
+    mean, std = toy.posterior(x)
+    expected = plain + 0.3 * kl_divergence(mean, std).mean()
+    torch.testing.assert_close(loss_of(toy, x, noise, Recipe(half_scale=0, kl=0.3)), expected)
+    # The posterior's width learns only where it is not given, and nothing of the encoder while the decoder is alone.
+    for recipe, alone, learns in ((Recipe(noise=0.1), False, (True, False)), (Recipe(noise=0), False, (True, True)),
+                                  (Recipe(noise=0), True, (False, False))):
+        toy = Toy()
+        loss_of(toy, x.requires_grad_(alone), noise, recipe, alone).requires_grad_().backward()
+        assert tuple(weight.grad is not None and weight.grad.item() != 0 for weight in (toy.gain, toy.spread)) == learns
+
+
+def test_the_posterior_keeps_its_width():
+    """Which the format has no word for: the part of quant_conv that makes it is constant, and stays."""
+    recipe = Recipe(**SMALL, noise=0.3, steps=4, batch_size=4)
+    run = module.start_run(recipe, torch.device("cpu"))
+    images = load_dataset("digits", ".").images
+    before = run.model.encoder.conv_in.weight.clone()
+    for step in range(4):
+        module.train_step(run, module.make_batch(images, run, step), step)
+    for vae in (run.model, run.ema):
+        assert torch.allclose(vae.posterior(to_float(images[:3]))[1], torch.tensor(0.3))
+    assert not torch.equal(run.model.encoder.conv_in.weight, before)
+    learnt = module.start_run(dataclasses.replace(recipe, noise=0), torch.device("cpu"))
+    for step in range(4):
+        module.train_step(learnt, module.make_batch(images, learnt, step), step)
+    assert learnt.model.posterior(to_float(images[:3]))[1].std() > 0
+
+
+def test_the_last_part_leaves_the_latents(monkeypatch):
+    """From its first step on the encoder is the average that is kept."""
+    monkeypatch.setattr(module, "DECODER_ALONE", 0.5)
+    run = module.start_run(Recipe(**SMALL, steps=8, batch_size=4), torch.device("cpu"))
+    images = load_dataset("digits", ".").images
+    fingerprints, decoders = [], []
+    for step in range(8):
+        module.train_step(run, module.make_batch(images, run, step), step)
+        fingerprints.append(run.ema.fingerprint)
+        decoders.append(run.ema.hash_of("decoder"))
+    assert len(set(fingerprints[:4])) == 4 and len(set(fingerprints[3:])) == 1 and len(set(decoders)) == 8
+    assert run.model.fingerprint == run.ema.fingerprint
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_in_either_precision(precision):
+    """bfloat16 computes gradients for float32 weights."""
+    images, losses = load_dataset("digits", ".").images, []
+    for kind in ("fp32", precision):
+        run = module.start_run(Recipe(**SMALL | dict(precision=kind), steps=5, batch_size=16), torch.device("cpu"))
+        losses.append(module.train_step(run, module.make_batch(images, run, 0), 0).item())
+        assert {weight.dtype for weight in run.model.state_dict().values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_psnr():
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    others = images.clone()
+    others[0], others[1] = 255, 51
+    assert psnr(images, others) == pytest.approx((0 + 20 * math.log10(5)) / 2)
+    assert psnr(images, images) == pytest.approx(58.92, abs=0.01)
+    many = torch.arange(250).byte().view(250, 1, 1, 1)
+    assert psnr(many, 255 - many) == pytest.approx(np.mean([20 * np.log10(255 / abs(255 - 2 * n)) for n in range(250)]))
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_resumed_run_is_the_same_run(call, tmp_path, monkeypatch, stop):
+    """Stopped by Ctrl-C in its first part, at a save, and while the decoder learns alone: every byte of the folder."""
+    monkeypatch.setattr(module, "DECODER_ALONE", 0.4)
+    assert call(module, *FLAGS, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        code, out, _ = call(module, *FLAGS, "--out", tmp_path / "parts")
+    assert code == 130 and f"stopped after step {stop}" in out and out.rstrip().endswith("--resume")
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
+        [STATE, *([LOG, PICTURE] if stop >= 3 else [])])
+    code, out, err = call(module, "--out", tmp_path / "parts", "--resume", "--device", "cpu")
+    assert code == 0, err
+    for name in (CONFIG, WEIGHTS, LOG, PICTURE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not (tmp_path / "parts" / STATE).exists()
+
+
+def test_a_run_can_be_finished_early(call, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        call(module, *FLAGS, "--out", tmp_path / "vae")
+    code, out, _ = call(module, *FLAGS, "--out", tmp_path / "vae", "--resume", "--steps", 2)
+    assert code == 0 and "PSNR" in out and load_vae(tmp_path / "vae").factor == 4
+
+
+def test_killed_while_it_is_finished(call, tmp_path, monkeypatch):
+    """What it had learned is not lost: --resume ends it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_vae", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(module, *FLAGS, "--out", tmp_path / "vae")[0] == 130
+    assert (tmp_path / "vae" / STATE).is_file() and not (tmp_path / "vae" / CONFIG).exists()
+    assert call(module, "--out", tmp_path / "vae", "--resume")[0] == 0
+    assert load_vae(tmp_path / "vae").factor == 4
+
+
+def test_what_it_says(call, tmp_path):
+    """The command that comes next can be typed as it is."""
+    code, out, _ = call(module, *FLAGS, "--out", tmp_path / "my vae")
+    assert code == 0
+    assert "64 numbers of an image become 4 x 2 x 2 = 16" in out
+    assert "step 3: loss" in out and "dB on 16 held-out images" in out
+    assert out.splitlines()[-1].endswith(f"python train.py --vae '{tmp_path / 'my vae'}' --dataset digits")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 45 colour images of 16 x 16, without a test part."""
+    generator = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+    for i in range(45):
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_without_a_test_part(call, tmp_path, pictures):
+    """Every 20th image is held out; one with a test part is tested on that."""
+    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures]
+    code, out, err = call(module, *flags, "--out", tmp_path / "vae")
+    assert code == 0, err
+    assert "42 images of 16 x 16 to train, 3 to test, colour" in out
+    assert out.splitlines()[-1].endswith(f"--dataset folder --data-dir {pictures}")
+    assert load_vae(tmp_path / "vae").image_channels == 3
+    data = load_dataset("folder", pictures)
+    images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), data)
+    assert torch.equal(tests, data.images[[0, 20, 40]]) and not (images == tests[0]).flatten(1).all(1).any()
+    for part in ("train", "test"):
+        (pictures / part).mkdir()
+        (pictures / "a").rename(pictures / part / "a") if part == "train" else None
+    (pictures / "test" / "a").mkdir()
+    for path in sorted((pictures / "b").iterdir())[:4]:
+        path.rename(pictures / "test" / "a" / path.name)
+    code, out, err = call(module, *flags, "--out", tmp_path / "vae 2")
+    assert code == 0, err
+    assert "23 images of 16 x 16 to train, 4 to test" in out
+
+
+def test_held_out_images_are_no_more_than_needed():
+    images = torch.arange(5000).view(-1, 1, 1, 1)
+    assert module.some(images, 1000).flatten()[[0, -1]].tolist() == [0, 4999] and len(module.some(images, 1000)) == 1000
+    assert torch.equal(module.some(images[:7], 1000), images[:7])
+
+
+# Failures
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--factor", 3], ["--factor to one of [2, 4, 8]"]), (["--factor", 16], ["images of 8"]),
+    (["--widths", 8, 8, 8, 8, 8], ["with 5 widths"]), (["--widths", 0], ["widths are (0,)"]),
+    (["--image-size", 10], ["--factor to one of [2, 10]", "--image-size to 8"]),
+    (["--noise", "nan"], ["noise is nan"]), (["--half-scale", 2], ["half_scale is 2.0"]),
+    (["--steps", 0], ["steps is 0"]),
+    (["--resume"], ["holds no train.pth", "nothing to go on with"]), (["--batch-size", "x"], ["--batch-size"]),
+    (["--lr", 1e4], ["lr is 10000"]), (["--device", "nowhere"], ["--device nowhere"])])
+def test_flags_that_cannot_be(call, tmp_path, flags, words):
+    assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae", *flags), *words)
+    assert not (tmp_path / "vae").exists() or not any((tmp_path / "vae").iterdir())
+
+
+def test_the_command_refuses_in_one_line(command, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "thesis.tex").write_text("mine")
+    assert_refused(command("latent.train_vae", *FLAGS, "--out", tmp_path / "vae"), "holds other things (thesis.tex)")
+    assert [path.name for path in (tmp_path / "vae").iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_vae_stays(call, tmp_path, learned):
+    folder, _ = learned
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert_refused(call(module, *FLAGS, "--out", folder), "holds a VAE already")
+    assert_refused(call(module, *FLAGS, "--out", folder, "--resume"), "the VAE in it is finished")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, 9000),
+    "empty": lambda path: path.write_bytes(b""),
+    "other": lambda path: torch.save({"format": "dit-checkpoint-2"}, path),
+    "step": lambda path: change(path, step=-1),
+    "recipe": lambda path: change(path, recipe={"widths": (3,)}),
+    "unknown": lambda path: change(path, recipe={"colour": 1}),
+    "weights": lambda path: change(path, ema={}),
+    "nan": lambda path: change(path, window=torch.tensor([math.nan, 1])),
+    "optimizers": lambda path: change(path, optimizers=[{0: {"step": torch.tensor(1.0)}}, {}]),
+    "momentum": lambda path: change(path, optimizers=[{}, {0: {"momentum": torch.zeros(3, 3)}}]),
+    "no optimizers": lambda path: change(path, optimizers=None),
+}
+
+
+def change(path, **changes):
+    torch.save(torch.load(path) | changes, path)
+
+
+@pytest.fixture
+def stopped(call, tmp_path, monkeypatch):
+    """The folder of a run that was stopped after two steps."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert call(module, *FLAGS, "--out", tmp_path / "vae")[0] == 130
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_state_that_is_damaged(call, stopped, damage):
+    DAMAGES[damage](stopped / STATE)
+    before = (stopped / STATE).read_bytes()
+    assert_refused(call(module, "--out", stopped, "--resume"), STATE)
+    assert (stopped / STATE).read_bytes() == before
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--resume", "--lr", 1], ["lr 0.004 -> 1.0"]), (["--resume", "--channels", 3], ["channels 1 -> 3"]),
+    (["--resume", "--widths", 16], ["widths (16, 32) -> (16,)"]), (["--resume", "--steps", 1], ["2 steps already"]),
+    ([], ["holds a VAE in training", "--resume"])])
+def test_a_run_that_cannot_go_on_so(call, stopped, flags, words):
+    before = (stopped / STATE).read_bytes()
+    assert_refused(call(module, "--out", stopped, *flags), *words)
+    assert (stopped / STATE).read_bytes() == before
+
+
+def test_other_data_than_it_was_trained_on(call, tmp_path, pictures, monkeypatch):
+    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--out", tmp_path / "vae"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert call(module, *flags)[0] == 130
+    Image.new("RGB", (16, 16)).save(pictures / "a" / "0.png")
+    assert_refused(call(module, "--out", tmp_path / "vae", "--resume"), "was trained on other data")
+
+
+def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
+    """The last good state stays, and can be gone on with."""
+    original = module.loss_of
+    calls = []
+
+    def broken(*args):
+        calls.append(None)
+        return original(*args) * (math.nan if len(calls) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "loss_of", broken)
+        assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae"), "not finite at step 6", "step 3")
+    assert torch.load(tmp_path / "vae" / STATE)["step"] == 3
+    assert call(module, "--out", tmp_path / "vae", "--resume")[0] == 0
+
+
+def test_a_disk_that_is_full(call, tmp_path, monkeypatch):
+    """When the VAE cannot be written, its training is not lost."""
+    def full(*_):
+        raise UserError("config.json cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_vae", full)
+        assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae"), "No space left")
+    assert torch.load(tmp_path / "vae" / STATE)["step"] == 6
+    assert call(module, "--out", tmp_path / "vae", "--resume")[0] == 0
+
+
+def test_a_folder_of_patches_that_do_not_fit(learned, tmp_path):
+    vae = build_vae(Recipe(**SMALL))
+    vae.settings["patch_size"] = 3
+    save_vae(vae, tmp_path / "vae")
+    with pytest.raises(UserError, match="are not those of patches of 3 x 3 pixels"):
+        load_vae(tmp_path / "vae")
+
+
+def test_images_without_a_difference(call, tmp_path, monkeypatch):
+    """Latents that are all the same cannot be normalized."""
+    vae = build_vae(Recipe(**SMALL))
+    monkeypatch.setattr(vae, "encode", lambda x: (torch.ones(len(x), 4, 2, 2), torch.zeros(len(x), 4, 2, 2)))
+    with pytest.raises(UserError, match="all the same"):
+        module.measure_latents(vae, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_two_at_once(call, stopped):
+    from support.files import lock_dir
+
+    with lock_dir(stopped):
+        assert_refused(call(module, "--out", stopped, "--resume"), "in use by another process")
