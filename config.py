@@ -80,6 +80,8 @@ class Config:
     weight_decay: float = flag(0.0, "decoupled weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
+    given: float = flag(0.0, "of clips: share of which some frames are given, as they are, to learn the others from: "
+                        "for inference.py --extend and its like", 0, 1)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
     precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
                           "weights computes the gradients); or auto: bf16 where the hardware has bf16 matrix units",
@@ -121,6 +123,8 @@ class Config:
                             "height x width")
         if self.variance == "learned" and self.process != "ddpm":
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
+        if self.given and (self.variance == "learned" or len(self.image_size) == 2):
+            raise UserError("frames are given of clips alone, and the variance is then fixed: leave --given out")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):

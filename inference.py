@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpoint import checkpoint_file, load_model
 from config import SAMPLING, add_flags, as_size, check_eta, given_flags, show_size
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
-from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
+from diffusion import SAMPLERS, between, build_process, complete, edit, from_noise, inpaint
 from latent.vae import open_vae
 
 # The model just trained, else the weights that come with the repository
@@ -33,6 +33,7 @@ CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mni
 FULL_BATCH = 16
 
 STRIP, ANIMATION = 11, 61  # images of a strip, of an animation
+LONGER = ("extend", "before", "between", "loop", "frames")  # the flags that make clips longer
 FRAME = 100  # milliseconds that a clip shows each of its frames
 STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
 
@@ -188,12 +189,14 @@ def strips(views):
 
 def check_changes(args):
     """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
-    kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
+    kinds = [name for name in ("edit", "inpaint", "morph", *LONGER[:-1]) if getattr(args, name, None) is not None]
     if len(kinds) > 1:
         raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other")
     for name, kind in (("strength", "edit"), ("mask", "inpaint"), ("to_seed", "morph")):
         if getattr(args, name) is not None and kind not in kinds:
             raise UserError(f"--{name.replace('_', '-')} is for --{kind}: add that, or leave it out")
+    if args.frames is not None and set(kinds) - {"extend", "before"}:
+        raise UserError(f"--frames goes with --extend, --before, or alone, and not with --{kinds[0]}")
     if args.inpaint is not None and args.mask is None:
         raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
                         "is drawn anew")
@@ -213,8 +216,11 @@ def check_drawn_size(config, args):
         raise UserError(f"--size {show_size(args.size)}: this model draws " + (
             f"clips of at most {show_size(config.largest)}" if len(config.image_size) == 3 and not config.latent_shape
             else f"nothing but {show_size(config.image_size)}"))
-    if args.size and (args.edit is not None or args.inpaint is not None):
-        raise UserError("--size is for what is drawn anew, not for --edit and --inpaint")
+    longer = [name for name in LONGER if getattr(args, name) is not None]
+    if args.size and (longer or args.edit is not None or args.inpaint is not None):
+        raise UserError("--size is for what is drawn anew, and not for a given picture or clip")
+    if longer and len(config.image_size) != 3:
+        raise UserError(f"--{longer[0]} is for clips, but this model draws images")
 
 
 def prepare(model, config, args, frames):
@@ -250,24 +256,31 @@ def read_picture(path, config, mask=None):
     Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
     Raises `UserError`.
     """
-    if config.channels not in (1, 3):
-        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
-                        "picture")
     *frames, height, width = config.image_size
-    images, count = read_frames(path, "L" if config.channels == 1 else "RGB"), math.prod(frames)
-    if len(images) < count:
-        raise UserError(f"{path} has {len(images)} frames, but the model draws clips of {count}")
-    pictures = [to_tensor(fit(image, (height, width))) for image in images[:count]]
-    picture = to_float(torch.stack(pictures, dim=1).view(1, -1, *config.image_size))
+    (clip, size), count = read_clip(path, config), math.prod(frames)
+    if clip.shape[2] < count:
+        raise UserError(f"{path} has {clip.shape[2]} frames, but the model draws clips of {count}")
+    picture = clip[:, :, :count].reshape(1, -1, *config.image_size)
     if mask is None:
         return picture, None
     nearest = Image.Resampling.NEAREST
-    known = to_tensor(fit(read_image(mask, "L").resize(images[0].size, nearest), (height, width), nearest)) < 128
+    known = to_tensor(fit(read_image(mask, "L").resize(size, nearest), (height, width), nearest)) < 128
     known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
         raise UserError(f"{mask} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
                         "it be black where the picture is kept, and white where it is drawn anew")
     return picture, known
+
+
+def read_clip(path, config):
+    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and their
+    size in the file, (width, height). Raises `UserError`."""
+    if config.channels not in (1, 3):
+        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
+                        "picture")
+    images = read_frames(path, "L" if config.channels == 1 else "RGB")
+    frames = [to_tensor(fit(image, config.image_size[-2:])) for image in images]
+    return to_float(torch.stack(frames, dim=1))[None], images[0].size
 
 
 def add_labels_between(model, first, last, count):
@@ -295,6 +308,58 @@ def morphing_noise(count, to_seed, seed, indices, *rest):
     return noise
 
 
+def fill_batch(x):
+    """x (B, ...) as `sample` fills its batch up."""
+    return torch.cat([x, x[:1].expand(-len(x) % FULL_BATCH, *x.shape[1:])])
+
+
+def draw_window(model, config, y, before, after, number=0):
+    """What lies between the last frames `before` and the first frames `after`, both (B, C, t, H, W), of which it knows
+    as many as leave half of the model's frames to be drawn: (B, C, T / 2, H, W), or more where there are fewer.
+
+    y: labels (B,). number: of the window, each of which has noise of its own.
+    """
+    T = config.input_shape[1]
+    most = T // 2 if min(before.shape[2], after.shape[2]) == 0 else T // 4
+    start, end = before[:, :, max(0, before.shape[2] - most):], after[:, :, :most]
+    missing = T - start.shape[2] - end.shape[2]
+    new = torch.zeros(len(y), start.shape[1], missing, *start.shape[3:], device=start.device)
+    known = torch.ones(T, 1, 1, dtype=torch.bool, device=start.device)
+    known[start.shape[2]:T - end.shape[2]] = False
+    way = functools.partial(complete if config.given else inpaint, picture=fill_batch(torch.cat([start, new, end], 2)),
+                            known=known)
+    *_, x = sample(model, config, y, [k + number * 2**32 for k in range(len(y))], way)
+    return x[:, :, start.shape[2]:T - end.shape[2]]
+
+
+def draw_longer(model, config, labels, count, args):
+    """Draws `count` rows of `labels` as the flags `LONGER` ask for: clips uint8 (B, C, frames, H, W), on the CPU. The
+    frames that are given are in them as the model sees them."""
+    device = next(model.parameters()).device
+    y = torch.tensor(labels * count, device=device)
+    if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
+        raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+    paths = [args.extend, args.before, *(args.between or ()), args.loop]
+    clips = [from_images(read_clip(path, config)[0].to(device), config).expand(len(y), -1, -1, -1, -1)
+             for path in paths if path is not None] or [generate(model, config, y)]
+    x, none = clips[0], clips[0][:, :, :0]
+    if args.between or args.loop:
+        middle = draw_window(model, config, y, x, clips[-1])
+        x = torch.cat([x, middle, *clips[1:]], dim=2)
+    total, number = args.frames or x.shape[2] + (0 if args.between or args.loop else config.image_size[0] // 2), 0
+    with tqdm(total=total, initial=x.shape[2], desc=f"drawing {len(y)} clips", unit=" frames", leave=False,
+              disable=None) as bar:
+        while x.shape[2] < total:
+            number += 1
+            if args.before is not None:
+                x = torch.cat([draw_window(model, config, y, none, x, number), x], dim=2)
+            else:
+                x = torch.cat([x, draw_window(model, config, y, x, none, number)], dim=2)
+            bar.update(x.shape[2] - bar.n)
+    x = x[:, :, -total:] if args.before is not None else x[:, :, :total]
+    return to_images(x, config).cpu()
+
+
 def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
          morph=None, to_seed=None, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
@@ -307,7 +372,7 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
         raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
                         f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
     args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
-                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
+                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, frames=None, **settings)
     check_changes(args)
     model, config = load_for_sampling(args)
     config, labels, options = prepare(model, config, args, STRIP)
@@ -352,6 +417,18 @@ def add_changes(parser):
     parser.add_argument("--to-seed", type=int, metavar="SEED", help="of --morph: go from --seed to this seed as well")
 
 
+def add_longer(parser):
+    """The flags of `LONGER`."""
+    for name, count, metavar, text in (
+            ("extend", None, "CLIP", "of clips: draw how this clip, or picture, goes on"),
+            ("before", None, "CLIP", "of clips: draw what leads to this clip"),
+            ("between", 2, ("CLIP", "CLIP"), "of clips: draw what leads from the first one to the second"),
+            ("loop", None, "CLIP", "of clips: draw what leads from the end of this clip to its beginning")):
+        parser.add_argument(f"--{name}", nargs=count, metavar=metavar, help=text)
+    parser.add_argument("--frames", type=int, help="of clips: so many in all, however few were trained: a window "
+                        "slides along")
+
+
 def parse_args():
     parser = sampling_parser("Draws digits with a trained model. How it draws is up to the flags below; where one is "
                              "not given, to the model's own configuration.")
@@ -366,6 +443,7 @@ def parse_args():
                       "clip, from left to right")
     kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid; clips are animated anyway")
     add_changes(parser)
+    add_longer(parser)
     args = parser.parse_args()
     if args.count is None:
         args.count = 1 if args.strip and args.morph is None else 8
@@ -401,9 +479,14 @@ def main():
     if args.out is None:
         args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"
     check_picture(args.out, animated)
-    config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
-    shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
-    states = draw_states(model, config, labels, args.count, shown, size=args.size, **options)
+    if any(getattr(args, name) is not None for name in LONGER):
+        labels = parse_labels(args.labels, config.class_names)
+        states = draw_longer(model, config, labels, args.count, args)[None]
+        count = states.shape[3]
+    else:
+        config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
+        shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+        states = draw_states(model, config, labels, args.count, shown, size=args.size, **options)
     save_animation(args.out, *lay_out(states, config, labels, args))
     kind = f"clips of {count} frames" if count > 1 else "images"
     print(f"{args.out}: {states.shape[1]} {kind}, {config.sampler} with {config.sample_steps} steps, guidance "

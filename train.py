@@ -68,7 +68,7 @@ def step_generator(seed, step, device):
 
 def make_batch(data, process, config, step, part=slice(None)):
     """The batch of step `step`, on the device of the data: x_0 (B, C, *size), labels y (B,), some of them the null
-    label, times t (B,) and noise. part: this process's shard of the B images."""
+    label, times t (B,) and noise; and where frames are given, which are. part: this process's shard of the B images."""
     device, B = data.labels.device, config.batch_size
     generator = step_generator(config.seed, step, device)
     if config.sizes:
@@ -78,7 +78,22 @@ def make_batch(data, process, config, step, part=slice(None)):
     noise = torch.randn((B, *data.shape), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
     y = torch.where(dropped[part], config.num_classes, data.labels[index[part]])
-    return data.x_0(index, part, generator), y, t[part], noise[part]
+    known = [given_frames(B, data.shape[1], config.given, generator)[part]] if config.given else []
+    return data.x_0(index, part, generator), y, t[part], noise[part], *known
+
+
+def given_frames(B, T, share, generator):
+    """Which frames are given of this share of B clips of T, bool (B, 1, T, 1, 1): the first, the last, those at both
+    ends, or any, of each kind as many, and between one and all but one."""
+    device = generator.device
+    count, kind, chosen = torch.rand(3, B, generator=generator, device=device)
+    any_order = torch.rand(B, T, generator=generator, device=device).argsort(dim=1)                    # (B, T)
+    place = torch.arange(T, device=device).expand(B, T)
+    both = torch.minimum(2 * place, 2 * (T - 1 - place) + 1)  # from the ends inwards
+    orders = torch.stack([place, T - 1 - place, both, any_order], dim=1)                               # (B, 4, T)
+    ranks = orders[torch.arange(B, device=device), (4 * kind).long()]                                  # (B, T)
+    count = (1 + ((T - 1) * count).long()).clamp(max=T - 1) * (chosen < share)
+    return (ranks < count[:, None])[:, None, :, None, None]
 
 
 def learning_rate(config, step):
@@ -144,12 +159,12 @@ def take_gradients(run):
 
 def train_step(run, batch, step):
     """One optimizer step on a batch of `make_batch`. Returns the loss of each image (B,), not averaged."""
-    config, (x_0, y, t, noise) = run.config, batch
+    config, (x_0, y, t, noise, *known) = run.config, batch
     weights = list(run.model.parameters())
 
     # Compute the gradients.
     round_weights(run)
-    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
+    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss, *known)
     # The mean over the whole batch, once the processes' gradients are averaged
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     take_gradients(run)

@@ -2,6 +2,7 @@ from support import pictures
 from support.commands import UserError, resolve_precision
 from support.pictures import check_picture, grid, save_picture
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -726,3 +727,74 @@ def test_a_clip_is_edited(call, tmp_path, monkeypatch):
         for i in range(4):
             clip.seek(i)
             assert set(clip.convert("L").crop((2, 2, 58, 30)).tobytes()) == {50 * i}
+
+
+def save_clip(path, *greys):
+    frames = [Image.fromarray(np.full((8, 8), grey, np.uint8)) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return path
+
+
+def drawn_frames(path):
+    """The grey of the first image's upper left corner in each frame of an animation."""
+    with Image.open(path) as image:
+        greys = []
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            greys += [image.convert("L").getpixel((3, 3))] * round(image.info.get("duration", 100) / 100)
+        return greys
+
+
+@pytest.mark.parametrize("given", [0.0, 0.5])
+def test_longer_clips(call, tmp_path, monkeypatch, given):
+    """What is given stays as it is, in its place; a model that has not learned from given frames repaints."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint(tmp_path / "clips.pth", **CLIPS, given=given)
+    a, b = save_clip("a.png", 10, 20, 30, 40, 50, 60), save_clip("b.png", 200, 210, 220)
+    flags = ["--checkpoint", checkpoint, "--labels", 7, "--count", 1, "--out", "new.png"]
+
+    def draw(*more):
+        code, out, err = call(inference, *flags, *more)
+        assert code == 0, err
+        frames = drawn_frames("new.png")
+        assert f"1 clips of {len(frames)} frames" in out
+        return frames
+
+    greys, others = [10, 20, 30, 40, 50, 60], [200, 210, 220]
+    assert draw("--extend", a)[:6] == greys and len(draw("--extend", a)) == 8
+    assert len(draw("--extend", a, "--frames", 13)) == 13 and draw("--extend", a, "--frames", 13)[:6] == greys
+    assert draw("--extend", a, "--frames", 13)[:8] == draw("--extend", a)  # the window slides on
+    assert draw("--before", a)[-6:] == greys and draw("--before", a, "--frames", 11)[-6:] == greys
+    assert draw("--before", a) != draw("--extend", a)
+    found = draw("--between", a, b)
+    assert found[:6] == greys and found[-3:] == others and len(found) == 6 + 2 + 3
+    found = draw("--loop", a)
+    assert found[:6] == greys and len(found) == 8
+    assert len(draw("--frames", 9)) == 9 and draw("--frames", 9)[:4] == draw()
+    save_clip("one.png", 90)
+    assert draw("--extend", "one.png")[0] == 90 and len(draw("--extend", "one.png", "--frames", 6)) == 6
+
+
+def test_longer_clips_are_a_function_of_seed_and_index(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, config = load_model(make_checkpoint(tmp_path / "clips.pth", **CLIPS, given=0.5))
+    args = argparse.Namespace(extend=save_clip("a.png", 10, 20, 30), before=None, between=None, loop=None, frames=11)
+    clips = inference.draw_longer(model, config, [3, 7], 10, args)
+    assert clips.shape == (20, 1, 11, 8, 8)
+    assert torch.equal(inference.draw_longer(model, config, [3, 7], 1, args), clips[:2])
+    assert (clips[0] != clips[2]).any()
+    assert len({clips[0, :, i:i + 2].numpy().tobytes() for i in (3, 5, 7, 9)}) == 4  # each window has noise of its own
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--extend", "a.png", "--loop", "a.png"], ["--extend and --loop"]), (["--extend", "no.gif"], ["no.gif"]),
+    (["--edit", "a.png", "--before", "a.png"], ["--edit and --before"]), (["--frames", 0], ["--frames"]),
+    (["--loop", "a.png", "--frames", 9], ["--frames"]), (["--between", "a.png"], ["--between"]),
+    (["--frames", 99999], ["10,000 frames"]), (["--extend", "a.png", "--size", "2x8x8"], ["--size"])])
+def test_bad_flags_of_longer_clips(call, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    save_clip("a.png", 10, 20, 30)
+    make_checkpoint(tmp_path / "clips.pth", **CLIPS)
+    assert_refused(call(inference, "--checkpoint", "clips.pth", *flags), *words)
+    make_checkpoint(tmp_path / "images.pth")
+    assert_refused(call(inference, "--checkpoint", "images.pth", "--frames", 9), "for clips", "draws images")

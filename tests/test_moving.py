@@ -13,7 +13,7 @@ from checkpoint import load_checkpoint
 from config import Config
 from dataset import CannotDownload, load_dataset
 from diffusion import RectifiedFlow
-from train import make_batch
+from train import given_frames, make_batch
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving, place
 
 MOVING = [*TINY, "--dataset", "moving", "--image-size", "4x24x24", "--patch-size", "2x12x12"]
@@ -181,3 +181,38 @@ def test_direction_is_uniform():
     step = paths[:, 0, 1] - paths[:, 0, 0]
     angle = torch.atan2(step[:, 0].abs(), step[:, 1].abs()) * 2 / math.pi
     assert torch.histc(angle, 5, 0, 1).min() > 300
+
+
+def test_which_frames_are_given():
+    """Of each kind as many: the first, the last, both ends, any; never all of them."""
+    known = given_frames(8000, 8, 0.5, torch.Generator().manual_seed(0))
+    assert known.shape == (8000, 1, 8, 1, 1)
+    known = known.view(8000, 8)
+    count = known.sum(1)
+    assert 0.47 < (count > 0).float().mean() < 0.53 and count.max() == 7
+    known, count = known[count > 0], count[count > 0]
+    assert count.bincount(minlength=8)[1:].min() > len(known) / 7 * 0.85
+    runs = known.int().diff(dim=1).abs().sum(1)
+    first, last = (runs == 1) & known[:, 0], (runs == 1) & known[:, -1]
+    both = (runs == 2) & known[:, 0] & known[:, -1]
+    for share in (first, last, both):  # with those of the other kinds that look like it
+        assert 0.22 < share.float().mean() < 0.4
+    assert (runs > 2).float().mean() > 0.1
+    assert not given_frames(100, 1, 1.0, torch.Generator().manual_seed(0)).any()  # of a still, none
+    assert not given_frames(100, 8, 0.0, torch.Generator().manual_seed(0)).any()
+
+
+def test_given_frames_are_trained_on(call, tmp_path):
+    flags = [*MOVING, "--given", 0.5, "--sizes", "1x24x24", "--steps", 6]
+    assert call(train, *flags, "--run-dir", tmp_path / "whole")[0] == 0
+    train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 2)
+    assert call(train, *flags, "--run-dir", tmp_path / "parts", "--resume")[0] == 0
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts"))
+    assert whole["config"].given == 0.5
+    assert all(same(whole[name], parts[name]) for name in ("ema", "model", "optimizers", "window"))
+    data, config = moving(image_size=(4, 24, 24)), whole["config"]
+    batch = make_batch(data, RectifiedFlow(), config, 1)
+    halves = [make_batch(data, RectifiedFlow(), config, 1, part) for part in (slice(0, 3), slice(3, 8))]
+    for tensor, *both in zip(batch, *halves, strict=True):  # as processes share it
+        torch.testing.assert_close(torch.cat(both), tensor, atol=1e-6, rtol=0)
+    assert_refused(call(train, *TINY, "--given", 0.5, "--run-dir", tmp_path / "images"), "--given")

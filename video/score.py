@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset import to_float, to_uint8
-from diffusion import from_noise, inpaint
-from inference import FULL_BATCH, batch_that_fits, load_for_sampling, sample, sampling_parser, to_images
+from diffusion import complete, from_noise, inpaint
+from inference import FULL_BATCH, batch_that_fits, fill_batch, load_for_sampling, sample, sampling_parser, to_images
 from measure.classifier import load_classifier
 from measure.score import nearest
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
@@ -159,9 +159,9 @@ def draw(model, config, labels, pictures=None, known=None):
     with tqdm(total=len(labels), desc="drawing", unit=" clips", leave=False, disable=None) as bar:
         for index in torch.arange(len(labels)).split(size):
             way = from_noise
-            if pictures is not None:  # filled up as `sample` fills the batch
-                filled = torch.cat([index, index[:1].expand(-len(index) % FULL_BATCH)])
-                way = functools.partial(inpaint, picture=pictures[filled].to(device), known=known.to(device))
+            if pictures is not None:
+                way = functools.partial(complete if config.given else inpaint, known=known.to(device),
+                                        picture=fill_batch(pictures[index].to(device)))
             *_, x = sample(model, config, labels[index].to(device), index.tolist(), way)
             clips.append(to_images(x, config).cpu())
             bar.update(len(index))
@@ -190,8 +190,7 @@ def main():
                              "line and bounce?")
     parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
                         "500)")
-    parser.add_argument("--given", type=int, default=4, help="frames of real clips to continue (RePaint, 2201.09865; "
-                        "default: 4)")
+    parser.add_argument("--given", type=int, default=4, help="frames of real clips to continue (default: 4)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
     args = parser.parse_args()
     if not 20 <= args.count <= 100_000:
