@@ -195,7 +195,7 @@ PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay=
 PRESETS = {
     "default": {},
     # Clips of a moving digit: more noise, since 16 frames tell more of it than one
-    "moving": dict(dataset="moving", patch_size="2x8x8", batch_size=32, shift=6.0, sample_steps=8, guidance=2.0),
+    "moving": dict(dataset="moving", patch_size="4x8x8", batch_size=32, shift=6.0, sample_steps=8, guidance=2.0),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,

@@ -176,8 +176,8 @@ def test_the_command(call, tmp_path):
 
 @pytest.mark.parametrize(("settings", "flags", "words"), [
     (dict(dataset="folder"), [], ["does not draw clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
-    ({}, ["--count", 5], ["--count 5"]), ({}, ["--given", 6], ["--given 6", "6 frames"]),
-    ({}, ["--given", 0], ["--given 0"]), ({}, ["--labels", 3], ["--labels"])])
+    ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
+    ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--labels", 3], ["--labels"])])
 def test_bad_flags(call, tmp_path, settings, flags, words):
     assert_refused(call(score, "--checkpoint", make_checkpoint(tmp_path / "c.pth", **settings), *flags), *words)
 

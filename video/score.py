@@ -190,7 +190,7 @@ def main():
                              "line and bounce?")
     parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
                         "500)")
-    parser.add_argument("--given", type=int, default=4, help="frames of real clips to continue (default: 4)")
+    parser.add_argument("--shown", type=int, default=4, help="frames of real clips to continue (default: 4)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
     args = parser.parse_args()
     if not 20 <= args.count <= 100_000:
@@ -200,8 +200,8 @@ def main():
         raise UserError(f"{args.checkpoint} does not draw clips of one moving digit (--dataset moving, --digits 1): "
                         "only these can be scored")
     T = config.image_size[0]
-    if not 0 < args.given < T:
-        raise UserError(f"--given {args.given}: must lie between 1 and {T - 1}, since the clips have {T} frames")
+    if not 0 < args.shown < T:
+        raise UserError(f"--shown {args.shown}: must lie between 1 and {T - 1}, since the clips have {T} frames")
     train, test = (load_moving(config, part) for part in (True, False))
     judge = Judge(train, test, load_classifier())
     labels, began = torch.arange(args.count) % config.num_classes, time.monotonic()
@@ -212,11 +212,11 @@ def main():
     real, digits = make_real(test, args.count, 1)
     print(report(judge.score(real, digits), judge.score(clips, labels)))
     few = slice(min(args.count, 128))
-    drawn, stays = follow(model, config, real[few], digits[few], args.given)
-    print(f"\n{args.given} frames given, the others drawn: pixels from the real place, median of {few.stop} clips")
+    drawn, stays = follow(model, config, real[few], digits[few], args.shown)
+    print(f"\n{args.shown} frames given, the others drawn: pixels from the real place, median of {few.stop} clips")
     for title, row in (("frame", torch.arange(1, T + 1)), ("drawn", drawn), ("as the last given", stays)):
         print(f"{title:18}" + "".join(f"{value:6d}" if title == "frame" else f"{value:6.2f}"
-                                      for value in row[args.given:].tolist()))
+                                      for value in row[args.shown:].tolist()))
 
 
 if __name__ == "__main__":
