@@ -12,8 +12,10 @@ import train
 from checkpoint import load_checkpoint
 from config import Config
 from dataset import Dataset, to_float
+from latent import cache
 from latent.vae import VAE, save_vae
-from video.clips import Clips, read_clips
+from video import clips as clips_module
+from video.clips import CLIPS, Clips, read_clips
 
 
 def frames_of(*greys, size=(8, 8), mode="L"):
@@ -204,3 +206,29 @@ def test_latents_of_clips_are_those_of_their_frames():
     assert torch.equal(clips.x_0(index, slice(1, 3), torch.Generator().manual_seed(0)), x[1:])
     between = x - to_float(images)[torch.tensor([[5, 6, 7], [0, 1, 2], [5, 6, 7]])].movedim(1, 2)
     assert between.min() >= 0 and between.flatten(3)[..., 0].unique().numel() == 9
+
+
+def test_sprites_in_motion(call, tmp_path, monkeypatch):
+    """Each action of each character is a clip of 8 frames; without frames in the size they are images as before."""
+    labels = torch.arange(3).repeat_interleave(8).repeat(4)
+    images = torch.arange(96).byte().view(96, 1, 1, 1).expand(96, 3, 8, 8).contiguous()
+    sprites = Dataset("sprites", images, labels, ["walk front", "walk left", "walk right"])
+    monkeypatch.setattr(clips_module, "load_dataset", lambda name, *args, **of: sprites)
+    monkeypatch.setattr(cache, "load_dataset", lambda name, *args, **of: sprites)
+    data = CLIPS["sprites"](Config(dataset="sprites", image_size="8x8x8"), torch.device("cpu")).load()
+    assert data.settings == dict(dataset="sprites", image_size=(8, 8, 8), channels=3, num_classes=3,
+                                 classes=("walk front", "walk left", "walk right"))
+    assert data.labels.tolist() == [0, 1, 2] * 4
+    x = data.x_0(torch.tensor([5, 0]), slice(None), torch.Generator().manual_seed(0))
+    assert ((x[:, 0, :, 0, 0] + 1) * 127.5).round().tolist() == [[*range(40, 48)], [*range(8)]]
+    still = CLIPS["sprites"](Config(dataset="sprites", image_size=8), torch.device("cpu"))
+    assert isinstance(still, Dataset)
+    with pytest.raises(UserError, match="move in 8 frames"):
+        CLIPS["sprites"](Config(dataset="sprites", image_size="9x8x8"), torch.device("cpu"))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_vae(VAE(3, 3, 2, (8, 8), norm_num_groups=4), "vae")
+    code, out, err = call(train, *TINY, "--dataset", "sprites", "--image-size", "8x8x8", "--vae", "vae", "--steps", 2)
+    assert code == 0 and "12 clips of 8 frames" in out, err
+    config = load_checkpoint("run/model.pth")["config"]
+    assert (config.latent_shape, config.patch_size, config.image_size) == ((2, 8, 4, 4), (2, 1, 1), (8, 8, 8))

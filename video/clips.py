@@ -50,8 +50,9 @@ class Clips:
 
     @property
     def summary(self):
-        return (f"{len(self.labels):,} clips of {self.lengths.min()} to {self.lengths.max()} frames, {self.T} at a "
-                f"time; {self.frames.summary}")
+        least, most = self.lengths.min(), self.lengths.max()
+        lengths = f"{most}" if least == most else f"{least} to {most}"
+        return f"{len(self.labels):,} clips of {lengths} frames, {self.T} at a time; {self.frames.summary}"
 
     @property
     def fingerprint(self):
