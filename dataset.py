@@ -190,6 +190,8 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
     image_size = as_size(image_size)
+    if name in ("moving", "clips"):
+        raise UserError(f"{name} has clips, and only images can be taken here")
     if len(image_size) == 3:
         raise UserError(f"image_size {show_size(image_size)} is of clips, but {name} has images: say height x width, "
                         "or learn from --dataset moving or clips")

@@ -133,6 +133,8 @@ def test_sizes_without_room(size):
 def test_images_have_no_frames():
     with pytest.raises(UserError, match="of clips, but digits has images"):
         load_dataset("digits", "", image_size="2x8x8")
+    with pytest.raises(UserError, match="moving has clips"):
+        load_dataset("moving", "")
 
 
 def test_each_batch_has_one_of_the_sizes():
