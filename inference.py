@@ -1,5 +1,5 @@
-"""Draws samples: a grid of digits, the strip of their denoising, or its animation. Changes pictures, completes them,
-and leads from one label or seed to another."""
+"""Draws samples: a grid of digits, the strip of their denoising, or its animation; or clips. Changes pictures,
+completes them, leads from one label or seed to another, and makes clips longer."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
 from support.image_files import read_frames, read_image
@@ -64,8 +64,8 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None, siz
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`. size: in
-    the place of the configuration's, another that the model knows.
+    way: `from_noise` or, with the rest of its arguments bound, `edit`, `inpaint` or `complete`. source: as
+    `noise_source`. size: in the place of the configuration's, another that the model knows.
     A generator: yields the noise (B, C, *size) that it starts from, then x after each step; the last one is the images,
     in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.

@@ -19,13 +19,11 @@ SPEEDS = {"slow": (1 / 64, 3 / 64), "fast": (3 / 64, 5 / 64)}  # from a frame to
 
 def centres(images):
     """The centre of mass (N, 2), row and column, of images (N, H, W); the middle where all is black."""
-    H, W = images.shape[1:]
-    x = images.double()
-    ink = x.sum((1, 2))
-    rows, columns = (torch.arange(n, dtype=torch.double, device=x.device) for n in (H, W))
-    sums = torch.stack([x.sum(2) @ rows, x.sum(1) @ columns], dim=1)
-    middle = torch.tensor([(H - 1) / 2, (W - 1) / 2], dtype=torch.double, device=x.device)
-    return torch.where(ink[:, None] > 0, sums / ink.clamp(min=1e-9)[:, None], middle).float()
+    x = images.float()
+    ink = x.sum((1, 2))[:, None]                                                           # (N, 1)
+    rows, columns = (torch.arange(n, device=x.device).float() - (n - 1) / 2 for n in x.shape[1:])
+    sums = torch.stack([x.sum(2) @ rows, x.sum(1) @ columns], dim=1)                       # from the middle
+    return sums / ink.clamp(min=1e-9) + torch.tensor([(n - 1) / 2 for n in x.shape[1:]], device=x.device)
 
 
 def bounce(u, length):
@@ -133,13 +131,10 @@ def load_moving(config, train=True):
     shown, labels = first[:, None], data.labels
     if config.digits == 2:
         second = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        low, high = torch.stack([labels, labels[second]]).sort(0).values
-        pairs = [(a, b) for a in range(10) for b in range(a, 10)]
-        number = torch.zeros(10, 10, dtype=torch.int64)
-        for i, (a, b) in enumerate(pairs):
-            number[a, b] = 10 + i
         shown = torch.cat([torch.stack([first, other], dim=1) for other in (torch.full_like(first, N), second)])
-        labels, names = torch.cat([labels, number[low, high]]), names + [f"{a}+{b}" for a, b in pairs]
+        pairs = [f"{a}+{b}" for a in range(10) for b in range(a, 10)]
+        a, b = torch.stack([labels, labels[second]]).sort(dim=0).values
+        labels, names = torch.cat([labels, 10 + a * (21 - a) // 2 + b - a]), names + pairs
     paces = torch.tensor([[SPEEDS["slow"][0], SPEEDS["fast"][1]]]).repeat(len(shown), 1)
     if config.speeds:
         paces = torch.tensor([*SPEEDS.values()]).repeat_interleave(len(shown), 0)
