@@ -209,18 +209,21 @@ def check_changes(args):
         raise UserError(f"--to-seed {args.to_seed}: must be another seed than --seed, and not below 0")
 
 
-def check_drawn_size(config, args):
-    """Raises `UserError` unless the model can draw in the size that --size names."""
-    if args.size and (config.latent_shape or len(args.size) != 3 or len(config.image_size) != 3
-                      or any(side > most for side, most in zip(args.size, config.largest, strict=True))):
-        raise UserError(f"--size {show_size(args.size)}: this model draws " + (
-            f"clips of at most {show_size(config.largest)}" if len(config.image_size) == 3 and not config.latent_shape
-            else f"nothing but {show_size(config.image_size)}"))
+def check_clip_flags(config, args):
+    """Raises `UserError` unless the model can do what --size and the flags `LONGER` ask for."""
     longer = [name for name in LONGER if getattr(args, name) is not None]
-    if args.size and (longer or args.edit is not None or args.inpaint is not None):
-        raise UserError("--size is for what is drawn anew, and not for a given picture or clip")
     if longer and len(config.image_size) != 3:
         raise UserError(f"--{longer[0]} is for clips, but this model draws images")
+    if not args.size:
+        return
+    if longer or args.edit is not None or args.inpaint is not None:
+        raise UserError("--size is for what is drawn anew, and not for a given picture or clip")
+    if len(config.image_size) != 3 or config.latent_shape:
+        raise UserError(f"--size {show_size(args.size)}: this model draws nothing but {show_size(config.image_size)}")
+    if type(args.size) is not tuple or len(args.size) != 3 or any(
+            not 0 < side <= most for side, most in zip(args.size, config.largest, strict=True)):
+        raise UserError(f"--size {show_size(args.size)}: this model draws clips of at most "
+                        f"{show_size(config.largest)}, frames x height x width")
 
 
 def prepare(model, config, args, frames):
@@ -473,7 +476,7 @@ def main():
     args = parse_args()
     check_changes(args)
     model, config = load_for_sampling(args)
-    check_drawn_size(config, args)
+    check_clip_flags(config, args)
     count = math.prod((args.size or config.image_size)[:-2])  # of frames
     animated = args.gif or (count > 1 and not args.strip)
     if args.out is None:

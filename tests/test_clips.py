@@ -166,7 +166,7 @@ def test_training_on_clips_and_drawing_them(call, folder, tmp_path, monkeypatch)
     assert code == 0 and out.startswith("samples.gif: 1 clips of 4 frames")
     code, out, _ = call(inference, "--checkpoint", "whole", "--labels", "right", "--count", 2, "--size", "1x8x8")
     assert code == 0 and out.startswith("samples.png: 2 images")  # a still is a clip of one frame
-    for size in ("5x8x8", "4x8x16", "8x8", "x"):
+    for size in ("5x8x8", "4x8x16", "8x8", "x", "abc", "0x8x8"):
         assert_refused(call(inference, "--checkpoint", "whole", "--size", size), "--size", "at most 4x8x8")
     assert_refused(call(inference, "--checkpoint", "whole", "--size", "2x8x8", "--edit", "samples.gif"), "--size")
     (folder / "left" / "a.gif").unlink()
