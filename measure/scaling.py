@@ -1,8 +1,8 @@
 """Does more compute make better images? Trains models of several sizes and patches alike, and sets their distance to
 real images against the Gflops of a forward pass (DiT, arXiv 2212.09748, figures 7 to 10).
 
-    python -m measure.scaling --quick                    12 models of MNIST in about 10 minutes on two CPU cores
-    python -m measure.scaling --seeds 0 1 2              the same for longer, and how much it varies
+    python -m measure.scaling --quick                    9 models of MNIST in about 10 minutes on two CPU cores
+    python -m measure.scaling --seeds 0 1 2              12 models, longer, and how much they vary: 100 minutes
     python -m measure.scaling --rates 2e-3 4e-3 8e-3     does the best learning rate move with the size?
     python -m measure.scaling --preset paper --dataset folder --data-dir X --vae V      the paper's models, for GPUs
 
@@ -34,21 +34,23 @@ from checkpoint import averaged_model, load_checkpoint
 from config import PAPER, PRESETS, Config, add_flags, as_size, given_flags
 from dit import build_model
 from measure.benchmark import flops
-from measure.results import save_figure
+from measure.results import network_calls, save_figure
 from measure.score import draw_fakes, few, open_judge
 from train import train
 
 HEAD = 32  # the width of a head, for sizes that are named by depth x width
 # Drawn without guidance, as in the paper: it would hide what a model cannot do
 STUDIES = {
-    "mnist": dict(sizes=("2x64", "3x96", "4x128", "6x192"), patches=(14, 7, 4),
-                  recipe=dict(dataset="mnist", steps=2400, guidance=1.0)),
-    "paper": dict(sizes=("S", "B", "L", "XL"), patches=(8, 4, 2),
+    "mnist": dict(sizes=("2x64", "3x96", "4x128", "5x160"), patches=(14, 7, 4), marks=5,
+                  recipe=dict(dataset="mnist", steps=3200, guidance=1.0)),
+    "quick": dict(sizes=("2x64", "3x96", "4x128"), patches=(14, 7, 4), marks=3,
+                  recipe=dict(dataset="mnist", steps=1600, guidance=1.0)),
+    "paper": dict(sizes=("S", "B", "L", "XL"), patches=(8, 4, 2), marks=5,
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }
-QUICK_STEPS = 600
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
-OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every")
+OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every",
+       "shard")
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change
 
 
@@ -111,17 +113,18 @@ def plan(args):
     """The models of the study, a list of `Model`, seed by seed. Raises `UserError` for settings that are none, and
     where --out holds another study."""
     study = STUDIES[args.preset]
-    recipe = study["recipe"] | ({"steps": QUICK_STEPS} if args.quick else {}) | given_flags(args)
+    recipe = study["recipe"] | given_flags(args)
     usual = recipe.get("lr", Config.lr)
     sizes, patches, rates = args.sizes or study["sizes"], args.patches or study["patches"], args.rates or [usual]
     patches = patches[len(patches) // 2:][:1] if args.rates else patches
+    count = args.marks or (1 if args.rates else study["marks"])
     models = []
     for seed, size, patch, rate in itertools.product(args.seeds, sizes, patches, rates):
         folder = args.out / (f"{size}_patch{patch}_seed{seed}" + ("" if rate == usual else f"_lr{rate:g}"))
         steps = recipe["steps"]
         settings = recipe | size_settings(size) | dict(patch_size=as_size(patch), lr=rate, seed=seed,
                                                        sample_every=steps, checkpoint_every=max(1, steps // 16))
-        marks = sorted({max(1, steps >> i) for i in range(args.marks if seed == args.seeds[0] else 1)})
+        marks = sorted({max(1, steps >> i) for i in range(count if seed == args.seeds[0] else 1)})
         record = read_record(folder, Config(**settings), args.count)
         models.append(Model(size, patch, seed, folder, settings, marks, record))
     return models
@@ -217,7 +220,7 @@ def seconds_left(todo, models):
         last = like.scores[-1] if like.scores else None
         speed = last["seconds"] / last["step"] if last else like.record["speed"]
         # A forward pass takes a third of a step
-        drawing = speed / 3 * model.config.sample_steps * model.record["settings"]["count"] / model.config.batch_size
+        drawing = speed / 3 * network_calls(model.config) * model.record["settings"]["count"] / model.config.batch_size
         left += (step - at.get(model, model.scored)) * speed + (last["scoring"] if last else drawing)
         at[model] = step
     return left
@@ -294,6 +297,18 @@ def make_table(models, results, real):
     return lines
 
 
+def make_front(models):
+    """The lines of a table: of all scores on the way, those that no model had reached with less training compute."""
+    points = sorted((model.training_flops(part["step"]), part["frechet"], model.size, model.patch, part["step"])
+                    for model in models if model.seed == models[0].seed for part in model.scores)
+    lines, best = ["| training, TFLOP | best Fréchet | size | patch | step |", "|---" * 5 + "|"], math.inf
+    for training, distance, size, patch, step in points:
+        if distance < best:
+            best = distance
+            lines.append(f"| {training / 1e12:.3g} | {distance:.3f} | {size} | {patch} | {step:,} |")
+    return lines
+
+
 def make_rates_table(results):
     """The lines of a table of the distance, size by learning rate; the best of each size is bold."""
     rates = sorted({rate for *_, rate in results})
@@ -337,7 +352,7 @@ def plot(title, x_labels, models, real, path, draw):
 
 def plot_law(models, results, real, path):
     """Distance against Gflops (figure 8 of the paper), and against parameters. Returns a line that says the law."""
-    units = {"flops": ("Gflops", 1e9), "parameters": ("million parameters", 1e6)}
+    units = {"flops": ("Gflops", 1e9), "parameters": ("millions of parameters", 1e6)}
     means = {kind: statistics.mean(part["frechet"] for part in parts) for kind, parts in results.items()}
     firsts = {model.kind: model.record for model in reversed(models)}
     xs = [np.array([firsts[kind][name] / unit for kind in results]) for name, (_, unit) in units.items()]
@@ -356,9 +371,9 @@ def plot_law(models, results, real, path):
             axes.set_title(f"correlation {correlation:.2f}", fontsize=10)
 
     plot("", [label for label, _ in units.values()], models, real, path, draw)
-    said = [f"{law[2]:.2f} with {label}, of which it falls as the power {law[0]:.2f}"
+    said = [f"of {label} {law[2]:.2f} (slope {law[0]:.2f})"
             for law, (label, _) in zip(laws, units.values(), strict=True) if law]
-    return f"Correlation of the distance, both as logarithms: {'; '.join(said)}."
+    return f"Correlation of the logarithm of the distance with that {', '.join(said)}" if said else ""
 
 
 def plot_training(models, real, path):
@@ -394,7 +409,7 @@ def report(args, models, judge):
     lines = [f"Step {parts[0]['step']:,}, {args.count:,} images for each figure, seeds: {len(parts)}", ""]
     lines += make_rates_table(results) if args.rates else make_table(models, results, real)
     if not args.rates:
-        lines += ["", plot_law(models, results, real, args.out / "gflops.png")]
+        lines += ["", plot_law(models, results, real, args.out / "gflops.png"), "", *make_front(models)]
         plot_training(models, real, args.out / "training.png")
         show_models(models, judge.device, args.out / "samples.png")
     path = args.out / ("rates.md" if args.rates else "scaling.md")
@@ -406,8 +421,10 @@ def parse_args():
     parser = Parser(description="Trains models of several sizes and patches alike, and sets their distance to real "
                                 "images against their compute. The same command goes on with a study that was stopped.")
     parser.add_argument("--preset", choices=STUDIES, default="mnist", help="mnist: four small sizes, for two CPU "
-                        "cores; paper: S, B, L and XL of the paper, for GPUs (default: mnist)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, three scores of each model")
+                        "cores; quick: three of them, and fewer steps; paper: S, B, L and XL of the paper, for GPUs "
+                        "(default: mnist)")
+    parser.add_argument("--quick", action="store_const", dest="preset", const="quick",
+                        help="the same as --preset quick")
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="depth x width, 4x128, or S, B, L, XL (default: the "
                         "preset's)")
     parser.add_argument("--patches", nargs="+", type=int, metavar="N",
@@ -416,7 +433,7 @@ def parse_args():
                         "these learning rates, with the middle one of the patches")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(default: 0)")
     parser.add_argument("--marks", type=int, help="how often a model of the first seed is scored: at the last step, "
-                        "half of it, a quarter ... (default: 5; with --quick 3, with --rates 1)")
+                        "half of it, a quarter ... (default: the preset's, 5 or 3; with --rates 1)")
     parser.add_argument("--count", type=int, default=2000, help="images drawn for each score (default: 2000)")
     parser.add_argument("--out", type=some_path, default=Path("scaling"), help="folder of the study (default: scaling)")
     parser.add_argument("--latents", type=some_path, default=Path("latents"), help="of --vae: the folder that keeps "
@@ -425,8 +442,7 @@ def parse_args():
               [field.name for field in dataclasses.fields(Config) if field.name not in OWN])
     add_device_flag(parser)
     args = parser.parse_args()
-    args.marks = (3 if args.quick else 1 if args.rates else 5) if args.marks is None else args.marks
-    if not 10 <= args.count <= 100_000 or not 1 <= args.marks <= 20:
+    if not 10 <= args.count <= 100_000 or args.marks not in (None, *range(1, 21)):
         raise UserError("--count must lie between 10 and 100,000, and --marks between 1 and 20")
     if any(len(set(words)) < len(words) for words in (args.seeds, args.sizes, args.patches, args.rates) if words):
         raise UserError("a size, patch, learning rate or seed that is named twice would count as two: name each once")

@@ -41,9 +41,13 @@ def figures(folder):
 
 
 def test_the_study(call, tmp_path):
+    seeds, original = set(), scaling.draw_fakes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "save_figure", save_figure)
+        patch.setattr(scaling, "draw_fakes", lambda model, config, count: (
+            seeds.add(config.seed), original(model, config, count))[1])
         check_the_study(call, tmp_path)
+    assert seeds == {0}  # the same noise for all
     # Once more: nothing is left to do.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
     assert call(scaling, *FLAGS, "--marks", 2, "--seeds", 0, 1, "--out", tmp_path)[0] == 0
@@ -146,7 +150,9 @@ def test_the_models_of_the_presets(made):
     sizes = sorted({(m.config.depth, m.config.hidden_size) for m in models})
     assert len(sizes) == 4 and sizes == sorted(sizes, key=lambda size: size[1])
     assert {m.config.hidden_size / m.config.num_heads for m in models} == {32}
-    assert models[0].marks == [150, 300, 600, 1200, 2400]
+    assert models[0].marks == [200, 400, 800, 1600, 3200]
+    models, args = made("--quick")
+    assert args.preset == "quick" and len(models) == 9 and models[0].marks == [400, 800, 1600]
     models, _ = made("--preset", "paper")
     assert [(m.size, m.patch) for m in models] == [*itertools.product(("S", "B", "L", "XL"), (8, 4, 2))]
     assert {(m.config.steps, m.config.batch_size, m.config.lr) for m in models} == {(400_000, 256, 1e-4)}
@@ -187,6 +193,16 @@ def test_models_are_compared_at_the_step_that_all_have(made):
     assert [[part["frechet"] for part in parts] for parts in collect(models).values()] == [[8, 9], [8, 9]]
 
 
+def test_the_best_for_their_compute(made):
+    models, _ = made("--sizes", "1x32", "2x64", "--patches", 14, "--batch-size", 10, "--seeds", 0, 1)
+    for model, flops, distances in zip(models, (1e9, 4e9) * 2, ([9, 8, 7], [8.5, 6, 5], [1], [1]), strict=True):
+        model.record |= {"flops": flops, "scores": [{"step": step, "frechet": distance} for step, distance in zip(
+            (100, 200, 800), distances, strict=False)]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scaling.make_front(models)[2:]]
+    assert rows == [["3", "9.000", "1x32", "14", "100"], ["6", "8.000", "1x32", "14", "200"],
+                    ["24", "6.000", "2x64", "14", "200"], ["96", "5.000", "2x64", "14", "800"]]
+
+
 def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(scaling, "save_figure", lambda figure, path: seen.append(figure))
@@ -203,7 +219,7 @@ def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
     curves = {line.get_label(): line.get_xydata().tolist() for line in training.axes[0].lines}
     assert curves["2x64, patch 14"] == [pytest.approx([3 * 10 * step * 0.1, 100 / step / 3]) for step in (10, 20)]
     correlation = np.corrcoef(np.arange(4), np.log([5 / (i + 1) + 0.5 for i in range(4)]))[0, 1]
-    assert f"{correlation:.2f} with Gflops" in line
+    assert f"that of Gflops {correlation:.2f}" in line
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -218,6 +234,10 @@ def test_mistakes(call, tmp_path, flags, words):
 
 def test_another_study_in_the_folder(call, tmp_path):
     flags = [*FLAGS, "--sizes", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, (train, "train_step"), 10)  # the second step of the second seed
+        assert call(scaling, *flags, "--seeds", 0, 1)[0] == 130
+    assert_refused(call(scaling, *flags, "--seeds", 1, "--steps", 9), "seed1 was made with", "steps 8 -> 9")
     assert call(scaling, *flags)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
     for more, words in ((["--steps", 9], "steps 8 -> 9"), (["--count", 30], "count 20 -> 30"),
