@@ -169,13 +169,14 @@ def test_the_command(call, tmp_path):
     code, out, err = call(score, "--checkpoint", path, "--count", 20)
     assert code == 0, err
     assert f"{path}: 20 clips of 6 x 32 x 32, dpm, 2 steps, guidance 1.4, seed 0" in out
-    rows = {line[:52].strip(): line[52:].split() for line in out.splitlines()}
+    rows = {line[:56].strip(): line[56:].split() for line in out.splitlines()}
     assert all(len(rows[title]) == 2 for title, _ in FIGURES.values())
     assert float(rows["digit as asked, of all frames"][1][:-1]) > 80 and "4 frames given" in out
 
 
 @pytest.mark.parametrize(("settings", "flags", "words"), [
-    (dict(dataset="folder"), [], ["does not draw clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
+    (dict(dataset="folder"), [], ["only clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
+    (dict(dataset="sprites"), [], ["8x64x64"]),
     ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
     ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--labels", 3], ["--labels"])])
 def test_bad_flags(call, tmp_path, settings, flags, words):

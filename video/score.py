@@ -1,5 +1,5 @@
-"""How good are clips of one moving digit? Is it what was asked for, does it stay the same, and does it move as it
-should? Each figure stands beside the same figure of real clips of test digits.
+"""How good are clips of one moving digit, or of sprites? Are they what was asked for, do they stay the same, and do
+they move as they should? Each figure stands beside the same figure of real clips of test digits or characters.
 
     python -m video.score --checkpoint run     draws clips and scores them
 """
@@ -8,6 +8,7 @@ from support.commands import UserError, run
 
 import argparse
 import functools
+import math
 import time
 
 import torch
@@ -16,10 +17,20 @@ from tqdm import tqdm
 
 from dataset import to_float, to_uint8
 from diffusion import complete, from_noise, inpaint
-from inference import FULL_BATCH, batch_that_fits, fill_batch, load_for_sampling, sample, sampling_parser, to_images
+from inference import (
+    FULL_BATCH,
+    batch_that_fits,
+    fill_batch,
+    from_images,
+    load_for_sampling,
+    sample,
+    sampling_parser,
+    to_images,
+)
 from measure.classifier import load_classifier
 from measure.score import nearest
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
+from video.sprites import FRAMES, SpriteJudge
 
 CROP = 28   # pixels: what the classifier reads
 FAINT = 25  # of 255: what is darker is background
@@ -116,12 +127,18 @@ class Judge:
     many real clips to look at.
     """
 
+    figures = FIGURES
+
     def __init__(self, train, test, classifier, count=1000):
-        self.train, self.classifier = train.images[:-1, None], classifier
+        self.train, self.test, self.classifier = train.images[:-1, None], test, classifier
         self.digits = torch.tensor([int(name.split()[0]) for name in test.classes])  # of each class
         self.real = self.look(make_real(test, count, 0)[0])
         near, reads = self.real["near"], self.real["reads"].mode().values
         self.limits = torch.stack([near[reads == digit].quantile(0.05) for digit in range(10)])
+
+    def real_clips(self, count, size):
+        """`count` real clips, and their labels, others than those that it holds clips against."""
+        return make_real(self.test, count, 1)
 
     @torch.inference_mode()
     def look(self, clips):
@@ -176,47 +193,66 @@ def follow(model, config, clips, labels, given):
     return [(places - other).norm(dim=2).median(0).values for other in (drawn, places[:, given - 1:given])]
 
 
-def report(real, drawn):
-    """Two dicts of `FIGURES` side by side, as a table to print."""
-    lines = [f"{'':52}    drawn     real"]
-    for name, (title, form) in FIGURES.items():
-        lines.append(f"{title:52} {form.format(drawn[name]):>8} {form.format(real[name]):>8}")
+def report(figures, real, drawn):
+    """Two dicts of `figures` side by side, as a table to print."""
+    lines = [f"{'':56}    drawn     real"]
+    for name, (title, form) in figures.items():
+        lines.append(f"{title:56} {form.format(drawn[name]):>8} {form.format(real[name]):>8}")
     return "\n".join(lines)
 
 
+def report_continuations(model, config, clips, labels, given):
+    """What `follow` says of real clips, as a table to print."""
+    drawn, stays = follow(model, config, clips, labels, given)
+    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {len(clips)} clips"]
+    for title, row, form in (("frame", torch.arange(1, len(drawn) + 1), "6d"), ("drawn", drawn, "6.2f"),
+                             ("as the last given", stays, "6.2f")):
+        lines.append(f"{title:18}" + "".join(format(value, form) for value in row[given:].tolist()))
+    return "\n".join(lines)
+
+
+def open_judge(config):
+    """What judges the clips of a configuration. Raises `UserError` when nothing can."""
+    if config.dataset == "moving" and config.digits == 1:
+        return Judge(*(load_moving(config, train) for train in (True, False)), load_classifier())
+    if config.dataset == "sprites" and config.image_size[:-2] == (FRAMES,):
+        return SpriteJudge(config.data_dir, config.channels)
+    raise UserError("only clips of one moving digit (--dataset moving, --digits 1) and of sprites (--dataset sprites "
+                    f"--image-size {FRAMES}x64x64) can be scored, and this model draws others")
+
+
 def main():
-    parser = sampling_parser("Draws clips of one moving digit from a checkpoint, and scores them beside real clips of "
-                             "test digits: is it the digit asked for, in all frames, and does it move in a straight "
-                             "line and bounce?")
+    parser = sampling_parser("Draws clips of one moving digit, or of sprites, and scores them beside real clips of "
+                             "test digits or characters: are they what was asked for, in all frames, and do they move "
+                             "as they should?")
     parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
                         "500)")
-    parser.add_argument("--shown", type=int, default=4, help="frames of real clips to continue (default: 4)")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ is (default: as in training)")
+    parser.add_argument("--shown", type=int, default=4, help="of moving digits: frames of real clips to continue "
+                        "(default: 4)")
+    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ or Sprites/ is (default: as in "
+                        "training)")
     args = parser.parse_args()
     if not 20 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 20 and 100,000")
     model, config = load_for_sampling(args)
-    if config.dataset != "moving" or config.digits != 1:
-        raise UserError(f"{args.checkpoint} does not draw clips of one moving digit (--dataset moving, --digits 1): "
-                        "only these can be scored")
-    T = config.image_size[0]
-    if not 0 < args.shown < T:
-        raise UserError(f"--shown {args.shown}: must lie between 1 and {T - 1}, since the clips have {T} frames")
-    train, test = (load_moving(config, part) for part in (True, False))
-    judge = Judge(train, test, load_classifier())
+    frames = math.prod(config.image_size[:-2])
+    if not 0 < args.shown < max(2, frames):
+        raise UserError(f"--shown {args.shown}: must lie between 1 and {frames - 1}, since the clips have {frames} "
+                        "frames")
+    judge = open_judge(config)
     labels, began = torch.arange(args.count) % config.num_classes, time.monotonic()
     clips = draw(model, config, labels)
     speed = args.count / (time.monotonic() - began)
     print(f"{args.checkpoint}: {args.count} clips of {' x '.join(map(str, config.image_size))}, {config.sampler}, "
           f"{config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}; {speed:.1f} clips/s")
-    real, digits = make_real(test, args.count, 1)
-    print(report(judge.score(real, digits), judge.score(clips, labels)))
-    few = slice(min(args.count, 128))
-    drawn, stays = follow(model, config, real[few], digits[few], args.shown)
-    print(f"\n{args.shown} frames given, the others drawn: pixels from the real place, median of {few.stop} clips")
-    for title, row in (("frame", torch.arange(1, T + 1)), ("drawn", drawn), ("as the last given", stays)):
-        print(f"{title:18}" + "".join(f"{value:6d}" if title == "frame" else f"{value:6.2f}"
-                                      for value in row[args.shown:].tolist()))
+    real, asked = judge.real_clips(args.count, config.image_size[1:])
+    if config.latent_shape:  # as the VAE shows them
+        device = next(model.parameters()).device
+        real = torch.cat([to_images(from_images(to_float(part.to(device)), config), config).cpu()
+                          for part in real.split(16)])
+    print(report(judge.figures, judge.score(real, asked), judge.score(clips, labels)))
+    if config.dataset == "moving":
+        print(report_continuations(model, config, real[:128], asked[:128], args.shown))
 
 
 if __name__ == "__main__":
