@@ -72,7 +72,7 @@ class Recipe:
     factor: int = flag(0, "a latent stands for factor x factor pixels; 0 = 4 for images of up to 32 pixels, else 8", 0,
                        256)
     latent_channels: int = flag(8, "numbers of a latent", 1, 256)
-    widths: tuple = (64, 128)  # of the levels, each but the last of which halves the image; the stem does the rest
+    widths: tuple = (96, 48)  # of the levels, each but the last of which halves the image; the stem does the rest
     layers_per_block: int = flag(1, "residual blocks of a level of the encoder; the decoder has one more", 1, 16)
 
     # Loss
@@ -82,13 +82,13 @@ class Recipe:
                              "size (2502.09509, 2502.14831)", 0, 1)
 
     # Training
-    steps: int = flag(6000, "optimizer steps", 1, 100_000_000)
-    batch_size: int = flag(32, "images per step", 1, 1_000_000)
-    lr: float = flag(4e-3, "peak learning rate, from which it falls to zero", 0, 10)
+    steps: int = flag(10_000, "optimizer steps", 1, 100_000_000)
+    batch_size: int = flag(16, "images per step", 1, 1_000_000)
+    lr: float = flag(6e-3, "peak learning rate, from which it falls to zero", 0, 10)
     warmup: int = like("warmup")
     precision: str = like("precision")
     seed: int = like("seed")
-    save_every: int = flag(500, f"steps between two lines of the log, each with {STATE} and {PICTURE} written", 1,
+    save_every: int = flag(1000, f"steps between two lines of the log, each with {STATE} and {PICTURE} written", 1,
                            100_000_000)
 
     lr_decay = "linear"
