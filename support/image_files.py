@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+LONGEST = 10_000  # frames of a clip
 SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 
@@ -97,12 +98,24 @@ def read_frames(path, mode=None):
         return [read_image(file, mode) for file in list_images(path)]
     with opened(path) as image:
         count = getattr(image, "n_frames", 1)
-        if count == 1 and not image.info.get("duration"):
-            return [read_image(path, mode)]
-        frames, times = [], []
-        for i in range(count):
-            image.seek(i)
-            frames.append(convert(image.copy(), mode))
-            times.append(image.info.get("duration") or SLOWEST)
-        shortest = min(*times, SLOWEST)
-        return [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]
+        if count > 1 or image.info.get("duration"):
+            return expand(*read_animation(image, count, mode))
+    return [read_image(path, mode)]
+
+
+def read_animation(image, count, mode):
+    """The `count` frames of an open image, and for how long it shows each, milliseconds: two lists."""
+    frames, times = [], []
+    for i in range(count):
+        image.seek(i)
+        frames.append(convert(image.copy(), mode))
+        times.append(image.info.get("duration") or SLOWEST)
+    return frames, times
+
+
+def expand(frames, times):
+    """The frames, each as often as the shortest of the times, or SLOWEST, goes into its own."""
+    shortest = min(*times, SLOWEST)
+    if sum(times) > LONGEST * shortest:
+        raise ValueError(f"it is longer than {LONGEST:,} frames of its shortest, {shortest:g} milliseconds")
+    return [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]

@@ -63,7 +63,8 @@ def test_broken_clips(tmp_path):
     whole = (tmp_path / "a.gif").read_bytes()
     (tmp_path / "b.gif").write_bytes(whole[:30])
     (tmp_path / "c.gif").write_bytes(b"GIF89a no clip")
-    for name in ("b.gif", "c.gif"):
+    save(tmp_path / "d.png", frames_of(0, 50, 100), duration=[1, 60_000, 1])  # a minute in milliseconds
+    for name in ("b.gif", "c.gif", "d.png"):
         with pytest.raises(UserError, match=name):
             read_frames(tmp_path / name)
 
