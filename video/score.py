@@ -43,6 +43,7 @@ FIGURES = {  # what is measured: how it is written
     "residual_90": ("the same, 90th percentile", "{:.3f}"),
     "speed": ("speeds: Wasserstein-1 to real ones, pixels a frame", "{:.3f}"),
     "direction": ("directions: Wasserstein-1 to real ones, degrees", "{:.1f}"),
+    "pace": ("slow or fast as asked, of all clips", "{:.1%}"),  # where that can be asked for
     "vanished": ("frames with less than half of the clip's ink", "{:.1%}"),
     "appeared": ("frames with more than 1.5 times the clip's ink", "{:.1%}"),
     "copies": ("nearer to a training digit than 95 % of real ones", "{:.1%}"),
@@ -127,11 +128,11 @@ class Judge:
     many real clips to look at.
     """
 
-    figures = FIGURES
-
     def __init__(self, train, test, classifier, count=1000):
         self.train, self.test, self.classifier = train.images[:-1, None], test, classifier
         self.digits = torch.tensor([int(name.split()[0]) for name in test.classes])  # of each class
+        self.paces = [name.partition(" ")[2] for name in test.classes]
+        self.figures = {name: of for name, of in FIGURES.items() if name != "pace" or all(self.paces)}
         self.real = self.look(make_real(test, count, 0)[0])
         near, reads = self.real["near"], self.real["reads"].mode().values
         self.limits = torch.stack([near[reads == digit].quantile(0.05) for digit in range(10)])
@@ -158,10 +159,13 @@ class Judge:
         reads, places, residual = seen["reads"], seen["places"], seen["residual"]
         right, digit = reads == self.digits[labels][:, None], reads.mode().values
         ink = seen["ink"] / seen["ink"].median(1, keepdim=True).values.clamp(min=1)
+        least, most = torch.tensor([SPEEDS.get(self.paces[label], (0, 1)) for label in labels.tolist()]).T
+        pace = seen["speed"] / min(clips.shape[3:])
         return {"frames": share(right), "clips": share(right.all(1)), "constant": share((reads == reads[:, :1]).all(1)),
                 "jolt": places.diff(n=2, dim=1).norm(dim=2).median().item(),
                 "residual": residual.median().item(), "residual_90": residual.quantile(0.9).item(),
                 **{name: wasserstein(seen[name], self.real[name]) for name in ("speed", "direction")},
+                "pace": share((least <= pace) & (pace <= most)),
                 "vanished": share(ink < 0.5), "appeared": share(ink > 1.5),
                 "copies": share(seen["near"] < self.limits[digit])}
 
