@@ -21,6 +21,7 @@ from support.run_log import NOISE_LEVELS
 import dataclasses
 import math
 import os
+import shlex
 import warnings
 from pathlib import Path
 
@@ -170,6 +171,9 @@ def main():
     check_eta(config, given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
+    if vae != content["config"].vae or os.path.isdir(vae):
+        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(content['config'].vae)} "
+              f"{shlex.quote(str(Path(args.out).parent))}/")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from inference import (
 )
 from measure.classifier import load_classifier
 
-SHIPPED = REPOSITORY / "weights" / "mnist.pth"
+SHIPPED, SPRITES = (REPOSITORY / "weights" / name for name in ("mnist.pth", "sprites.pth"))
 DIGITS = tuple("0123456789")
 
 
@@ -798,3 +798,21 @@ def test_bad_flags_of_longer_clips(call, tmp_path, monkeypatch, flags, words):
     assert_refused(call(inference, "--checkpoint", "clips.pth", *flags), *words)
     make_checkpoint(tmp_path / "images.pth")
     assert_refused(call(inference, "--checkpoint", "images.pth", "--frames", 9), "for clips", "draws images")
+
+
+def test_the_sprites_that_come_with_the_repository(call, tmp_path, monkeypatch):
+    """From any folder: a character in the middle of each picture, seen from the side that was asked for."""
+    monkeypatch.chdir(tmp_path)
+    model, config = load_model(SPRITES, precision="fp32")
+    config = dataclasses.replace(config, vae=str(SPRITES.parent / config.vae))
+    names = [config.class_names.index(name) for name in ("walk front", "walk left", "walk right")]
+    images = inference.to_images(inference.generate(model, config, torch.tensor(names * 8)), config).float()
+    assert images.shape == (24, 3, 64, 64) and images[:, :, :, :12].mean() < 8 < 60 < images[:, :, 30:50, 28:36].mean()
+    front, left, right = (images[i::3].mean(dim=0) for i in range(3))
+    asymmetry = [(view - view.flip(2)).abs().mean() for view in (front, left, right)]
+    assert asymmetry[0] < 0.7 * min(asymmetry[1:])
+    assert (left.flip(2) - right).abs().mean() < 0.7 * (left - right).abs().mean()
+    assert call(inference, "--checkpoint", SPRITES, "--labels", "walk left", "--count", 2)[0] == 0
+    with Image.open("samples.png") as picture:
+        assert picture.mode == "RGB"
+    assert sum(path.stat().st_size for path in [SPRITES, *(SPRITES.parent / "vae_sprites").iterdir()]) < 3.1e6
