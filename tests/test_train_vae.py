@@ -21,9 +21,9 @@ from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergen
 from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
-             image_size=(8, 8), channels=1)
+             image_size=(8, 8), channels=1, lr=4e-3)
 FLAGS = ["--dataset", "digits", "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2, "--precision", "fp32",
-         "--batch-size", 8, "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+         "--batch-size", 8, "--lr", 4e-3, "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def stop_at(monkeypatch, step):
 def learned(tmp_path_factory):
     """The folder of a VAE that has learned the digits for some seconds, and its recipe."""
     folder = tmp_path_factory.mktemp("vae") / "vae"
-    settings = SMALL | dict(steps=90, save_every=30, kl=1e-3)
+    settings = SMALL | dict(steps=90, batch_size=32, save_every=30, kl=1e-3)
     recipe, done, stopped = module.train_vae(settings, folder, device="cpu")
     assert (done, stopped) == (90, 0)
     return folder, recipe
