@@ -21,12 +21,17 @@ class Config:
 
     # Data
     dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), sprites (64x64, in colour: 9 actions), "
-                        "folder (one folder per class), or auto: mnist, and digits where mnist cannot be had",
-                        choices=("auto", "mnist", "digits", "sprites", "folder"))
-    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/ or Sprites/, or for --dataset folder the "
-                         "folder of classes")
-    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them",
-                             1, 1024)
+                        "folder (one folder per class), or auto: mnist, and digits where mnist cannot be had; moving "
+                        "(clips of these digits), clips (one folder per class, of GIFs or folders of frames)",
+                        choices=("auto", "mnist", "digits", "sprites", "folder", "moving", "clips"))
+    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/ or Sprites/, or for --dataset folder and clips "
+                         "the folder of classes")
+    digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
+    speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
+    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
+                             "16x32x32; 0 = as the data set has them", 1, 1024)
+    sizes: tuple = flag((), "of clips: more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or "
+                        "image_size", 1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
@@ -41,8 +46,8 @@ class Config:
     latent_std: tuple = ()    # each channel
 
     # Model (DiT, arXiv 2212.09748)
-    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; 0 = a quarter of the image, which "
-                             "makes 16 tokens", 1, 1024)
+    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; of clips also the frames: 2x8x8; 0 "
+                             "= a quarter of the image, which makes 16 tokens, and of its frames", 1, 1024)
     hidden_size: int = flag(128, "width D of a token; a multiple of 4 and of num_heads", 4, 16384)
     depth: int = flag(4, "number of DiT blocks", 1, 256)
     num_heads: int = flag(4, "attention heads in each block", 1, 256)
@@ -75,6 +80,8 @@ class Config:
     weight_decay: float = flag(0.0, "decoupled weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
     ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
+    given: float = flag(0.0, "of clips: share of which some frames are given, as they are, to learn the others from: "
+                        "for inference.py --extend and its like", 0, 1)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
     precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
                           "weights computes the gradients); or auto: bf16 where the hardware has bf16 matrix units",
@@ -104,15 +111,20 @@ class Config:
     clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels, which latents do not have")
 
     def __post_init__(self):
-        for name in SIZES:
-            object.__setattr__(self, name, as_size(getattr(self, name)))
+        for name, read in SIZES.items():
+            object.__setattr__(self, name, read(getattr(self, name)))
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
             raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
         self.check_latents()
+        if self.sizes and (self.latent_shape or {len(size) for size in (*self.sizes, self.image_size)} - {0, 3}):
+            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several, each frames x "
+                            "height x width")
         if self.variance == "learned" and self.process != "ddpm":
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
+        if self.given and (self.variance == "learned" or len(self.image_size) == 2):
+            raise UserError("frames are given of clips alone, and the variance is then fixed: leave --given out")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):
@@ -157,6 +169,11 @@ class Config:
         return self.latent_shape or (self.channels, *self.image_size)
 
     @property
+    def largest(self):
+        """The largest number along each axis of all the sizes that the network sees."""
+        return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
+
+    @property
     def output_channels(self):
         """What the network predicts for each position: the noise or the image, and perhaps the variance."""
         return self.input_shape[0] * (2 if self.variance == "learned" else 1)
@@ -174,10 +191,14 @@ def check_eta(config, given):
                         "add --sampler ddim, or leave --eta out")
 
 
-SIZES = ("image_size", "patch_size")
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},
+    # Clips of a moving digit: more noise, since 16 frames tell more of it than one
+    "moving": dict(dataset="moving", patch_size="4x8x8", batch_size=32, shift=6.0, sample_steps=8, guidance=2.0),
+    # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
+    "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
+                      num_heads=6, shift=9.0, sample_steps=16, guidance=2.0, steps=100_000, optimizer="adamw", lr=3e-4),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,
@@ -200,19 +221,33 @@ def show_divisors(size):
 
 
 def as_size(value):
-    """A size as a tuple (H, W): n or "n" stands for a square, "28x20" for (28, 20), 0 for (), not known. What is none
-    of these stays as it is, for `check_value` to refuse."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9})?", value):
-        height, _, width = value.partition("x")
-        value = (int(height), int(width)) if width else int(height)
+    """A size as a tuple (H, W), or (T, H, W) of clips: n or "n" stands for a square, "28x20" for (28, 20), "16x32x32"
+    for (16, 32, 32), 0 for (), not known. What is none of these stays as it is, for `check_value` to refuse."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){0,2}", value):
+        value = tuple(map(int, value.split("x"))) if "x" in value else int(value)
     if type(value) is int:
         return (value, value) if value else ()
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_sizes(value):
+    """Several sizes as a tuple of them, from a list, or as in "8x32x32,16x32x64"; 0 stands for ()."""
+    value = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(size for size in map(as_size, value) if size != ()) if isinstance(value, (list, tuple)) else value
+
+
+# The fields that hold sizes, and how they are read
+SIZES = {"image_size": as_size, "patch_size": as_size, "sizes": as_sizes}
+
+
+def show_sizes(sizes):
+    """8x32x32,16x32x64"""
+    return ",".join(map(show_size, sizes))
+
+
 def show_size(size):
-    """28, or 28x20."""
-    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+    """28, 28x20 or 16x32x32."""
+    return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
 
 
 def check_value(field, value):
@@ -223,10 +258,12 @@ def check_value(field, value):
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
     if field.name in SIZES:
-        if value and (len(value) != 2 or not all(type(side) is int and rule["low"] <= side <= rule["high"]
-                                                 for side in value)):
-            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, each between "
-                            f"{rule['low']} and {rule['high']}")
+        sizes = value if field.name == "sizes" else [value] if value else []
+        if not all(type(size) is tuple and len(size) in (2, 3) and all(
+                type(side) is int and rule["low"] <= side <= rule["high"] for side in size) for size in sizes):
+            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, or of clips "
+                            f"frames, height and width, such as 16x32x32, each between {rule['low']} and "
+                            f"{rule['high']}")
         return
     if field.name == "data_dir" and not value:  # as an unset variable leaves it
         raise UserError("data_dir is empty: name a folder, or leave it out")
@@ -243,7 +280,7 @@ def add_flags(parser, names=None, of=Config):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=as_size if field.name in SIZES else field.type, choices=rule["choices"],
+                type=SIZES.get(field.name, field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
             default = 0 if field.name in SIZES else field.default
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,

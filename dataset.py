@@ -80,6 +80,10 @@ class Images:
         return (f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, classes "
                 f"{', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
 
+    def at(self, size):
+        """The same in another size, where there are several."""
+        raise UserError(f"{self.name} has images of one size: leave --sizes out")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Images):
@@ -186,6 +190,11 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
     image_size = as_size(image_size)
+    if name in ("moving", "clips"):
+        raise UserError(f"{name} has clips, and only images can be taken here")
+    if len(image_size) == 3:
+        raise UserError(f"image_size {show_size(image_size)} is of clips, but {name} has images: say height x width, "
+                        "or learn from --dataset moving or clips")
     if channels not in (0, 1, 3):
         raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the data set has them)")
     if name in ("auto", "mnist") and Path(data_dir) != Path(Config.data_dir):

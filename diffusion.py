@@ -42,16 +42,21 @@ class Process:
         noise = torch.randn_like(x) if noise is None else noise
         return per_image(self.signal[t], x) * x + per_image(self.noise[t], x) * noise, noise
 
-    def losses(self, model, x_0, t, y, noise, loss="l2"):
+    def losses(self, model, x_0, t, y, noise, loss="l2", known=None):
         """What training minimises: the loss of each image (B,).
 
         mean over an image's values of |error_scale[t] (model(x_t, t, y) - target)|^2    (DDPM, equation 14)
 
-        loss: l2, or l1 for the absolute value instead of the square.
+        loss: l2, or l1 for the absolute value instead of the square. known: bool, broadcasts over x_0: what the network
+            sees without noise, and need not predict (RaMViD, 2206.07696); not all of an image.
         """
         x_t, _ = self.forward_add_noise(x_0, t, noise)
+        x_t = x_t if known is None else torch.where(known, x_0, x_t)
         error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
-        return (error.abs() if loss == "l1" else error.square()).flatten(1).mean(dim=1)
+        losses = error.abs() if loss == "l1" else error.square()
+        if known is None:
+            return losses.flatten(1).mean(dim=1)
+        return losses.masked_fill(known, 0).flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
 
     def denoise(self, model, x, t, y, guidance, bound, guided_channels=0):
         """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
@@ -316,6 +321,18 @@ def inpaint(process, sampler, denoise, noise, count, picture, known, rounds=4):
             if left:
                 x = a / a_after * x + math.sqrt(s**2 - (a / a_after * s_after) ** 2) * noise()
         yield x
+
+
+def complete(process, sampler, denoise, noise, count, picture, known):
+    """Draws what `picture`, like x or (1, C, *size), is not `known` to be, with a network that has learned to (RaMViD,
+    2206.07696): it sees what is known without noise. known: bool, broadcasts over x. x ends with just that."""
+    def put_in(x):
+        return torch.where(known, picture, x)
+
+    x = noise()
+    yield put_in(x)
+    steps = process.descending_steps(count)
+    yield from map(put_in, sampler(lambda x, t: put_in(denoise(put_in(x), t)), x, steps, noise))
 
 
 def between(a, b, share):

@@ -15,7 +15,13 @@ from dit_block import DiTBlock, modulate
 from time_emb import TimeEmbedding
 
 # The sizes and patches of an input are tuples with a number for each of its axes: (H, W) of an image, (T, H, W) of a
-# clip. Its grid is how many patches there are along each.
+# clip. Its grid is how many patches there are along each. An image is also a clip of one frame.
+
+
+def fill_patches(x, patch):
+    """x (B, C, *size), its last values along each axis repeated until patches divide it."""
+    gaps = [-s % p for s, p in zip(x.shape[2:], patch, strict=True)]
+    return nn.functional.pad(x, [n for gap in reversed(gaps) for n in (0, gap)], "replicate") if any(gaps) else x
 
 
 def patchify(x, patch):
@@ -50,17 +56,19 @@ def sincos_positions(grid, hidden_size):
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D)"""
+    """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D), for any size of at
+    most `grid` patches."""
 
     def __init__(self, grid, patch, channels, hidden_size):
         super().__init__()
-        self.patch = patch
+        self.grid, self.patch = grid, patch
         self.linear = nn.Linear(math.prod(patch) * channels, hidden_size)
         self.register_buffer("positions", sincos_positions(grid, hidden_size), persistent=False)
 
     def forward(self, x):
-        x = patchify(x, self.patch).to(self.linear.weight.dtype)
-        return self.linear(x) + self.positions
+        corner = tuple(slice(s // p) for s, p in zip(x.shape[2:], self.patch, strict=True))
+        positions = self.positions.view(*self.grid, -1)[corner].flatten(0, -2)      # (N, D)
+        return self.linear(patchify(x, self.patch).to(self.linear.weight.dtype)) + positions
 
 
 class FinalLayer(nn.Module):
@@ -83,9 +91,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Predicts a process's target from x_t, t and the label, in the type of its weights.
 
-    forward: x (B, C, *input_size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the
-    null label (no label) -> like x. A plain number as t or y holds for all of the batch. Raises TypeError when x holds
-    integers.
+    forward: x (B, C, *size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
+    label (no label) -> like x. A plain number as t or y holds for all of the batch. Raises TypeError when x holds
+    integers, and ValueError when it is larger than `input_size`. Any smaller size will do: a shorter clip, one frame.
 
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
     out_channels: of the prediction; None: as many as x has.
@@ -128,12 +136,22 @@ class DiT(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
         t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
+        size, x = x.shape[2:], fill_patches(x, self.patch)             # (B, C, *whole patches)
+        grid = self.grid_of(x)
         x = self.patch_embedding(x)                                    # (B, N, D)
         c = self.time_embedding(t) + self.label_embedding(y)           # (B, D)
         for block in self.blocks:
             x = self.run_block(block, x, c)                            # (B, N, D)
         x = self.final_layer(x, c)                                     # (B, N, prod(patch) * C)
-        return unpatchify(x, self.patch, self.grid).to(dtype)          # (B, C, *size)
+        x = unpatchify(x, self.patch, grid).to(dtype)                  # (B, C, *whole patches)
+        return x[(..., *map(slice, size))]                             # (B, C, *size)
+
+    def grid_of(self, x):
+        """How many patches x (B, C, *size) has along each axis. Raises ValueError when these are more than trained."""
+        grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
+        if any(n > most for n, most in zip(grid, self.grid, strict=True)):
+            raise ValueError(f"an input of {tuple(x.shape[2:])} is larger than input_size")
+        return grid
 
     def run_block(self, block, x, c):
         if self.recompute and torch.is_grad_enabled():
@@ -143,9 +161,9 @@ class DiT(nn.Module):
 
 def build_model(config):
     """The untrained `DiT` of a `Config` whose sizes are all known."""
-    channels, *size = config.input_shape
-    return DiT(size, config.patch_size, channels, config.num_classes, config.hidden_size, config.depth,
-               config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute, config.output_channels)
+    return DiT(config.largest, config.patch_size, config.input_shape[0], config.num_classes, config.hidden_size,
+               config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute,
+               config.output_channels)
 
 
 def main():

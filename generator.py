@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import SAMPLING, Config
+from config import SAMPLING, Config, show_size
 from dataset import list_images, load_dataset
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, to_images
 
@@ -113,8 +113,9 @@ def main():
         raise UserError(f"--real and --fake are both {args.fake}: choose two folders")
     args.device = parallel.join(args.device)
     model, config = load_for_sampling(args)
-    if config.channels not in (1, 3):
-        raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
+    if config.channels not in (1, 3) or len(config.image_size) != 2:
+        raise UserError(f"{args.checkpoint} draws {config.channels} channels of {show_size(config.image_size)}, which "
+                        "are no picture")
     with parallel.rank_0_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
     count = min(args.count, len(data.images))

@@ -1,10 +1,10 @@
-"""Draws samples: a grid of digits, the strip of their denoising, or its animation. Changes pictures, completes them,
-and leads from one label or seed to another."""
+"""Draws samples: a grid of digits, the strip of their denoising, or its animation; or clips. Changes pictures,
+completes them, leads from one label or seed to another, and makes clips longer."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.image_files import read_image
+from support.image_files import read_frames, read_image
 from support.labels import are_numbers, parse_labels, parse_morph
-from support.pictures import check_picture, grid, save_picture
+from support.pictures import check_picture, frames_of, grid, save_animation
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import checkpoint_file, load_model
-from config import SAMPLING, add_flags, check_eta, given_flags
+from config import SAMPLING, add_flags, as_size, check_eta, given_flags, show_size
 from dataset import BOUND, fit, to_float, to_tensor, to_uint8
-from diffusion import SAMPLERS, between, build_process, edit, from_noise, inpaint
+from diffusion import SAMPLERS, between, build_process, complete, edit, from_noise, inpaint
 from latent.vae import open_vae
 
 # The model just trained, else the weights that come with the repository
@@ -33,6 +33,8 @@ CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mni
 FULL_BATCH = 16
 
 STRIP, ANIMATION = 11, 61  # images of a strip, of an animation
+LONGER = ("extend", "before", "between", "loop", "frames")  # the flags that make clips longer
+FRAME = 100  # milliseconds that a clip shows each of its frames
 STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
 
 
@@ -58,19 +60,21 @@ def noise_source(seed, indices, shape, device, calls=1):
 
 
 @torch.no_grad()
-def sample(model, config, labels, indices=None, way=from_noise, source=None):
+def sample(model, config, labels, indices=None, way=from_noise, source=None, size=()):
     """Draws one image per label, as the images number `indices` (default: 0, 1, ...) of the seed `config.seed`.
 
     labels: int64 (B,) on the model's device. How they are drawn (sampler, sample_steps, guidance, eta) is in `config`.
-    way: `from_noise` or, with the rest of its arguments bound, `edit` or `inpaint`. source: as `noise_source`.
-    A generator: yields the noise (B, C, H, W) that it starts from, then x after each step; the last one is the images,
+    way: `from_noise` or, with the rest of its arguments bound, `edit`, `inpaint` or `complete`. source: as
+    `noise_source`. size: in the place of the configuration's, another that the model knows.
+    A generator: yields the noise (B, C, *size) that it starts from, then x after each step; the last one is the images,
     in [-1, 1], or their latents: `to_images` shows either.
     An image is the same to the last bit whatever the batch that it is drawn in, on one kind of CPU, in one precision.
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
     labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
-    noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
+    shape = (config.input_shape[0], *size) if size else config.input_shape
+    noise = (source or noise_source)(config.seed, indices, shape, labels.device, config.sample_steps)
     process, bound = build_process(config), BOUND if config.clamp else math.inf
     options = {"ddim": {"eta": config.eta}, "ddpm": {"spread": lambda: process.spread}}.get(config.sampler, {})
     sampler = functools.partial(SAMPLERS[config.sampler], **options)
@@ -83,30 +87,37 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
 
 
 def generate(model, config, labels, indices=None):
-    """The images float (B, C, H, W) in [-1, 1] that `sample` ends with; no earlier state is kept."""
+    """The images float (B, C, *size) in [-1, 1] that `sample` ends with; no earlier state is kept."""
     return deque(sample(model, config, labels, indices), maxlen=1).pop()
 
 
+def each_frame(function, x):
+    """`function` of images (N, C, H, W), of every frame of clips x (B, C, T, H, W), or of images as they are."""
+    frames = x.movedim(1, -3)                                                         # (B, T, C, H, W)
+    return function(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3]).movedim(-3, 1)
+
+
 def to_images(x, config):
-    """Images uint8 (B, C, H, W) of a state x of `sample`: of latents, through their VAE. The one way to see a state."""
-    return to_uint8(find_vae(config, x.device).decode(x) if config.latent_shape else x)
+    """Images uint8 (B, C, *size) of a state x of `sample`, of latents through their VAE. The one way to see a state."""
+    return to_uint8(each_frame(find_vae(config, x.device).decode, x) if config.latent_shape else x)
 
 
 def from_images(x, config, known=None):
-    """Images x (B, C, H, W) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
-    bool (B, 1, H, W), also what of that is known: a latent is where all of its pixels are."""
+    """Images x (B, C, *size) in [-1, 1] as the model sees them: their latents, where it draws latents. With `known`,
+    bool (B, 1, *size), also what of that is known: a latent is where all of its pixels are."""
     if config.latent_shape:
-        x, _ = find_vae(config, x.device).encode(x)
+        vae = find_vae(config, x.device)
+        x = each_frame(lambda images: vae.encode(images)[0], x)
         if known is not None:
-            known = adaptive_avg_pool2d(known.float(), x.shape[2:]) == 1
+            known = each_frame(lambda part: adaptive_avg_pool2d(part.float(), x.shape[-2:]) == 1, known)
     return x if known is None else (x, known)
 
 
 def find_vae(config, device):
     """The `VAE` whose latents a configuration is of, with the statistics that the model has learned with. Raises
     `UserError` when it is not there or is another one."""
-    return open_vae(config.vae, config.vae_hash, (config.channels, *config.image_size), config.latent_shape,
-                    config.latent_mean, config.latent_std, device)
+    image, latent = ((shape[0], *shape[-2:]) for shape in ((config.channels, *config.image_size), config.latent_shape))
+    return open_vae(config.vae, config.vae_hash, image, latent, config.latent_mean, config.latent_std, device)
 
 
 def batch_that_fits(config, device):
@@ -154,7 +165,7 @@ def load_for_sampling(args):
 
 def draw_states(model, config, labels, count, shown=1, **options):
     """Draws `count` rows of `labels` (a list): of all states, the last `shown` that are evenly spaced, as uint8
-    (shown, B, C, H, W) on the CPU. The rest is not kept. options: further arguments of `sample`."""
+    (shown, B, C, *size) on the CPU. The rest is not kept. options: further arguments of `sample`."""
     if not 1 <= count * len(labels) <= 10_000:
         raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
     y = torch.tensor(labels * count, device=next(model.parameters()).device)
@@ -171,14 +182,21 @@ def label_grid(images, config, labels):
     return grid(images, len(labels), captions=() if are_numbers(names) else [names[label] for label in labels])
 
 
+def strips(views):
+    """A picture with a row for each image of the views uint8 (B, C, H, W): how it looks in one after the other."""
+    return grid(torch.stack([*views], dim=1).flatten(0, 1), columns=len(views))
+
+
 def check_changes(args):
     """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
-    kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
+    kinds = [name for name in ("edit", "inpaint", "morph", *LONGER[:-1]) if getattr(args, name, None) is not None]
     if len(kinds) > 1:
         raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other")
     for name, kind in (("strength", "edit"), ("mask", "inpaint"), ("to_seed", "morph")):
         if getattr(args, name) is not None and kind not in kinds:
             raise UserError(f"--{name.replace('_', '-')} is for --{kind}: add that, or leave it out")
+    if args.frames is not None and set(kinds) - {"extend", "before"}:
+        raise UserError(f"--frames goes with --extend, --before, or alone, and not with --{kinds[0]}")
     if args.inpaint is not None and args.mask is None:
         raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
                         "is drawn anew")
@@ -189,6 +207,23 @@ def check_changes(args):
         raise UserError("--morph names its labels itself: leave --labels out")
     if args.to_seed is not None and not (0 <= args.to_seed < 2**63 and args.to_seed != getattr(args, "seed", 0)):
         raise UserError(f"--to-seed {args.to_seed}: must be another seed than --seed, and not below 0")
+
+
+def check_clip_flags(config, args):
+    """Raises `UserError` unless the model can do what --size and the flags `LONGER` ask for."""
+    longer = [name for name in LONGER if getattr(args, name) is not None]
+    if longer and len(config.image_size) != 3:
+        raise UserError(f"--{longer[0]} is for clips, but this model draws images")
+    if not args.size:
+        return
+    if longer or args.edit is not None or args.inpaint is not None:
+        raise UserError("--size is for what is drawn anew, and not for a given picture or clip")
+    if len(config.image_size) != 3 or config.latent_shape:
+        raise UserError(f"--size {show_size(args.size)}: this model draws nothing but {show_size(config.image_size)}")
+    if type(args.size) is not tuple or len(args.size) != 3 or any(
+            not 0 < side <= most for side, most in zip(args.size, config.largest, strict=True)):
+        raise UserError(f"--size {show_size(args.size)}: this model draws clips of at most "
+                        f"{show_size(config.largest)}, frames x height x width")
 
 
 def prepare(model, config, args, frames):
@@ -218,25 +253,37 @@ def prepare(model, config, args, frames):
 
 
 def read_picture(path, config, mask=None):
-    """A picture as the model of `config` sees images, (1, C, H, W), and which of it is known by the picture `mask`,
-    bool (1, 1, H, W): what is black there. Without a mask None.
+    """A picture, or the first frames of a clip, as the model of `config` sees images, (1, C, *size), and which of it is
+    known by the picture `mask`, bool (1, 1, *size): what is black there, in every frame. Without a mask None.
 
     Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
     Raises `UserError`.
     """
-    if config.channels not in (1, 3):
-        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
-                        "picture")
-    image = read_image(path, "L" if config.channels == 1 else "RGB")
-    picture = to_float(to_tensor(fit(image, config.image_size)))[None]
+    *frames, height, width = config.image_size
+    (clip, size), count = read_clip(path, config), math.prod(frames)
+    if clip.shape[2] < count:
+        raise UserError(f"{path} has {clip.shape[2]} frames, but the model draws clips of {count}")
+    picture = clip[:, :, :count].reshape(1, -1, *config.image_size)
     if mask is None:
         return picture, None
     nearest = Image.Resampling.NEAREST
-    known = to_tensor(fit(read_image(mask, "L").resize(image.size, nearest), config.image_size, nearest))[None] < 128
+    known = to_tensor(fit(read_image(mask, "L").resize(size, nearest), (height, width), nearest)) < 128
+    known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
         raise UserError(f"{mask} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
                         "it be black where the picture is kept, and white where it is drawn anew")
     return picture, known
+
+
+def read_clip(path, config):
+    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and their
+    size in the file, (width, height). Raises `UserError`."""
+    if config.channels not in (1, 3):
+        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
+                        "picture")
+    images = read_frames(path, "L" if config.channels == 1 else "RGB")
+    frames = [to_tensor(fit(image, config.image_size[-2:])) for image in images]
+    return to_float(torch.stack(frames, dim=1))[None], images[0].size
 
 
 def add_labels_between(model, first, last, count):
@@ -264,10 +311,62 @@ def morphing_noise(count, to_seed, seed, indices, *rest):
     return noise
 
 
+def fill_batch(x):
+    """x (B, ...) as `sample` fills its batch up."""
+    return torch.cat([x, x[:1].expand(-len(x) % FULL_BATCH, *x.shape[1:])])
+
+
+def draw_window(model, config, y, before, after, number=0):
+    """What lies between the last frames `before` and the first frames `after`, both (B, C, t, H, W), of which it knows
+    as many as leave half of the model's frames to be drawn: (B, C, T / 2, H, W), or more where there are fewer.
+
+    y: labels (B,). number: of the window, each of which has noise of its own.
+    """
+    T = config.input_shape[1]
+    most = T // 2 if min(before.shape[2], after.shape[2]) == 0 else T // 4
+    start, end = before[:, :, max(0, before.shape[2] - most):], after[:, :, :most]
+    missing = T - start.shape[2] - end.shape[2]
+    new = torch.zeros(len(y), start.shape[1], missing, *start.shape[3:], device=start.device)
+    known = torch.ones(T, 1, 1, dtype=torch.bool, device=start.device)
+    known[start.shape[2]:T - end.shape[2]] = False
+    way = functools.partial(complete if config.given else inpaint, picture=fill_batch(torch.cat([start, new, end], 2)),
+                            known=known)
+    *_, x = sample(model, config, y, [k + number * 2**32 for k in range(len(y))], way)
+    return x[:, :, start.shape[2]:T - end.shape[2]]
+
+
+def draw_longer(model, config, labels, count, args):
+    """Draws `count` rows of `labels` as the flags `LONGER` ask for: clips uint8 (B, C, frames, H, W), on the CPU. The
+    frames that are given are in them as the model sees them."""
+    device = next(model.parameters()).device
+    y = torch.tensor(labels * count, device=device)
+    if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
+        raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+    paths = [args.extend, args.before, *(args.between or ()), args.loop]
+    clips = [from_images(read_clip(path, config)[0].to(device), config).expand(len(y), -1, -1, -1, -1)
+             for path in paths if path is not None] or [generate(model, config, y)]
+    x, none = clips[0], clips[0][:, :, :0]
+    if args.between or args.loop:
+        middle = draw_window(model, config, y, x, clips[-1])
+        x = torch.cat([x, middle, *clips[1:]], dim=2)
+    total, number = args.frames or x.shape[2] + (0 if args.between or args.loop else config.image_size[0] // 2), 0
+    with tqdm(total=total, initial=x.shape[2], desc=f"drawing {len(y)} clips", unit=" frames", leave=False,
+              disable=None) as bar:
+        while x.shape[2] < total:
+            number += 1
+            if args.before is not None:
+                x = torch.cat([draw_window(model, config, y, none, x, number), x], dim=2)
+            else:
+                x = torch.cat([x, draw_window(model, config, y, x, none, number)], dim=2)
+            bar.update(x.shape[2] - bar.n)
+    x = x[:, :, -total:] if args.before is not None else x[:, :, :total]
+    return to_images(x, config).cpu()
+
+
 def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
          morph=None, to_seed=None, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
-    draw("7", edit="three.png", strength=0.5), draw(morph="3:8").
+    draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). Of clips, their frames from left to right.
 
     labels: as `parse_labels` takes them. count: how many of each. The others and settings (sampler, sample_steps,
     guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
@@ -276,12 +375,14 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
         raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
                         f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
     args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
-                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
+                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, frames=None, **settings)
     check_changes(args)
     model, config = load_for_sampling(args)
     config, labels, options = prepare(model, config, args, STRIP)
-    images = draw_states(model, config, labels, count, **options)[-1]
-    return grid(images, len(labels)) if morph is not None else label_grid(images, config, labels)
+    frames = frames_of(draw_states(model, config, labels, count, **options)[-1])
+    if len(frames) > 1:
+        return strips(frames)
+    return grid(frames[0], len(labels)) if morph is not None else label_grid(frames[0], config, labels)
 
 
 def say_default(parser, names, default):
@@ -319,20 +420,34 @@ def add_changes(parser):
     parser.add_argument("--to-seed", type=int, metavar="SEED", help="of --morph: go from --seed to this seed as well")
 
 
+def add_longer(parser):
+    """The flags of `LONGER`."""
+    for name, count, metavar, text in (
+            ("extend", None, "CLIP", "of clips: draw how this clip, or picture, goes on"),
+            ("before", None, "CLIP", "of clips: draw what leads to this clip"),
+            ("between", 2, ("CLIP", "CLIP"), "of clips: draw what leads from the first one to the second"),
+            ("loop", None, "CLIP", "of clips: draw what leads from the end of this clip to its beginning")):
+        parser.add_argument(f"--{name}", nargs=count, metavar=metavar, help=text)
+    parser.add_argument("--frames", type=int, help="of clips: so many in all, however few were trained: a window "
+                        "slides along")
+
+
 def parse_args():
     parser = sampling_parser("Draws digits with a trained model. How it draws is up to the flags below; where one is "
                              "not given, to the model's own configuration.")
     parser.add_argument("--labels", nargs="+", help="what to draw, names or numbers: 31415, or a list: 3 1 4, cat dog "
                         "(default: each label)")
     parser.add_argument("--count", type=int, help="how many of each (default: 8, with --strip 1)")
+    parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="of clips: draw them in another size "
+                        "that the model has learned (train.py --sizes)")
     parser.add_argument("--out", help="the picture to write (default: samples.png, strip.png or samples.gif)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, from left to right")
-    kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid")
+    kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, or the frames of each "
+                      "clip, from left to right")
+    kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid; clips are animated anyway")
     add_changes(parser)
+    add_longer(parser)
     args = parser.parse_args()
-    if args.out is None:
-        args.out = "samples.gif" if args.gif else "strip.png" if args.strip or args.morph else "samples.png"
     if args.count is None:
         args.count = 1 if args.strip and args.morph is None else 8
     return args
@@ -340,32 +455,44 @@ def parse_args():
 
 def lay_out(states, config, labels, args):
     """What `draw_states` drew as PIL pictures, and how long each is shown in an animation, milliseconds."""
-    if args.morph is not None and args.gif:  # there and back
-        there = [grid(images, min(args.count, 10)) for images in states[-1].unflatten(0, (args.count, -1)).unbind(1)]
+    frames = frames_of(states[-1])
+    if args.morph is not None and args.gif and len(frames) == 1:  # there and back
+        there = [grid(images, min(args.count, 10)) for images in frames[0].unflatten(0, (args.count, -1)).unbind(1)]
         way = [60] * (len(there) - 2)
         return there + there[-2:0:-1], [1000, *way, 1000, *way]
+    views = [view for state in states for view in frames_of(state)]
     if args.morph is not None:
-        pictures = [grid(states[-1], len(labels))]
+        pictures = [grid(view, len(labels)) for view in views]
     elif args.strip:
-        pictures = [grid(states.transpose(0, 1).flatten(0, 1), columns=len(states))]
+        pictures = [strips(views)]
     else:
-        pictures = [label_grid(state, config, labels) for state in states]
+        pictures = [label_grid(view, config, labels) for view in views]
+    if len(frames) > 1:
+        return pictures, [FRAME] * len(pictures)
     return pictures, [1500 // len(pictures)] * (len(pictures) - 1) + [2000]
 
 
 def main():
     args = parse_args()
-    check_picture(args.out, animated=args.gif)
     check_changes(args)
     model, config = load_for_sampling(args)
-    frames = ANIMATION // 2 if args.gif else STRIP
-    config, labels, options = prepare(model, config, args, frames)
-    shown = 1 if args.morph is not None else STRIP if args.strip else ANIMATION if args.gif else 1
-    states = draw_states(model, config, labels, args.count, shown, **options)
-    pictures, durations = lay_out(states, config, labels, args)
-    animation = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if args.gif else {}
-    save_picture(args.out, pictures[0], **animation)
-    print(f"{args.out}: {states.shape[1]} images, {config.sampler} with {config.sample_steps} steps, guidance "
+    check_clip_flags(config, args)
+    count = math.prod((args.size or config.image_size)[:-2])  # of frames
+    animated = args.gif or (count > 1 and not args.strip)
+    if args.out is None:
+        args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"
+    check_picture(args.out, animated)
+    if any(getattr(args, name) is not None for name in LONGER):
+        labels = parse_labels(args.labels, config.class_names)
+        states = draw_longer(model, config, labels, args.count, args)[None]
+        count = states.shape[3]
+    else:
+        config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
+        shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+        states = draw_states(model, config, labels, args.count, shown, size=args.size, **options)
+    save_animation(args.out, *lay_out(states, config, labels, args))
+    kind = f"clips of {count} frames" if count > 1 else "images"
+    print(f"{args.out}: {states.shape[1]} {kind}, {config.sampler} with {config.sample_steps} steps, guidance "
           f"{config.guidance:g}, seed {config.seed}, drawn with {args.checkpoint}")
 
 

@@ -14,7 +14,7 @@ from support.commands import (
 )
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
-from support.pictures import grid, save_picture
+from support.pictures import frames_of, grid, save_animation
 from support.run_log import RunLog, plot_loss
 from support.run_page import write_page
 
@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, as_size, check_eta, given_flags, show_divisors, show_size
+from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags, show_divisors, show_size, show_sizes
 from diffusion import Process, build_process
 from dit import build_model
-from inference import sample, to_images
+from inference import FRAME, sample, to_images
 from latent.cache import open_data
+from video.clips import CLIPS
 
 # What a resumed run may change: where things are and how often they are written, and how far it goes.
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
@@ -66,16 +67,33 @@ def step_generator(seed, step, device):
 
 
 def make_batch(data, process, config, step, part=slice(None)):
-    """The batch of step `step`, on the device of the data: x_0 (B, C, H, W), labels y (B,), some of them the null
-    label, times t (B,) and noise. part: this process's shard of the B images."""
+    """The batch of step `step`, on the device of the data: x_0 (B, C, *size), labels y (B,), some of them the null
+    label, times t (B,) and noise; and where frames are given, which are. part: this process's shard of the B images."""
     device, B = data.labels.device, config.batch_size
     generator = step_generator(config.seed, step, device)
+    if config.sizes:
+        data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
     index = torch.randint(len(data.labels), (B,), generator=generator, device=device)
     t = process.random_t(torch.rand(B, generator=generator, device=device))
     noise = torch.randn((B, *data.shape), generator=generator, device=device)
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
     y = torch.where(dropped[part], config.num_classes, data.labels[index[part]])
-    return data.x_0(index, part, generator), y, t[part], noise[part]
+    known = [given_frames(B, data.shape[1], config.given, generator)[part]] if config.given else []
+    return data.x_0(index, part, generator), y, t[part], noise[part], *known
+
+
+def given_frames(B, T, share, generator):
+    """Which frames are given of this share of B clips of T, bool (B, 1, T, 1, 1): the first, the last, those at both
+    ends, or any, of each kind as many, and between one and all but one."""
+    device = generator.device
+    count, kind, chosen = torch.rand(3, B, generator=generator, device=device)
+    any_order = torch.rand(B, T, generator=generator, device=device).argsort(dim=1)                    # (B, T)
+    place = torch.arange(T, device=device).expand(B, T)
+    both = torch.minimum(2 * place, 2 * (T - 1 - place) + 1)  # from the ends inwards
+    orders = torch.stack([place, T - 1 - place, both, any_order], dim=1)                               # (B, 4, T)
+    ranks = orders[torch.arange(B, device=device), (4 * kind).long()]                                  # (B, T)
+    count = (1 + ((T - 1) * count).long()).clamp(max=T - 1) * (chosen < share)
+    return (ranks < count[:, None])[:, None, :, None, None]
 
 
 def learning_rate(config, step):
@@ -141,12 +159,12 @@ def take_gradients(run):
 
 def train_step(run, batch, step):
     """One optimizer step on a batch of `make_batch`. Returns the loss of each image (B,), not averaged."""
-    config, (x_0, y, t, noise) = run.config, batch
+    config, (x_0, y, t, noise, *known) = run.config, batch
     weights = list(run.model.parameters())
 
     # Compute the gradients.
     round_weights(run)
-    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
+    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss, *known)
     # The mean over the whole batch, once the processes' gradients are averaged
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     take_gradients(run)
@@ -197,7 +215,8 @@ def warned():
 
 
 def draw_samples(run, path, device, stop):
-    """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
+    """Writes the grid of samples: the same noise and labels at every step of training. Clips move in it. Gives up when
+    `stop()`."""
     config = run.config
     if parallel.RANK and not config.shard:
         return
@@ -208,11 +227,13 @@ def draw_samples(run, path, device, stop):
         x = state
     if parallel.RANK == 0:
         with warned():
-            save_picture(path, grid(to_images(x, config), columns=10))
+            save_animation(path, [grid(view, columns=10) for view in frames_of(to_images(x, config))], FRAME)
 
 
 def show_setting(name, value):
     """The value of a field of `Config`, in a few words."""
+    if name == "sizes":
+        return show_sizes(value) or "0"
     if name in SIZES:
         return show_size(value) if value else "0"
     return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
@@ -249,6 +270,8 @@ def can_compile(device):
 def resolve(config, data, device):
     """The configuration with all filled in that the data set and the device decide."""
     config, patch = dataclasses.replace(config, **data.settings, patch_size=()), config.patch_size
+    for size in config.sizes:
+        data.at(size)  # or it says that it cannot
     name, size = ("latents of" if config.latent_shape else "image_size"), config.input_shape[1:]
     if not patch and any(side % 4 for side in size):
         near = show_size([round(side / 4) * 4 * image // side or 4
@@ -270,7 +293,7 @@ def configure(settings, path, resume):
     config = saved["config"]
     changeable = (*CHANGEABLE, *(["vae"] if config.vae else []))  # it may have moved
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in changeable and (as_size(value) if name in SIZES else value) != getattr(config, name)
+                   if name not in changeable and SIZES.get(name, lambda value: value)(value) != getattr(config, name)
                    and not (name in AUTOMATIC and value in ("auto", 0, ()))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
@@ -319,7 +342,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
         if not resume and path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        data = open_data(config, device, latents)
+        data = CLIPS.get(config.dataset, open_data)(config, device, latents)
         config = resolve(config, data, device)
         data = data.load()
         if saved and saved["data"] != data.fingerprint:

@@ -38,23 +38,25 @@ SEEN = 500      # images that the round trip is measured on
 FORMAT = "latents-1"
 
 
-def open_data(config, device, folder="latents"):
+def open_data(config, device, folder="latents", images=None):
     """What a `Config` says to learn from: a `Dataset`, or with a VAE the `Latents` kept in `folder`; either is there
-    once it is `load`ed. With torchrun, every process must call both. Raises `UserError`."""
+    once it is `load`ed. images: a `Dataset` to take instead. With torchrun, every process must call both. Raises
+    `UserError`."""
     if config.flips and config.dataset != "folder":
         raise UserError(f"--flips is for photographs (--dataset folder): what {config.dataset} shows would mean "
                         "something else in a mirror")
     of = dict(image_size=config.image_size, channels=config.channels)
     with parallel.rank_0_first():  # it may download them
         if not config.vae:
-            return dataclasses.replace(load_dataset(config.dataset, config.data_dir, **of), flips=config.flips)
+            images = images or load_dataset(config.dataset, config.data_dir, **of)
+            return dataclasses.replace(images, flips=config.flips)
         vae = load_vae(config.vae, device)
         if config.latent_shape:  # of a run that goes on
             check_same(config.vae, vae, config.vae_hash)
             vae.normalize_by(config.latent_mean, config.latent_std)
         of["channels"] = of["channels"] or vae.image_channels
-        images = (Folder(config.data_dir, **of) if config.dataset == "folder" else
-                  load_dataset(config.dataset, config.data_dir, **of))
+        images = images or (Folder(config.data_dir, **of) if config.dataset == "folder" else
+                            load_dataset(config.dataset, config.data_dir, **of))
     check_shapes(config.vae, vae, images.shape)
     return Latents(images, config.vae, vae, config.flips, Path(folder))
 

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+LONGEST = 10_000  # frames of a clip
+SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 
 
@@ -59,20 +61,61 @@ def read_image(path, mode=None):
     """
     with opened(path) as image:
         image.filename = ""  # else Pillow maps plain TIFFs into memory, and shears those that it has to turn
-        image.load()
-        mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
-        with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
-            array = np.asarray(image, dtype=np.float64)
-            if not np.isfinite(array).all():
-                raise ValueError("some of its pixels are NaN or infinite")
-            if image.mode == "F":
-                scale = 255 if array.min() >= 0 and array.max() <= 1 else 1
-            else:  # "I" of other formats than TIFF comes from 16 bits
-                scale = 1 if image.mode == "I" and image.format == "TIFF" and array.max() <= 255 else 1 / 257
-            image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-        return image.convert(mode)
+        return convert(image, mode)
+
+
+def convert(image, mode):
+    """What `read_image` makes of an open image, or of the frame of it that was sought."""
+    image.load()
+    mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+    with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
+        array = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(array).all():
+            raise ValueError("some of its pixels are NaN or infinite")
+        if image.mode == "F":
+            scale = 255 if array.min() >= 0 and array.max() <= 1 else 1
+        else:  # "I" of other formats than TIFF comes from 16 bits
+            scale = 1 if image.mode == "I" and image.format == "TIFF" and array.max() <= 255 else 1 / 257
+        image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+    return image.convert(mode)
+
+
+def read_frames(path, mode=None):
+    """The frames of a clip, a list of PIL images, each as `read_image` reads it: of a GIF, a WebP or an APNG, or the
+    images in a folder, in the order of their names. A picture is a clip of one frame.
+
+    An animation may show its frames for different times, as GIFs do that show a frame longer instead of twice. Each is
+    repeated as often as the shortest of these times goes into its own; what is shown for longer than `SLOWEST`
+    milliseconds is taken for several frames. Raises `UserError` that names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [read_image(file, mode) for file in list_images(path)]
+    with opened(path) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > 1 or image.info.get("duration"):
+            return expand(*read_animation(image, count, mode))
+    return [read_image(path, mode)]
+
+
+def read_animation(image, count, mode):
+    """The `count` frames of an open image, and for how long it shows each, milliseconds: two lists."""
+    frames, times = [], []
+    for i in range(count):
+        image.seek(i)
+        frames.append(convert(image.copy(), mode))
+        times.append(image.info.get("duration") or SLOWEST)
+    return frames, times
+
+
+def expand(frames, times):
+    """The frames, each as often as the shortest of the times, or SLOWEST, goes into its own."""
+    shortest = min(*times, SLOWEST)
+    if sum(times) > LONGEST * shortest:
+        raise ValueError(f"it is longer than {LONGEST:,} frames of its shortest, {shortest:g} milliseconds")
+    return [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]

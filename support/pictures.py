@@ -31,6 +31,11 @@ def grid(images, columns, gap=2, height=56, captions=()):
     return picture
 
 
+def frames_of(x):
+    """The frames of clips x (B, C, T, H, W), a tuple of images (B, C, H, W); of images (B, C, H, W), themselves."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[-2:]).unbind(2)
+
+
 def write(picture, x, y, text, width):
     """Writes one line of text into a PIL image, cut to `width` pixels, with its upper left corner at (x, y)."""
     draw, text = ImageDraw.Draw(picture), " ".join(text.split())
@@ -72,6 +77,13 @@ def save_picture(path, picture, **options):
             raise UserError(f"{path} cannot be written as {kind}: {first_line(error):.150}") from None
 
     write_atomically(path, save)
+
+
+def save_animation(path, pictures, durations):
+    """Writes PIL images as an animation, each shown for so many milliseconds; one alone as a picture. Raises
+    `UserError` as `save_picture` does."""
+    more = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if len(pictures) > 1 else {}
+    save_picture(path, pictures[0], **more)
 
 
 def psnr(images, others):

@@ -254,3 +254,33 @@ def test_images_that_are_not_square_and_clips(size, patch):
     for wrong in ((7, 7), (7, 5, 1), (3, 4)):
         with pytest.raises(ValueError, match="does not divide"):
             DiT((28, 20), wrong)
+
+
+def test_smaller_inputs_have_the_positions_of_their_corner():
+    """A clip of fewer frames, a narrower one: the weights and the places are those of the largest."""
+    model = randomize(DiT((4, 8, 12), (2, 4, 4), channels=2, hidden_size=48, depth=2, num_heads=2))
+    for size in ((2, 8, 12), (4, 4, 8), (2, 4, 4)):
+        small, x = randomize(DiT(size, (2, 4, 4), 2, hidden_size=48, depth=2, num_heads=2)), torch.randn(3, 2, *size)
+        small.load_state_dict(model.state_dict())
+        assert torch.equal(model(x, 5, 1), small(x, 5, 1))
+
+
+def test_an_image_is_a_clip_of_one_frame():
+    """Where a patch is deeper than the clip, the last frame fills it up."""
+    model = randomize(DiT((4, 8, 8), (2, 4, 4), hidden_size=48, depth=2, num_heads=2))
+    image = torch.randn(3, 1, 1, 8, 8)
+    assert torch.equal(model(image, 5, 1), model(image.expand(-1, -1, 2, -1, -1), 5, 1)[:, :, :1])
+    x = torch.randn(3, 1, 3, 7, 8)
+    whole = torch.cat([x, x[:, :, :, -1:]], dim=3)
+    whole = torch.cat([whole, whole[:, :, -1:]], dim=2)
+    assert torch.equal(model(x, 5, 1), model(whole, 5, 1)[:, :, :3, :7])
+    x.requires_grad_()
+    model(x, 5, 1).sum().backward()
+    assert x.grad.abs().min() > 0
+
+
+def test_larger_inputs_are_refused():
+    model = DiT((4, 8, 8), (2, 4, 4), hidden_size=32, num_heads=2)
+    for size in ((6, 8, 8), (5, 8, 8), (4, 8, 12)):
+        with pytest.raises(ValueError, match="larger than input_size"):
+            model(torch.zeros(1, 1, *size), 5, 1)

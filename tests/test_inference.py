@@ -2,6 +2,7 @@ from support import pictures
 from support.commands import UserError, resolve_precision
 from support.pictures import check_picture, grid, save_picture
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -664,6 +665,139 @@ def test_draw_changes_pictures_too(small, tmp_path):
     for wrong in (dict(mask=mask), dict(edit=picture, morph="3:8"), dict(morph="3:8", labels="3")):
         with pytest.raises(UserError):
             draw(**wrong, **flags)
+
+
+CLIPS = dict(image_size=(4, 8, 8), patch_size=(2, 4, 4))
+
+
+def test_clips_are_animated(call, tmp_path, monkeypatch):
+    """As a GIF, of which the strip has the frames side by side, each to the last bit."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", make_checkpoint(tmp_path / "clips.pth", **CLIPS), "--labels", "31"]
+    code, out, _ = call(inference, *flags)
+    assert code == 0 and out.startswith("samples.gif: 16 clips of 4 frames, dpm with 3 steps")
+    assert size("samples.gif")[::2] == ((2 + 2 * 58, 2 + 8 * 58), 4)
+    with Image.open("samples.gif") as image:
+        assert image.info["duration"] == 100 and image.info["loop"] == 0
+    assert call(inference, *flags, "--strip")[0] == 0
+    assert size("strip.png") == ((2 + 4 * 58, 2 + 2 * 58), "L", 1)
+    assert call(inference, *flags, "--count", 1, "--out", "one.png")[0] == 0
+    with Image.open("strip.png") as strip, Image.open("one.png") as clip:
+        for i in range(4):
+            clip.seek(i)
+            for row in range(2):
+                frame = clip.crop((58 * row, 0, 58 * row + 58, 58))
+                assert strip.crop((58 * i, 58 * row, 58 * i + 58, 58 * row + 58)).tobytes() == frame.tobytes()
+    code, _, err = call(inference, *flags, "--out", "a.jpg")
+    assert_refused((code, "", err), "JPEG cannot be animated")
+    assert draw("31", checkpoint="clips.pth").tobytes() == draw("31", checkpoint="clips.pth").tobytes()
+    assert draw("3", checkpoint="clips.pth").size == (2 + 4 * 58, 2 + 58)
+    assert call(inference, "--checkpoint", "clips.pth", "--morph", "3:8", "--count", 1, "--out", "m.gif")[0] == 0
+    assert size("m.gif")[::2] == ((2 + 11 * 58, 2 + 58), 4)
+
+
+def test_a_clip_is_a_function_of_seed_and_index(tmp_path):
+    model, config = load_model(make_checkpoint(tmp_path / "clips.pth", **CLIPS))
+    labels = torch.arange(20) % 10
+    clips = generate(model, config, labels)
+    assert clips.shape == (20, 1, 4, 8, 8) and clips.std() > 0.1
+    for index in ([0], [19], [3, 17], [*range(5, 20)]):
+        assert torch.equal(generate(model, config, labels[index], index), clips[index])
+
+
+def test_a_clip_is_edited(call, tmp_path, monkeypatch):
+    """From its first frames; what its mask keeps stays in every frame."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint(tmp_path / "clips.pth", **CLIPS)
+    frames = [Image.fromarray(np.full((8, 8), 50 * i, np.uint8)) for i in range(5)]
+    frames[0].save("five.gif", save_all=True, append_images=frames[1:], duration=40)
+    frames[0].save("three.gif", save_all=True, append_images=frames[1:3], duration=40)
+    _, config = load_model(checkpoint)
+    picture, _ = inference.read_picture("five.gif", config)
+    assert torch.equal(to_uint8(picture)[0, 0, :, 0, 0], torch.tensor([0, 50, 100, 150], dtype=torch.uint8))
+    flags = ["--checkpoint", checkpoint, "--labels", 7, "--count", 1, "--out", "new.png"]
+    assert call(inference, *flags, "--edit", "five.gif", "--strength", 0.1)[0] == 0
+    assert size("new.png")[2] == 4
+    assert_refused(call(inference, *flags, "--edit", "three.gif"), "three.gif has 3 frames", "clips of 4")
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 4, 8, 8))
+    mask.save("mask.png")
+    assert call(inference, *flags, "--inpaint", "five.gif", "--mask", "mask.png")[0] == 0
+    with Image.open("new.png") as clip:
+        for i in range(4):
+            clip.seek(i)
+            assert set(clip.convert("L").crop((2, 2, 58, 30)).tobytes()) == {50 * i}
+
+
+def save_clip(path, *greys):
+    frames = [Image.fromarray(np.full((8, 8), grey, np.uint8)) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return path
+
+
+def drawn_frames(path):
+    """The grey of the first image's upper left corner in each frame of an animation."""
+    with Image.open(path) as image:
+        greys = []
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            greys += [image.convert("L").getpixel((3, 3))] * round(image.info.get("duration", 100) / 100)
+        return greys
+
+
+@pytest.mark.parametrize("given", [0.0, 0.5])
+def test_longer_clips(call, tmp_path, monkeypatch, given):
+    """What is given stays as it is, in its place; a model that has not learned from given frames repaints."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint(tmp_path / "clips.pth", **CLIPS, given=given)
+    a, b = save_clip("a.png", 10, 20, 30, 40, 50, 60), save_clip("b.png", 200, 210, 220)
+    flags = ["--checkpoint", checkpoint, "--labels", 7, "--count", 1, "--out", "new.png"]
+
+    def draw(*more):
+        code, out, err = call(inference, *flags, *more)
+        assert code == 0, err
+        frames = drawn_frames("new.png")
+        assert f"1 clips of {len(frames)} frames" in out
+        return frames
+
+    greys, others = [10, 20, 30, 40, 50, 60], [200, 210, 220]
+    assert draw("--extend", a)[:6] == greys and len(draw("--extend", a)) == 8
+    assert len(draw("--extend", a, "--frames", 13)) == 13 and draw("--extend", a, "--frames", 13)[:6] == greys
+    assert draw("--extend", a, "--frames", 13)[:8] == draw("--extend", a)  # the window slides on
+    assert draw("--before", a)[-6:] == greys and draw("--before", a, "--frames", 11)[-6:] == greys
+    assert draw("--before", a) != draw("--extend", a)
+    found = draw("--between", a, b)
+    assert found[:6] == greys and found[-3:] == others and len(found) == 6 + 2 + 3
+    found = draw("--loop", a)
+    assert found[:6] == greys and len(found) == 8
+    assert len(draw("--frames", 9)) == 9 and draw("--frames", 9)[:4] == draw()
+    save_clip("one.png", 90)
+    assert draw("--extend", "one.png")[0] == 90 and len(draw("--extend", "one.png", "--frames", 6)) == 6
+
+
+def test_longer_clips_are_a_function_of_seed_and_index(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, config = load_model(make_checkpoint(tmp_path / "clips.pth", **CLIPS, given=0.5))
+    args = argparse.Namespace(extend=save_clip("a.png", 10, 20, 30), before=None, between=None, loop=None, frames=11)
+    clips = inference.draw_longer(model, config, [3, 7], 10, args)
+    assert clips.shape == (20, 1, 11, 8, 8)
+    assert torch.equal(inference.draw_longer(model, config, [3, 7], 1, args), clips[:2])
+    assert (clips[0] != clips[2]).any()
+    assert len({clips[0, :, i:i + 2].numpy().tobytes() for i in (3, 5, 7, 9)}) == 4  # each window has noise of its own
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--extend", "a.png", "--loop", "a.png"], ["--extend and --loop"]), (["--extend", "no.gif"], ["no.gif"]),
+    (["--edit", "a.png", "--before", "a.png"], ["--edit and --before"]), (["--frames", 0], ["--frames"]),
+    (["--loop", "a.png", "--frames", 9], ["--frames"]), (["--between", "a.png"], ["--between"]),
+    (["--frames", 99999], ["10,000 frames"]), (["--extend", "a.png", "--size", "2x8x8"], ["--size"])])
+def test_bad_flags_of_longer_clips(call, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    save_clip("a.png", 10, 20, 30)
+    make_checkpoint(tmp_path / "clips.pth", **CLIPS)
+    assert_refused(call(inference, "--checkpoint", "clips.pth", *flags), *words)
+    make_checkpoint(tmp_path / "images.pth")
+    assert_refused(call(inference, "--checkpoint", "images.pth", "--frames", 9), "for clips", "draws images")
 
 
 def test_the_sprites_that_come_with_the_repository(call, tmp_path, monkeypatch):

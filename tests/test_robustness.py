@@ -55,7 +55,7 @@ KILLS = {
     "before it is on the disk": (os, "fsync", lambda *_: die()),
     "within a row of the log": (RunLog, "write", half_a_row),
     "before the samples": (train, "draw_samples", lambda *_: die()),
-    "within the samples": (train, "save_picture", lambda *_: die()),
+    "within the samples": (train, "save_animation", lambda *_: die()),
 }
 
 

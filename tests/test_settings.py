@@ -39,7 +39,8 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
                   sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1, clamp=False,
                   compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
-    dataset="folder", image_size=16, channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4,
+    dataset="folder", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
+    flips=True, num_classes=11, classes=("cat",), patch_size=4,
     hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3,
     beta_end=0.01,
     shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,),
@@ -285,6 +286,43 @@ def test_flips(go, own, call, tmp_path):
     gradients, others = run.gradients()[LAST], plain.gradients()[LAST]
     assert (gradients - others).abs().max() > 0.01 * others.abs().max()
     assert_refused(call(train, *TINY, "--flips", "--run-dir", tmp_path / "no"), "--flips", "photographs")
+
+
+@pytest.fixture
+def go_moving(go, tmp_path):
+    """As `go`, on clips of moving digits: of MNIST's shape, noise."""
+    write_mnist(tmp_path / "there")
+    return lambda **settings: go(**dict(dataset="moving", data_dir=tmp_path / "there", image_size="2x24x24",
+                                        patch_size="2x12x12") | settings)
+
+
+def test_digits(go_moving):
+    for digits, classes in ((1, 10), (2, 65)):
+        run = go_moving(digits=digits)
+        assert run.config["digits"] == digits and shapes(run)["label_embedding.weight"] == (classes + 1, 32)
+
+
+def test_speeds(go_moving):
+    for speeds, names in ((False, ("0", "1", "2")), (True, ("0 slow", "0 fast", "1 slow"))):
+        assert go_moving(speeds=speeds).config["classes"][:3] == names
+
+
+def test_sizes(go_moving):
+    """There are places for the largest along each axis, and other clips are learned from."""
+    run = go_moving(sizes="1x24x24,2x24x36", steps=4)
+    assert run.config["sizes"] == ((1, 24, 24), (2, 24, 36)) and run.config["image_size"] == (2, 24, 24)
+    alone = go_moving(steps=4)
+    assert [row["loss"] for row in run.rows] != [row["loss"] for row in alone.rows]
+    assert "6 tokens" in run.out and "4 tokens" in alone.out
+
+
+def test_given(go_moving):
+    """The loss is of the other frames: as large of each, and its gradient another."""
+    runs = [go_moving(given=share, batch_size=64, image_size="4x24x24") for share in (0.0, 1.0)]
+    losses = [float(run.rows[0]["loss"]) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    gradients = [run.gradients()[LAST] for run in runs]
+    assert (gradients[0] - gradients[1]).abs().max() > 0.1 * gradients[0].abs().max()
 
 
 # Model

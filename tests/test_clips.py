@@ -1,0 +1,235 @@
+from support.commands import UserError
+from support.image_files import read_frames
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_refused, same, train_until
+from PIL import Image
+
+import inference
+import train
+from checkpoint import load_checkpoint
+from config import Config
+from dataset import Dataset, to_float
+from latent import cache
+from latent.vae import VAE, save_vae
+from video import clips as clips_module
+from video.clips import CLIPS, Clips, read_clips
+
+
+def frames_of(*greys, size=(8, 8), mode="L"):
+    return [Image.new("L", size, grey).convert(mode) for grey in greys]
+
+
+def save(path, frames, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+
+
+def greys(images):
+    return [np.asarray(image.convert("L")).max() for image in images]
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.gif", {}), ("a.webp", dict(lossless=True)), ("a.png", {}),
+                                               ("a.apng", {})])
+def test_frames_of_animations(tmp_path, name, options):
+    """A frame that is shown for longer counts as several: encoders merge frames that are alike."""
+    save(tmp_path / name, frames_of(0, 50, 50, 50, 100, 200), duration=40, **options)
+    assert greys(read_frames(tmp_path / name)) == [0, 50, 50, 50, 100, 200]
+    save(tmp_path / name, frames_of(0, 50, 100), duration=[80, 240, 120], **options)
+    assert greys(read_frames(tmp_path / name)) == [0, *[50] * 3, *[100] * 2]
+    save(tmp_path / name, frames_of(0, 50, 100), duration=500, **options)  # slow: ten frames a second
+    assert greys(read_frames(tmp_path / name)) == [0] * 5 + [50] * 5 + [100] * 5
+
+
+def test_clips_without_times(tmp_path):
+    frames = frames_of(10, 20, 30)
+    save(tmp_path / "a.gif", frames)
+    assert greys(read_frames(tmp_path / "a.gif")) == [10, 20, 30]
+    frames[0].save(tmp_path / "one.png")
+    assert greys(read_frames(tmp_path / "one.png")) == [10]
+    (tmp_path / "folder").mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / "folder" / f"{i}.png")
+    assert greys(read_frames(tmp_path / "folder")) == [10, 20, 30]
+    save(tmp_path / "rgba.png", [frame.convert("RGBA") for frame in frames], duration=10)
+    assert [image.mode for image in read_frames(tmp_path / "rgba.png")] == ["RGB"] * 3
+    assert {image.mode for image in read_frames(tmp_path / "rgba.png", "L")} == {"L"}
+
+
+def test_broken_clips(tmp_path):
+    save(tmp_path / "a.gif", [Image.effect_noise((32, 32), 90) for _ in range(4)], duration=50)
+    whole = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "b.gif").write_bytes(whole[:30])
+    (tmp_path / "c.gif").write_bytes(b"GIF89a no clip")
+    save(tmp_path / "d.png", frames_of(0, 50, 100), duration=[1, 60_000, 1])  # a minute in milliseconds
+    for name in ("b.gif", "c.gif", "d.png"):
+        with pytest.raises(UserError, match=name):
+            read_frames(tmp_path / name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of clips; frame i of clip k is of the grey 40 k + i."""
+    for k, (path, count) in enumerate((("left/a.gif", 6), ("left/b.png", 4), ("right/c.webp", 5))):
+        save(tmp_path / "data" / path, frames_of(*range(40 * k, 40 * k + count), size=(10, 8)), duration=50,
+             **({"lossless": True} if "webp" in path else {}))
+    (tmp_path / "data" / "right" / "d").mkdir()
+    for i in range(7):
+        Image.new("L", (8, 8), 120 + i).save(tmp_path / "data" / "right" / "d" / f"{i:02d}.png")
+    (tmp_path / "data" / "right" / "notes.txt").write_text("")
+    return tmp_path / "data"
+
+
+def read(folder, **settings):
+    frames, *rest = read_clips(Config(dataset="clips", data_dir=str(folder), **settings))
+    return Clips("clips", frames, *rest)
+
+
+def test_clips_in_files(folder):
+    clips = read(folder)
+    assert clips.classes == ["left", "right"] and clips.labels.tolist() == [0, 0, 1, 1]
+    assert clips.lengths.tolist() == [6, 4, 5, 7] and clips.T == 4 and clips.shape == (1, 4, 8, 8)
+    assert clips.settings == dict(dataset="clips", image_size=(4, 8, 8), channels=1, num_classes=2,
+                                  classes=("left", "right"))
+    index = torch.arange(4).repeat(50)
+    x = clips.x_0(index, slice(None), torch.Generator().manual_seed(0))
+    assert x.shape == (200, 1, 4, 8, 8)
+    shown = ((x + 1) * 127.5).round().int()[:, 0, :, 0, 0]
+    assert (shown.diff(dim=1) == 1).all() and torch.equal(shown[:, 0] // 40, index)  # consecutive, of their clip
+    starts = [set((shown[index == k, 0] - 40 * k).tolist()) for k in range(4)]
+    assert starts == [{0, 1, 2}, {0}, {0, 1}, {0, 1, 2, 3}]  # wherever it may begin
+    for part in (slice(0, 70), slice(70, 200)):
+        assert torch.equal(clips.x_0(index, part, torch.Generator().manual_seed(0)), x[part])
+
+
+def test_short_clips_are_left_out(folder, capsys):
+    clips = read(folder, image_size="5x6x6")
+    assert clips.lengths.tolist() == [6, 5, 7] and clips.shape == (1, 5, 6, 6)
+    assert "1 of 4 clips have fewer than 5 frames and are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="class left has no clip of 7 frames"):
+        read(folder, image_size="7x8x8")
+    with pytest.raises(UserError, match="has no frames"):
+        read(folder, image_size=8)
+
+
+def test_colour_is_seen(folder):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "right" / "d" / "03.png")
+    clips = read(folder)
+    assert clips.shape == (3, 4, 8, 8) and read(folder, channels=1).shape[0] == 1
+    assert (clips.frames.images[:6] == clips.frames.images[:6, :1]).all()
+
+
+def test_other_clips_have_another_fingerprint(folder):
+    first = read(folder).fingerprint
+    assert read(folder).fingerprint == first
+    others = {read(folder, image_size="3x8x8").fingerprint}
+    (folder / "left" / "a.gif").rename(folder / "right" / "z.gif")
+    others.add(read(folder).fingerprint)
+    (folder / "right" / "z.gif").unlink()
+    assert len({first, *others, read(folder).fingerprint}) == 4
+
+
+def test_folders_that_are_none(tmp_path, folder):
+    for path, words in ((tmp_path / "no", "is not a folder"), (folder / "left", "no clips in")):
+        with pytest.raises(UserError, match=words):
+            read(path)
+    (folder / "left" / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match=r"a\.gif cannot be read"):
+        read(folder)
+
+
+def test_parts(folder, tmp_path):
+    (tmp_path / "both").mkdir()
+    folder.rename(tmp_path / "both" / "train")
+    with pytest.raises(UserError, match="holds train/ but no test/"):
+        read_clips(Config(data_dir=str(tmp_path / "both")), train=False)
+    save(tmp_path / "both" / "test" / "left" / "t.gif", frames_of(1, 2, 3, 4), duration=50)
+    frames, *_ = read_clips(Config(data_dir=str(tmp_path / "both")), train=False)
+    assert len(frames.images) == 4
+    assert read(tmp_path / "both").lengths.tolist() == [6, 4, 5, 7]
+
+
+FLAGS = [*TINY, "--dataset", "clips", "--image-size", "4x8x8", "--patch-size", "2x4x4", "--steps", 6]
+
+
+def test_training_on_clips_and_drawing_them(call, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*FLAGS, "--data-dir", folder, "--sizes", "1x8x8"]
+    code, out, _ = call(train, *flags, "--run-dir", "whole")
+    assert code == 0 and "4 clips of 4 to 7 frames, 4 at a time" in out
+    train_until(call, [*flags, "--run-dir", "parts"], 3)
+    assert call(train, *flags, "--run-dir", "parts", "--resume")[0] == 0
+    whole, parts = (load_checkpoint(f"{name}/model.pth") for name in ("whole", "parts"))
+    assert all(same(whole[name], parts[name]) for name in ("data", "ema", "model", "optimizers", "window"))
+    code, out, _ = call(inference, "--checkpoint", "whole", "--labels", "right", "--count", 1)
+    assert code == 0 and out.startswith("samples.gif: 1 clips of 4 frames")
+    code, out, _ = call(inference, "--checkpoint", "whole", "--labels", "right", "--count", 2, "--size", "1x8x8")
+    assert code == 0 and out.startswith("samples.png: 2 images")  # a still is a clip of one frame
+    for size in ("5x8x8", "4x8x16", "8x8", "x", "abc", "0x8x8"):
+        assert_refused(call(inference, "--checkpoint", "whole", "--size", size), "--size", "at most 4x8x8")
+    assert_refused(call(inference, "--checkpoint", "whole", "--size", "2x8x8", "--edit", "samples.gif"), "--size")
+    (folder / "left" / "a.gif").unlink()
+    assert_refused(call(train, *flags, "--run-dir", "parts", "--resume", "--steps", 8), "other data")
+    assert_refused(call(train, *flags, "--run-dir", "new", "--sizes", "6x8x8"), "sizes hold 6x8x8", "has 4")
+
+
+def test_clips_of_latents(call, folder, tmp_path, monkeypatch):
+    """Each frame through the VAE, to learn and to show."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_vae(VAE(1, 1, 2, (8, 8), norm_num_groups=4), "vae")
+    flags = [*FLAGS, "--data-dir", folder, "--vae", "vae", "--patch-size", "2x2x2"]
+    code, out, err = call(train, *flags, "--run-dir", "run")
+    assert code == 0 and "latents   2 x 4 x 4 of vae" in out, err
+    config = load_checkpoint("run/model.pth")["config"]
+    assert (config.image_size, config.latent_shape) == ((4, 8, 8), (2, 4, 4, 4))
+    code, out, _ = call(inference, "--checkpoint", "run", "--labels", "right", "--count", 1, "--strip")
+    assert code == 0 and out.startswith("strip.png: 1 clips of 4 frames")
+    code, out, err = call(inference, "--checkpoint", "run", "--edit", folder / "left" / "a.gif", "--strength", 0.5,
+                          "--count", 1)
+    assert code == 0, err
+    assert_refused(call(train, *flags, "--run-dir", "new", "--sizes", "2x8x8"), "only clips of pixels")
+
+
+def test_latents_of_clips_are_those_of_their_frames():
+    """What is random in a frame does not depend on how the batch is shared."""
+    class Noisy(Dataset):
+        def x_0(self, index, part, generator):
+            return super().x_0(index, part, generator) + torch.rand(len(index), 1, 1, 1, generator=generator)[part]
+
+    images = torch.randint(256, (12, 1, 2, 2), dtype=torch.uint8)
+    frames = Noisy("x", images, torch.zeros(12, dtype=torch.int64), ["a"])
+    clips = Clips("x", frames, torch.tensor([0, 5]), torch.tensor([3, 3]), torch.tensor([0, 0]), 3)
+    index = torch.tensor([1, 0, 1])
+    x = clips.x_0(index, slice(None), torch.Generator().manual_seed(0))
+    assert torch.equal(clips.x_0(index, slice(1, 3), torch.Generator().manual_seed(0)), x[1:])
+    between = x - to_float(images)[torch.tensor([[5, 6, 7], [0, 1, 2], [5, 6, 7]])].movedim(1, 2)
+    assert between.min() >= 0 and between.flatten(3)[..., 0].unique().numel() == 9
+
+
+def test_sprites_in_motion(call, tmp_path, monkeypatch):
+    """Each action of each character is a clip of 8 frames; without frames in the size they are images as before."""
+    labels = torch.arange(3).repeat_interleave(8).repeat(4)
+    images = torch.arange(96).byte().view(96, 1, 1, 1).expand(96, 3, 8, 8).contiguous()
+    sprites = Dataset("sprites", images, labels, ["walk front", "walk left", "walk right"])
+    monkeypatch.setattr(clips_module, "load_dataset", lambda name, *args, **of: sprites)
+    monkeypatch.setattr(cache, "load_dataset", lambda name, *args, **of: sprites)
+    data = CLIPS["sprites"](Config(dataset="sprites", image_size="8x8x8"), torch.device("cpu")).load()
+    assert data.settings == dict(dataset="sprites", image_size=(8, 8, 8), channels=3, num_classes=3,
+                                 classes=("walk front", "walk left", "walk right"))
+    assert data.labels.tolist() == [0, 1, 2] * 4
+    x = data.x_0(torch.tensor([5, 0]), slice(None), torch.Generator().manual_seed(0))
+    assert ((x[:, 0, :, 0, 0] + 1) * 127.5).round().tolist() == [[*range(40, 48)], [*range(8)]]
+    still = CLIPS["sprites"](Config(dataset="sprites", image_size=8), torch.device("cpu"))
+    assert isinstance(still, Dataset)
+    with pytest.raises(UserError, match="move in 8 frames"):
+        CLIPS["sprites"](Config(dataset="sprites", image_size="9x8x8"), torch.device("cpu"))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_vae(VAE(3, 3, 2, (8, 8), norm_num_groups=4), "vae")
+    code, out, err = call(train, *TINY, "--dataset", "sprites", "--image-size", "8x8x8", "--vae", "vae", "--steps", 2)
+    assert code == 0 and "12 clips of 8 frames" in out, err
+    config = load_checkpoint("run/model.pth")["config"]
+    assert (config.latent_shape, config.patch_size, config.image_size) == ((2, 8, 4, 4), (2, 1, 1), (8, 8, 8))

@@ -1,0 +1,187 @@
+"""Clips in the place of images: which data sets have any, and those in files."""
+
+from support import parallel
+from support.commands import UserError
+from support.image_files import IMAGE_ENDINGS, list_images, read_frames, visible
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import show_size
+from dataset import Dataset, demand_memory, fit, load_dataset, to_tensor, training_part
+from latent.cache import open_data
+from video.moving import load_moving
+
+MOST = 16  # frames of a clip, where the user says nothing and none is shorter
+SPRITES = 8  # frames of each
+ENDINGS = (*IMAGE_ENDINGS, ".apng")
+
+
+class Clips:
+    """In the place of a `Dataset`: clips, each a run of consecutive images of another data set.
+
+    frames: a `Dataset` of all frames, or their `Latents`. starts, lengths: int64 (N,), where clip k begins among them,
+    and how many it has. labels: int64 (N,). T: how many are learned from at once, anywhere in the clip.
+    """
+
+    def __init__(self, name, frames, starts, lengths, labels, T):
+        self.name, self.frames, self.T = name, frames, T
+        self.starts, self.lengths, self.labels = starts, lengths, labels
+
+    @property
+    def classes(self):
+        return self.frames.classes
+
+    @property
+    def shape(self):
+        C, *size = self.frames.shape
+        return C, self.T, *size
+
+    @property
+    def settings(self):
+        """As of a `Dataset`, with frames wherever there is a size."""
+        found = dict(self.frames.settings)
+        latent = dict(latent_shape=self.shape) if "latent_shape" in found else {}
+        return found | dict(dataset=self.name, image_size=(self.T, *found["image_size"])) | latent
+
+    @property
+    def summary(self):
+        least, most = self.lengths.min(), self.lengths.max()
+        lengths = f"{most}" if least == most else f"{least} to {most}"
+        return f"{len(self.labels):,} clips of {lengths} frames, {self.T} at a time; {self.frames.summary}"
+
+    @property
+    def fingerprint(self):
+        """As of a `Dataset`: of other clips, another."""
+        digest = hashlib.sha256(f"{self.frames.fingerprint} {self.T}".encode())
+        for tensor in (self.starts, self.lengths, self.labels):
+            digest.update(tensor.numpy())
+        return digest.hexdigest()[:16]
+
+    def load(self):
+        self.frames = self.frames.load()
+        return self
+
+    def to(self, device):
+        numbers = (part.to(device) for part in (self.starts, self.lengths, self.labels))
+        return Clips(self.name, self.frames.to(device), *numbers, self.T)
+
+    def at(self, size):
+        """The same in another size (T, H, W): with fewer frames."""
+        T, *rest = size
+        if tuple(rest) != self.frames.shape[1:] or self.lengths.min() < T:
+            raise UserError(f"sizes hold {show_size(size)}, but the frames of these clips are "
+                            f"{show_size(self.shape[2:])}, and the shortest clip has {self.lengths.min()}")
+        return Clips(self.name, self.frames, self.starts, self.lengths, self.labels, T)
+
+    def x_0(self, index, part, generator):
+        """What a network learns from: of clips `index`[`part`] T frames each, floats (b, C, T, H, W), or their latents;
+        see `Dataset.x_0`."""
+        late = torch.rand(len(index), generator=generator, device=index.device) * (self.lengths[index] - self.T + 1)
+        first = self.starts[index] + late.long()                                                       # (B,)
+        frames = (first[:, None] + torch.arange(self.T, device=index.device)).flatten()                # (B T,)
+        rows = range(len(index))[part]
+        x = self.frames.x_0(frames, slice(rows.start * self.T, rows.stop * self.T), generator)         # (b T, C, H, W)
+        return x.unflatten(0, (-1, self.T)).movedim(1, 2)
+
+
+def list_clips(root, train):
+    """The clips of a part of `root`, which holds train/<class>/* and test/<class>/*, or <class>/*: a dict from the
+    names of the classes to the files, and folders of images, in each. Raises `UserError`."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
+    part = training_part(root)
+    if not train and part != root:
+        part = root / "test"
+        if not part.is_dir():
+            raise UserError(f"{root} holds train/ but no test/: put the clips to test on into {part}/<class>/")
+    found = {folder.name: [path for path in visible(folder) if (path.is_dir() and list_images(path))
+                           or (path.is_file() and path.suffix.lower() in ENDINGS)]
+             for folder in visible(part) if folder.is_dir()}
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        raise UserError(f"no clips in {part}/<class>/: it must hold one folder per class, with GIF, WebP or APNG files "
+                        "or folders of images in each")
+    return found
+
+
+def read_clip(path, size, channels):
+    """A clip as uint8 (T, C, H, W), each frame brought to `size` (H, W; (): a square, the first one's shorter side),
+    cropped at its centre. channels: 1, 3, or 0: as many as it needs."""
+    frames = read_frames(path, "L" if channels == 1 else "RGB")
+    size = size or (min(frames[0].size),) * 2
+    clip = torch.stack([to_tensor(fit(frame, size)) for frame in frames])
+    return clip[:, :1] if channels == 0 and (clip == clip[:, :1]).all() else clip
+
+
+def read_clips(config, train=True):
+    """The clips in the files of a part of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths
+    and the labels of `Clips`, and T.
+
+    T and the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most
+    MOST, and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard
+    error. All are grey if each is, unless `config.channels` says otherwise. Raises `UserError`.
+    """
+    if len(config.image_size) == 2:
+        raise UserError(f"image_size {show_size(config.image_size)} has no frames: clips have frames x height x width, "
+                        f"such as --image-size {MOST}x{'x'.join(map(str, config.image_size))}")
+    found, size, clips, count = list_clips(config.data_dir, train), config.image_size[1:], [], 0
+    listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
+    for path, label in tqdm(listed, desc=f"reading {config.data_dir}", leave=False, disable=None):
+        clips.append((read_clip(path, size, config.channels), label, path))
+        size, count = tuple(clips[0][0].shape[2:]), count + len(clips[-1][0])
+        demand_memory(count, clips[-1][0].shape[1], size)
+    T = config.image_size[0] if config.image_size else min(MOST, *(len(clip) for clip, *_ in clips), MOST)
+    short = [path for clip, _, path in clips if len(clip) < T]
+    if short:
+        print(f"{len(short):,} of {len(clips):,} clips have fewer than {T} frames and are left out, such as {short[0]}",
+              file=sys.stderr)
+    kept = [(clip, label) for clip, label, _ in clips if len(clip) >= T]
+    for label, name in enumerate(found):
+        if not any(label == other for _, other in kept):
+            raise UserError(f"class {name} has no clip of {T} frames: set --image-size to fewer, such as "
+                            f"{max(1, T // 2)}x{'x'.join(map(str, size))}")
+    channels = max(clip.shape[1] for clip, _ in kept)
+    lengths, labels = torch.tensor([(len(clip), label) for clip, label in kept]).T.contiguous()
+    images = torch.cat([clip.expand(-1, channels, -1, -1) for clip, _ in kept])
+    frames = Dataset("clips", images, labels.repeat_interleave(lengths), list(found))
+    return frames, lengths.cumsum(0) - lengths, lengths, labels, T
+
+
+def open_clips(config, device, folder="latents"):
+    """The clips in the user's files, as pixels or as latents; see `open_data`."""
+    with parallel.rank_0_first():
+        frames, *rest = read_clips(config)
+    return Clips("clips", open_data(config, device, folder, frames), *rest)
+
+
+def open_sprites(config, device, folder="latents"):
+    """The sprites in motion, or for an image_size without frames as images; see `open_data`."""
+    if len(config.image_size) != 3:
+        return open_data(config, device, folder)
+    T, *size = config.image_size
+    if T > SPRITES:
+        raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {SPRITES} frames, and no more")
+    with parallel.rank_0_first():  # it may download them
+        frames = load_dataset("sprites", config.data_dir, image_size=size, channels=config.channels)
+    starts = torch.arange(0, len(frames.labels), SPRITES)
+    lengths = torch.full_like(starts, SPRITES)
+    return Clips("sprites", open_data(config, device, folder, frames), starts, lengths, frames.labels[starts], T)
+
+
+def open_moving(config, device, folder="latents"):
+    """The clips of moving digits; see `open_data`."""
+    if config.vae or config.flips or config.channels > 1:
+        raise UserError("moving digits are learned as grey pixels, and not in a mirror: leave out --vae, --flips and "
+                        "--channels")
+    with parallel.rank_0_first():  # it may download the digits
+        return load_moving(config)
+
+
+# What opens a data set of clips, in the place of `open_data`
+CLIPS = {"moving": open_moving, "sprites": open_sprites, "clips": open_clips}

@@ -1,0 +1,263 @@
+"""How good are clips of one moving digit, or of sprites? Are they what was asked for, do they stay the same, and do
+they move as they should? Each figure stands beside the same figure of real clips of test digits or characters.
+
+    python -m video.score --checkpoint run     draws clips and scores them
+"""
+
+from support.commands import UserError, run
+
+import argparse
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dataset import to_float, to_uint8
+from diffusion import complete, from_noise, inpaint
+from inference import (
+    FULL_BATCH,
+    batch_that_fits,
+    fill_batch,
+    from_images,
+    load_for_sampling,
+    sample,
+    sampling_parser,
+    to_images,
+)
+from measure.classifier import load_classifier
+from measure.score import nearest
+from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
+from video.sprites import FRAMES, SpriteJudge
+
+CROP = 28   # pixels: what the classifier reads
+FAINT = 25  # of 255: what is darker is background
+FIGURES = {  # what is measured: how it is written
+    "frames": ("digit as asked, of all frames", "{:.1%}"),
+    "clips": ("digit as asked in every frame, of all clips", "{:.1%}"),
+    "constant": ("the same digit in every frame, of all clips", "{:.1%}"),
+    "jolt": ("second difference of its place, median, pixels", "{:.3f}"),
+    "residual": ("distance from an elastic path, median, pixels", "{:.3f}"),
+    "residual_90": ("the same, 90th percentile", "{:.3f}"),
+    "speed": ("speeds: Wasserstein-1 to real ones, pixels a frame", "{:.3f}"),
+    "direction": ("directions: Wasserstein-1 to real ones, degrees", "{:.1f}"),
+    "pace": ("slow or fast as asked, of all clips", "{:.1%}"),  # where that can be asked for
+    "vanished": ("frames with less than half of the clip's ink", "{:.1%}"),
+    "appeared": ("frames with more than 1.5 times the clip's ink", "{:.1%}"),
+    "copies": ("nearer to a training digit than 95 % of real ones", "{:.1%}"),
+}
+
+
+def track(clips):
+    """The digit's centre of mass in each frame of clips uint8 (N, 1, T, H, W): rows and columns, (N, T, 2)."""
+    seen = torch.where(clips > FAINT, clips, 0)[:, 0]
+    return centres(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+
+
+def crop(clips, middles):
+    """CROP x CROP pixels of each frame of clips uint8 (N, 1, T, H, W) around `middles` (N, T, 2), as in MNIST: (N, T,
+    CROP, CROP)."""
+    (N, _, T), half = clips.shape[:3], CROP // 2
+    padded = F.pad(clips[:, 0], [half] * 4)
+    rows, columns = (middles.round().long()[..., None] + torch.arange(CROP)).unbind(2)             # (N, T, CROP) each
+    n, t = torch.arange(N)[:, None, None, None], torch.arange(T)[:, None, None]
+    return padded[n, t, rows[..., None], columns[:, :, None]]
+
+
+def fit_bounces(x, length, fastest):
+    """The nearest to each path x (N, T) of a point that goes to and fro between 0 and `length` at a constant speed.
+
+    Returns its way at the start (N,), below `length` on the way up and above on the way down, its speed (N,), at most
+    `fastest`, and its squared distances from x, (N, T).
+    """
+    t = torch.arange(x.shape[1])
+    step, pace = length / 44, fastest / 64  # of the coarse search
+    grid = torch.meshgrid(torch.arange(88) * step, torch.arange(65) * pace, indexing="ij")
+    way, speed = (part.flatten() for part in grid)                                                 # (K,)
+    paths = bounce(way[:, None] + speed[:, None] * t, length)                                      # (K, T)
+    best = (paths.square().sum(1) - 2 * x @ paths.T).topk(8, largest=False).indices                # (N, 8)
+    way, speed, around = way[best], speed[best], torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    for i in range(8):  # each time at half the step
+        ways, speeds = torch.broadcast_tensors(way[..., None, None] + around[:, None] * step / 2**i,
+                                               (speed[..., None, None] + around * pace / 2**i).clamp(0, fastest))
+        ways, speeds = ways.flatten(2), speeds.flatten(2)                                          # (N, 8, 25)
+        errors = (bounce(ways[..., None] + speeds[..., None] * t, length) - x[:, None, None]).square().sum(-1)
+        errors, best = errors.min(-1, keepdim=True)
+        way, speed = ways.gather(-1, best)[..., 0], speeds.gather(-1, best)[..., 0]                # (N, 8)
+    best = errors.argmin(1)                                                                        # (N, 1)
+    way, speed = way.gather(1, best), speed.gather(1, best)
+    return way[:, 0].remainder(2 * length), speed[:, 0], (bounce(way + speed * t, length) - x).square()
+
+
+def fit_paths(places, size):
+    """The straight path with elastic bounces nearest to each path (N, T, 2) of a digit in frames of `size` (H, W).
+
+    Returns its speed (N,), pixels a frame, the angle (N,) of its steepness, 0 to 90 degrees, and its distance from the
+    places, the root of the mean square (N,), pixels.
+    """
+    fits = [fit_bounces(places[..., axis] - MARGIN, side - 1 - 2 * MARGIN, 1.6 * SPEEDS["fast"][1] * min(size))
+            for axis, side in enumerate(size)]
+    (_, down, error_down), (_, right, error_right) = fits
+    return torch.hypot(down, right), torch.atan2(down, right).rad2deg(), (error_down + error_right).mean(1).sqrt()
+
+
+def wasserstein(a, b):
+    """The Wasserstein-1 distance between two sets of numbers (N,) and (M,)."""
+    shares = (torch.arange(1000) + 0.5) / 1000
+    return (a.quantile(shares) - b.quantile(shares)).abs().mean().item()
+
+
+def share(which):
+    """The share of True among booleans of any shape."""
+    return which.float().mean().item()
+
+
+def make_real(data, count, seed):
+    """`count` clips of a `Moving`: uint8 (N, 1, T, H, W), and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(data.labels), (count,), generator=generator)
+    return to_uint8(data.x_0(index, slice(None), generator)), data.labels[index]
+
+
+class Judge:
+    """Real clips for drawn ones to be held against, and a network that reads their digits.
+
+    train, test: of each part of the digits, a `Moving` of one digit a clip. classifier: a `DigitClassifier`. count: how
+    many real clips to look at.
+    """
+
+    def __init__(self, train, test, classifier, count=1000):
+        self.train, self.test, self.classifier = train.images[:-1, None], test, classifier
+        self.digits = torch.tensor([int(name.split()[0]) for name in test.classes])  # of each class
+        self.paces = [name.partition(" ")[2] for name in test.classes]
+        self.figures = {name: of for name, of in FIGURES.items() if name != "pace" or all(self.paces)}
+        self.real = self.look(make_real(test, count, 0)[0])
+        near, reads = self.real["near"], self.real["reads"].mode().values
+        self.limits = torch.stack([near[reads == digit].quantile(0.05) for digit in range(10)])
+
+    def real_clips(self, count, size):
+        """`count` real clips, and their labels, others than those that it holds clips against."""
+        return make_real(self.test, count, 1)
+
+    @torch.inference_mode()
+    def look(self, clips):
+        """What is seen in clips uint8 (N, 1, T, H, W), before any figure: a dict of tensors."""
+        places = track(clips)
+        frames = crop(clips, places)
+        reads = [self.classifier(to_float(part[:, None])).argmax(1) for part in frames.flatten(0, 1).split(500)]
+        near, _ = nearest(frames.float().mean(1).round().byte()[:, None], self.train)
+        speed, direction, residual = fit_paths(places, clips.shape[3:])
+        ink = torch.where(clips > FAINT, clips, 0)[:, 0].sum((2, 3), dtype=torch.float)                # (N, T)
+        return dict(reads=torch.cat(reads).view(ink.shape), places=places, near=near, speed=speed, direction=direction,
+                    residual=residual, ink=ink)
+
+    def score(self, clips, labels):
+        """The `FIGURES` of clips uint8 (N, 1, T, H, W) that were asked to show `labels`, a dict of floats."""
+        seen = self.look(clips)
+        reads, places, residual = seen["reads"], seen["places"], seen["residual"]
+        right, digit = reads == self.digits[labels][:, None], reads.mode().values
+        ink = seen["ink"] / seen["ink"].median(1, keepdim=True).values.clamp(min=1)
+        least, most = torch.tensor([SPEEDS.get(self.paces[label], (0, 1)) for label in labels.tolist()]).T
+        pace = seen["speed"] / min(clips.shape[3:])
+        return {"frames": share(right), "clips": share(right.all(1)), "constant": share((reads == reads[:, :1]).all(1)),
+                "jolt": places.diff(n=2, dim=1).norm(dim=2).median().item(),
+                "residual": residual.median().item(), "residual_90": residual.quantile(0.9).item(),
+                **{name: wasserstein(seen[name], self.real[name]) for name in ("speed", "direction")},
+                "pace": share((least <= pace) & (pace <= most)),
+                "vanished": share(ink < 0.5), "appeared": share(ink > 1.5),
+                "copies": share(seen["near"] < self.limits[digit])}
+
+
+def draw(model, config, labels, pictures=None, known=None):
+    """Clips of `labels`, those number 0, 1, ... of the configuration's seed, uint8 (N, 1, T, H, W) on the CPU.
+
+    pictures: clips in [-1, 1] (N, 1, T, H, W), of which `known` (T, 1, 1), bool, is given, and the rest is drawn.
+    """
+    device, clips = next(model.parameters()).device, []
+    size = max(FULL_BATCH, batch_that_fits(config, device) // FULL_BATCH * FULL_BATCH)
+    with tqdm(total=len(labels), desc="drawing", unit=" clips", leave=False, disable=None) as bar:
+        for index in torch.arange(len(labels)).split(size):
+            way = from_noise
+            if pictures is not None:
+                way = functools.partial(complete if config.given else inpaint, known=known.to(device),
+                                        picture=fill_batch(pictures[index].to(device)))
+            *_, x = sample(model, config, labels[index].to(device), index.tolist(), way)
+            clips.append(to_images(x, config).cpu())
+            bar.update(len(index))
+    return torch.cat(clips)
+
+
+def follow(model, config, clips, labels, given):
+    """How far from the real place the digit is in each frame of a continuation of the first `given` frames of real
+    clips uint8 (N, 1, T, H, W), pixels: medians (T,), and those of staying where it was last."""
+    known = (torch.arange(clips.shape[2]) < given)[:, None, None]
+    places, drawn = track(clips), track(draw(model, config, labels, to_float(clips), known))
+    return [(places - other).norm(dim=2).median(0).values for other in (drawn, places[:, given - 1:given])]
+
+
+def report(figures, real, drawn):
+    """Two dicts of `figures` side by side, as a table to print."""
+    lines = [f"{'':56}    drawn     real"]
+    for name, (title, form) in figures.items():
+        lines.append(f"{title:56} {form.format(drawn[name]):>8} {form.format(real[name]):>8}")
+    return "\n".join(lines)
+
+
+def report_continuations(model, config, clips, labels, given):
+    """What `follow` says of real clips, as a table to print."""
+    drawn, stays = follow(model, config, clips, labels, given)
+    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {len(clips)} clips"]
+    for title, row, form in (("frame", torch.arange(1, len(drawn) + 1), "6d"), ("drawn", drawn, "6.2f"),
+                             ("as the last given", stays, "6.2f")):
+        lines.append(f"{title:18}" + "".join(format(value, form) for value in row[given:].tolist()))
+    return "\n".join(lines)
+
+
+def open_judge(config):
+    """What judges the clips of a configuration. Raises `UserError` when nothing can."""
+    if config.dataset == "moving" and config.digits == 1:
+        return Judge(*(load_moving(config, train) for train in (True, False)), load_classifier())
+    if config.dataset == "sprites" and config.image_size[:-2] == (FRAMES,):
+        return SpriteJudge(config.data_dir, config.channels)
+    raise UserError("only clips of one moving digit (--dataset moving, --digits 1) and of sprites (--dataset sprites "
+                    f"--image-size {FRAMES}x64x64) can be scored, and this model draws others")
+
+
+def main():
+    parser = sampling_parser("Draws clips of one moving digit, or of sprites, and scores them beside real clips of "
+                             "test digits or characters: are they what was asked for, in all frames, and do they move "
+                             "as they should?")
+    parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
+                        "500)")
+    parser.add_argument("--shown", type=int, default=4, help="of moving digits: frames of real clips to continue "
+                        "(default: 4)")
+    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ or Sprites/ is (default: as in "
+                        "training)")
+    args = parser.parse_args()
+    if not 20 <= args.count <= 100_000:
+        raise UserError(f"--count {args.count}: must lie between 20 and 100,000")
+    model, config = load_for_sampling(args)
+    frames = math.prod(config.image_size[:-2])
+    if not 0 < args.shown < max(2, frames):
+        raise UserError(f"--shown {args.shown}: must lie between 1 and {frames - 1}, since the clips have {frames} "
+                        "frames")
+    judge = open_judge(config)
+    labels, began = torch.arange(args.count) % config.num_classes, time.monotonic()
+    clips = draw(model, config, labels)
+    speed = args.count / (time.monotonic() - began)
+    print(f"{args.checkpoint}: {args.count} clips of {' x '.join(map(str, config.image_size))}, {config.sampler}, "
+          f"{config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}; {speed:.1f} clips/s")
+    real, asked = judge.real_clips(args.count, config.image_size[1:])
+    if config.latent_shape:  # as the VAE shows them
+        device = next(model.parameters()).device
+        real = torch.cat([to_images(from_images(to_float(part.to(device)), config), config).cpu()
+                          for part in real.split(16)])
+    print(report(judge.figures, judge.score(real, asked), judge.score(clips, labels)))
+    if config.dataset == "moving":
+        print(report_continuations(model, config, real[:128], asked[:128], args.shown))
+
+
+if __name__ == "__main__":
+    run(main, memory="--count", alone=True)

@@ -1,0 +1,91 @@
+"""How good are clips of sprites? All that there are are known: a frame shows what the nearest of them does."""
+
+import torch
+
+from config import Config
+from dataset import CHARACTERS, load_dataset, resize, split_characters
+
+SIDE = 16  # pixels: clips are compared in this size
+CHOICES = 6  # of each part
+PARTS = ("body", "trousers", "top", "hair")  # of a character, in the order that its number is made of
+FRAMES = 8
+FIGURES = {  # what is measured: how it is written
+    "action": ("action and direction as asked, of all clips", "{:.1%}"),
+    **{part: (f"the same {part} in every frame, of all clips", "{:.1%}") for part in PARTS},
+    "character": ("all four the same in every frame, of all clips", "{:.1%}"),
+    "order": ("each frame in its place, of all frames", "{:.1%}"),
+    "motion": ("change from frame to frame, of the nearest real clip's", "{:.2f}"),
+    "distance": ("distance to the nearest real clip, grey levels", "{:.1f}"),
+    "copies": (f"nearest to a training character (by chance {1000 / CHARACTERS:.0%})", "{:.1%}"),
+}
+
+
+def parts_of(characters):
+    """Which body, trousers, top and hair characters of these numbers have, int64 (..., 4)."""
+    powers = CHOICES ** torch.arange(len(PARTS) - 1, -1, -1)
+    return characters[..., None] // powers % CHOICES
+
+
+class SpriteJudge:
+    """All clips of all characters, for drawn ones to be held against: uint8 in `data_dir`, with this many channels."""
+
+    figures = FIGURES
+
+    def __init__(self, data_dir=Config.data_dir, channels=3):
+        self.data_dir, self.channels = data_dir, channels
+        parts = [load_dataset("sprites", data_dir, train, (SIDE, SIDE), channels) for train in (True, False)]
+        self.kinds = len(parts[0].classes)
+        self.gallery = torch.empty(CHARACTERS, self.kinds, FRAMES, channels * SIDE**2, dtype=torch.uint8)
+        self.training = torch.zeros(CHARACTERS, dtype=torch.bool)
+        for data, train in zip(parts, (True, False), strict=True):
+            order = torch.from_numpy(split_characters(train))
+            self.gallery[order] = data.images.view(len(order), *self.gallery.shape[1:])
+            self.training[order] = train
+
+    def real_clips(self, count, size, seed=0):
+        """`count` clips of test characters, uint8 (N, C, 8, H, W) of `size` (H, W), and their labels."""
+        data = load_dataset("sprites", self.data_dir, False, size, self.channels)
+        clips = data.images.unflatten(0, (-1, FRAMES))
+        index = torch.randint(len(clips), (count,), generator=torch.Generator().manual_seed(seed))
+        return clips[index].movedim(1, 2), data.labels[::FRAMES][index]
+
+    def find(self, frames):
+        """The nearest of all clips to each of `frames` (N, 8, D), floats: its character and its kind, each (N,)."""
+        gallery = self.gallery.flatten(0, 1).flatten(1)                                # (K, 8 D)
+        best, index = torch.full((len(frames),), torch.inf), torch.zeros(len(frames), dtype=torch.int64)
+        for start in range(0, len(gallery), 1000):  # as floats, all of it would take four times the memory
+            part = gallery[start:start + 1000].float()
+            least, found = (part.square().sum(1) / 2 - frames.flatten(1) @ part.T).min(1)
+            index = torch.where(least < best, start + found, index)
+            best = torch.minimum(best, least)
+        return index // self.kinds, index % self.kinds
+
+    def characters(self, frames, labels):
+        """The character nearest to each of `frames` (N, 8, D), floats, among those that do as `labels` (N,) ask at that
+        time: its number (N, 8)."""
+        numbers = torch.empty(frames.shape[:2], dtype=torch.int64)
+        for label in labels.unique().tolist():
+            for t in range(FRAMES):
+                gallery = self.gallery[:, label, t].float()                            # (1296, D)
+                rows = labels == label
+                numbers[rows, t] = (gallery.square().sum(1) / 2 - frames[rows, t] @ gallery.T).argmin(1)
+        return numbers
+
+    def score(self, clips, labels):
+        """The `FIGURES` of clips uint8 (N, C, 8, H, W) that were asked to show `labels`, a dict of floats."""
+        N = len(clips)
+        frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, FRAMES, -1).float()
+        character, kind = self.find(frames)
+        nearest = self.gallery[character, kind].float()                                # (N, 8, D)
+        parts = parts_of(self.characters(frames, labels))                              # (N, 8, 4)
+        same = (parts == parts[:, :1]).all(1)                                          # (N, 4)
+        distances = torch.cdist(frames, nearest, compute_mode="donot_use_mm_for_euclid_dist")
+        change, real_change = (x.diff(dim=1).norm(dim=2).sum(1) for x in (frames, nearest))
+        in_place = distances.diagonal(dim1=1, dim2=2) <= distances.amin(2)
+        return {"action": (kind == labels).float().mean().item(),
+                **{part: same[:, i].float().mean().item() for i, part in enumerate(PARTS)},
+                "character": same.all(1).float().mean().item(),
+                "order": in_place.float().mean().item(),
+                "motion": (change / real_change.clamp(min=1e-9)).median().item(),
+                "distance": (frames - nearest).square().mean((1, 2)).sqrt().median().item(),
+                "copies": self.training[character].float().mean().item()}
