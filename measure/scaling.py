@@ -49,8 +49,8 @@ STUDIES = {
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
-OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every",
-       "shard")
+OWN = ("patch_size", "sizes", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
+       "checkpoint_every", "shard")
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change
 
 
@@ -104,7 +104,7 @@ def size_settings(word):
         return {name: PRESETS[word][name] for name in ("depth", "hidden_size", "num_heads")}
     match = re.fullmatch("([0-9]{1,3})x([0-9]{1,5})", word)
     if not match or int(match[2]) % HEAD:
-        raise UserError(f"--sizes {word:.40}: must be depth x width with heads of {HEAD}, such as 4x128, or one of "
+        raise UserError(f"--models {word:.40}: must be depth x width with heads of {HEAD}, such as 4x128, or one of "
                         f"{', '.join(STUDIES['paper']['sizes'])}")
     return dict(depth=int(match[1]), hidden_size=int(match[2]), num_heads=int(match[2]) // HEAD)
 
@@ -115,7 +115,7 @@ def plan(args):
     study = STUDIES[args.preset]
     recipe = study["recipe"] | given_flags(args)
     usual = recipe.get("lr", Config.lr)
-    sizes, patches, rates = args.sizes or study["sizes"], args.patches or study["patches"], args.rates or [usual]
+    sizes, patches, rates = args.models or study["sizes"], args.patches or study["patches"], args.rates or [usual]
     patches = patches[len(patches) // 2:][:1] if args.rates else patches
     count = args.marks or (1 if args.rates else study["marks"])
     models = []
@@ -425,8 +425,8 @@ def parse_args():
                         "(default: mnist)")
     parser.add_argument("--quick", action="store_const", dest="preset", const="quick",
                         help="the same as --preset quick")
-    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="depth x width, 4x128, or S, B, L, XL (default: the "
-                        "preset's)")
+    parser.add_argument("--models", nargs="+", metavar="SIZE", help="depth x width, 4x128, or S, B, L, XL (default: "
+                        "the preset's)")
     parser.add_argument("--patches", nargs="+", type=int, metavar="N",
                         help="(default: the preset's: 14 7 4 or 8 4 2)")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="instead, train each size at each of "
@@ -444,7 +444,7 @@ def parse_args():
     args = parser.parse_args()
     if not 10 <= args.count <= 100_000 or args.marks not in (None, *range(1, 21)):
         raise UserError("--count must lie between 10 and 100,000, and --marks between 1 and 20")
-    if any(len(set(words)) < len(words) for words in (args.seeds, args.sizes, args.patches, args.rates) if words):
+    if any(len(set(words)) < len(words) for words in (args.seeds, args.models, args.patches, args.rates) if words):
         raise UserError("a size, patch, learning rate or seed that is named twice would count as two: name each once")
     return args
 

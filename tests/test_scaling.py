@@ -16,7 +16,7 @@ from measure import classifier, scaling
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
 
-FLAGS = ["--dataset", "digits", "--sizes", "1x32", "2x64", "--patches", 8, 4, "--steps", 8, "--batch-size", 8,
+FLAGS = ["--dataset", "digits", "--models", "1x32", "2x64", "--patches", 8, 4, "--steps", 8, "--batch-size", 8,
          "--count", 20, "--sample-steps", 2, "--device", "cpu"]
 
 
@@ -95,7 +95,7 @@ def stopped_at(monkeypatch, where, calls):
 
 
 def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
-    flags = [*FLAGS, "--sizes", "1x32", "--marks", 2]
+    flags = [*FLAGS, "--models", "1x32", "--marks", 2]
     assert call(scaling, *flags, "--out", tmp_path / "whole")[0] == 0
     # In the first steps, on the way to a score, and while images are drawn for one
     for where, calls in (((train, "train_step"), 3), ((train, "train_step"), 7), ((scaling, "draw_fakes"), 1)):
@@ -115,7 +115,7 @@ def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
 def test_learning_rates(call, tmp_path):
     """The middle patch alone; the usual rate is the run that the study itself has."""
     flags = [*FLAGS, "--patches", 8, 4, 2, "--out", tmp_path]
-    assert call(scaling, *flags, "--sizes", "1x32", "--marks", 1)[0] == 0
+    assert call(scaling, *flags, "--models", "1x32", "--marks", 1)[0] == 0
     before = (tmp_path / "1x32_patch4_seed0" / "model.pth").stat().st_mtime_ns
     code, out, err = call(scaling, *flags, "--rates", 1e-3, Config.lr)
     assert code == 0, err
@@ -168,7 +168,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 def test_the_time_that_is_left(made):
     """From what is known of each kind of model: the scores of one seed hold for the others."""
-    models, _ = made(*FLAGS[:-8], "--sizes", "1x32", "--patches", 4, "--steps", 100, "--marks", 2, "--seeds", 0, 1,
+    models, _ = made(*FLAGS[:-8], "--models", "1x32", "--patches", 4, "--steps", 100, "--marks", 2, "--seeds", 0, 1,
                      "--batch-size", 10, "--count", 30, "--sample-steps", 4)
     todo = [(models[0], 50), (models[0], 100), (models[1], 100)]
     assert seconds_left(todo, models) == 0  # nothing is known
@@ -185,7 +185,7 @@ def test_power_law():
 
 
 def test_models_are_compared_at_the_step_that_all_have(made):
-    models, _ = made("--sizes", "1x32", "--patches", 14, 7, "--seeds", 0, 1)
+    models, _ = made("--models", "1x32", "--patches", 14, 7, "--seeds", 0, 1)
     for model, steps in zip(models, ([4, 8, 16], [4, 8], [8], []), strict=True):
         model.record["scores"] = [{"step": step, "frechet": step + model.seed} for step in steps]
     assert [part["frechet"] for parts in collect(models).values() for part in parts] == [8, 8]
@@ -194,7 +194,7 @@ def test_models_are_compared_at_the_step_that_all_have(made):
 
 
 def test_the_best_for_their_compute(made):
-    models, _ = made("--sizes", "1x32", "2x64", "--patches", 14, "--batch-size", 10, "--seeds", 0, 1)
+    models, _ = made("--models", "1x32", "2x64", "--patches", 14, "--batch-size", 10, "--seeds", 0, 1)
     for model, flops, distances in zip(models, (1e9, 4e9) * 2, ([9, 8, 7], [8.5, 6, 5], [1], [1]), strict=True):
         model.record |= {"flops": flops, "scores": [{"step": step, "frechet": distance} for step, distance in zip(
             (100, 200, 800), distances, strict=False)]}
@@ -206,7 +206,7 @@ def test_the_best_for_their_compute(made):
 def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(scaling, "save_figure", lambda figure, path: seen.append(figure))
-    models, _ = made("--sizes", "1x32", "2x64", "--patches", 14, 7, "--batch-size", 10, "--seeds", 0, 1)
+    models, _ = made("--models", "1x32", "2x64", "--patches", 14, 7, "--batch-size", 10, "--seeds", 0, 1)
     for i, model in enumerate(models):
         model.record |= {"flops": 10.0**(9 + i % 4), "parameters": 10**6 * (i % 4 + 1), "scores": [
             {"step": step, "frechet": 100 / step / (i % 4 + 1) + model.seed} for step in ([10, 20] if i < 4 else [20])]}
@@ -223,7 +223,7 @@ def test_curves_are_those_of_the_scores(made, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--sizes", "4x100"], ["--sizes 4x100", "4x128"]), (["--sizes", "big"], ["--sizes big"]),
+    (["--models", "4x100"], ["--models 4x100", "4x128"]), (["--models", "big"], ["--models big"]),
     (["--patches", 3], ["patch_size 3 does not divide image_size 8"]), (["--seeds", -1], ["seed is -1"]),
     (["--seeds", 1, 1], ["named twice"]), (["--count", 5], ["--count"]), (["--marks", 0], ["--marks"]),
     (["--rates", "nan"], ["lr is nan"]), (["--out", "/dev/null/x"], ["/dev/null/x"]),
@@ -233,7 +233,7 @@ def test_mistakes(call, tmp_path, flags, words):
 
 
 def test_another_study_in_the_folder(call, tmp_path):
-    flags = [*FLAGS, "--sizes", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
+    flags = [*FLAGS, "--models", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, (train, "train_step"), 10)  # the second step of the second seed
         assert call(scaling, *flags, "--seeds", 0, 1)[0] == 130
