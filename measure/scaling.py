@@ -1,8 +1,8 @@
 """Does more compute make better images? Trains models of several sizes and patches alike, and sets their distance to
 real images against the Gflops of a forward pass (DiT, arXiv 2212.09748, figures 7 to 10).
 
-    python -m measure.scaling --quick                    9 models of MNIST in about 10 minutes on two CPU cores
-    python -m measure.scaling --seeds 0 1 2              12 models, longer, and how much they vary: 100 minutes
+    python -m measure.scaling --quick                    9 models of MNIST in 6 minutes on two CPU cores
+    python -m measure.scaling --seeds 0 1 2              12 models, longer, and how much they vary
     python -m measure.scaling --rates 2e-3 4e-3 8e-3     does the best learning rate move with the size?
     python -m measure.scaling --preset paper --dataset folder --data-dir X --vae V      the paper's models, for GPUs
 
