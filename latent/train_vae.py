@@ -520,8 +520,9 @@ def main():
               f"--resume")
         sys.exit(128 + stopped)
     data_dir = [] if recipe.data_dir == Config.data_dir else ["--data-dir", str(recipe.data_dir)]
-    print("train on its latents with: "
-          + shlex.join(["python", "train.py", "--vae", str(args.out), "--dataset", recipe.dataset, *data_dir]))
+    print("train on its latents with: " + shlex.join([
+        "python", "train.py", "--vae", str(args.out), "--dataset", recipe.dataset, *data_dir,
+        "--image-size", show_size(recipe.image_size)]))
 
 
 if __name__ == "__main__":

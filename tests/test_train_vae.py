@@ -281,7 +281,8 @@ def test_what_it_says(call, tmp_path):
     assert code == 0
     assert "64 numbers of an image become 4 x 2 x 2 = 16" in out
     assert "step 3: loss" in out and "dB on 16 held-out images" in out
-    assert out.splitlines()[-1].endswith(f"python train.py --vae '{tmp_path / 'my vae'}' --dataset digits")
+    vae = f"'{tmp_path / 'my vae'}'"
+    assert out.splitlines()[-1].endswith(f"python train.py --vae {vae} --dataset digits --image-size 8")
 
 
 @pytest.fixture
@@ -302,7 +303,7 @@ def test_a_folder_without_a_test_part(call, tmp_path, pictures):
     code, out, err = call(module, *flags, "--out", tmp_path / "vae")
     assert code == 0, err
     assert "42 images of 16 x 16 to train, 3 to test, colour" in out
-    assert out.splitlines()[-1].endswith(f"--dataset folder --data-dir {pictures}")
+    assert out.splitlines()[-1].endswith(f"--dataset folder --data-dir {pictures} --image-size 16")
     assert load_vae(tmp_path / "vae").image_channels == 3
     data = load_dataset("folder", pictures)
     images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), data)
