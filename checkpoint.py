@@ -171,7 +171,7 @@ def main():
     check_eta(config, given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
-    if vae != content["config"].vae or os.path.isdir(vae):
+    if os.path.isdir(content["config"].vae):
         print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(content['config'].vae)} "
               f"{shlex.quote(str(Path(args.out).parent))}/")
 

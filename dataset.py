@@ -45,6 +45,7 @@ SHEETS = {  # layers, each on top of those before it: their files, and the first
 }
 CHARACTERS, TRAINING_CHARACTERS = 6**4, 1000  # a character is one sheet of each layer
 CELL = 64  # pixels; a sheet has 21 rows of 13 cells
+FRAMES = 8  # of an action
 ACTIONS = {  # the row of each action seen from the left, below which are those from the front and from the right; and
     "walk": (9, (8, 1, 2, 3, 4, 5, 6, 7)),  # the columns of its 8 frames. Which ones they are, and the split into
     "cast": (1, (0, 1, 2, 3, 4, 5, 4, 6)),  # training and test characters, is as in arXiv 1803.02991
@@ -331,7 +332,7 @@ def read_sprites(data_dir, train, image_size=(), channels=0):
     Raises `UserError` when the sheets cannot be had, are damaged or do not fit into memory.
     """
     order = split_characters(train)
-    kinds, T, size = len(ACTIONS) * len(DIRECTIONS), 8, image_size or (CELL, CELL)
+    kinds, T, size = len(ACTIONS) * len(DIRECTIONS), FRAMES, image_size or (CELL, CELL)
     demand_memory(len(order) * kinds * T, channels or 3, size)
     folder = find_sprites(data_dir)
     layers = [[cut_sheet(folder / layer / name, checksum) for name, checksum in sheets.items()]
@@ -434,6 +435,11 @@ def list_classes(root, train):
         if strange:
             raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
     return found, names
+
+
+def has_test_part(name, data_dir):
+    """Whether the data set called `name` has images to test on: all have, but folders without train/ and test/."""
+    return name != "folder" or all((Path(data_dir) / part).is_dir() for part in ("train", "test"))
 
 
 def training_part(root):

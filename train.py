@@ -283,6 +283,17 @@ def resolve(config, data, device):
                                compile=config.compile and can_compile(device))
 
 
+def change_settings(config, settings, path, changeable, automatic):
+    """The configuration of the run saved at `path`, with those of `settings` (a dict) that are `changeable`. Raises
+    `UserError` when others contradict it; "auto" or 0 for what is `automatic` contradicts nothing."""
+    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
+                   if name not in changeable and SIZES.get(name, lambda value: value)(value) != getattr(config, name)
+                   and not (name in automatic and value in ("auto", 0, ()))]
+    if differences:
+        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
+    return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
+
+
 def configure(settings, path, resume):
     """The configuration that `settings` (a dict) ask for and, to resume, the checkpoint to go on from (else None)."""
     if not resume:
@@ -292,12 +303,7 @@ def configure(settings, path, resume):
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
     config = saved["config"]
     changeable = (*CHANGEABLE, *(["vae"] if config.vae else []))  # it may have moved
-    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in changeable and SIZES.get(name, lambda value: value)(value) != getattr(config, name)
-                   and not (name in AUTOMATIC and value in ("auto", 0, ()))]
-    if differences:
-        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
-    config = dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
+    config = change_settings(config, settings, path, changeable, AUTOMATIC)
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
     return config, saved

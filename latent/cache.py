@@ -82,7 +82,7 @@ class Latents:
         """Encodes what is not there yet, and maps it into memory. Raises `UserError`."""
         images, vae = self.images, self.vae
         size = (len(images.labels), 2 if self.flips else 1, 2, *self.shape)
-        identity = dict(format=FORMAT, vae=vae.fingerprint, images=images.fingerprint, size=list(size),
+        identity = dict(format=FORMAT, vae=self.settings["vae_hash"], images=images.fingerprint, size=list(size),
                         image_shape=list(images.shape))
         path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{hash_of(identity)[:12]}"
         note = read_note(path, identity) or encode(images, vae, path, identity)
@@ -117,7 +117,7 @@ def kept_distance(name, vae, images):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads((Path(name) / "round_trip.json").read_bytes())
         if (kept["vae_hash"], kept["dataset"], kept["shape"]) == (
-                vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"), images.name, list(images.shape)):
+                vae.hash_of(), images.name, list(images.shape)):
             return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
     return ""
 

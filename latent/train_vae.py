@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import check_tensors
-from config import SIZES, Config, add_flags, as_size, check_value, flag, given_flags, show_size
-from dataset import load_dataset, to_float, to_uint8
+from config import Config, add_flags, as_size, check_value, flag, given_flags, show_size
+from dataset import has_test_part, load_dataset, to_float, to_uint8
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
-from train import EMA_WARMUP, learning_rate, round_weights, step_generator, take_gradients, warned
+from train import EMA_WARMUP, change_settings, learning_rate, round_weights, step_generator, take_gradients, warned
 
 FORMAT = "vae-training-1"
 STATE, LOG, PICTURE = "train.pth", "log.csv", "reconstructions.png"
@@ -294,11 +294,10 @@ def resolve(recipe, data, device):
 def split(recipe, data):
     """Training images and held-out ones, uint8 (N, C, H, W): those of the test part, or where a folder has none, every
     20th image."""
-    root = Path(recipe.data_dir)
-    if data.name == "folder" and not ((root / "train").is_dir() and (root / "test").is_dir()):
+    if not has_test_part(data.name, recipe.data_dir):
         apart = torch.arange(len(data.images)) % 20 == 0
         if len(apart) < 2:
-            raise UserError(f"{root} holds a single image: training needs some, and others to test on")
+            raise UserError(f"{recipe.data_dir} holds a single image: training needs some, and others to test on")
         images, tests = data.images[~apart], data.images[apart]
     else:
         images, tests = data.images, load_dataset(data.name, recipe.data_dir, False, recipe.image_size,
@@ -317,15 +316,9 @@ def configure(settings, out, resume):
     if not resume:
         return Recipe(**settings), None
     saved = load_state(path)
-    recipe = saved["recipe"]
-    asked = {name: as_size(value) if name in SIZES else tuple(value) if name == "widths" else value
-             for name, value in settings.items()}
-    differences = [f"{name} {getattr(recipe, name)} -> {value}" for name, value in asked.items()
-                   if name not in CHANGEABLE and value != getattr(recipe, name)
-                   and not (name in AUTOMATIC and value in ("auto", 0, ()))]
-    if differences:
-        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
-    recipe = dataclasses.replace(recipe, **{name: settings[name] for name in CHANGEABLE if name in settings})
+    if "widths" in settings:
+        settings = settings | {"widths": tuple(settings["widths"])}
+    recipe = change_settings(saved["recipe"], settings, path, CHANGEABLE, AUTOMATIC)
     if saved["step"] > recipe.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for as many with --steps, or more")
     return recipe, saved

@@ -241,10 +241,10 @@ class VAE(nn.Module):
         return self.hash_of("encoder", "quant_conv")
 
     def hash_of(self, *parts):
-        """A hash, 16 hexadecimal digits, of the settings and the weights of these children."""
+        """A hash, 16 hexadecimal digits, of the settings and the weights of these children; of none named, of all."""
         digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
         for name, weight in sorted(self.state_dict().items()):
-            if name.partition(".")[0] in parts:
+            if not parts or name.partition(".")[0] in parts:
                 digest.update(name.encode())
                 digest.update(weight.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]

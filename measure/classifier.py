@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import Config, add_flags, given_flags, show_size
-from dataset import load_dataset, to_float
+from dataset import has_test_part, load_dataset, to_float
 from inference import say_default
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
@@ -200,7 +200,7 @@ def load_parts(name, data_dir, image_size=(), channels=0):
     """
     data = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels)
     fingerprint = data.fingerprint
-    if data.name != "folder" or all((Path(data_dir) / part).is_dir() for part in ("train", "test")):
+    if has_test_part(data.name, data_dir):
         C, *size = data.images.shape[1:]
         return data, load_dataset(data.name, data_dir, train=False, image_size=tuple(size), channels=C), fingerprint
     held_out = every_tenth(data.labels)

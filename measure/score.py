@@ -145,7 +145,7 @@ def pick_reference(labels, real_labels, count, generator, num_classes=10):
 
 
 def share(which):
-    """The share of True among booleans (N,); NaN of none."""
+    """The share of True among booleans of any shape; NaN of none."""
     return which.float().mean().item()
 
 
@@ -478,7 +478,7 @@ def score_vae(args, device):
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
-        result |= {"vae_hash": vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
+        result |= {"vae_hash": vae.hash_of(),
                    "dataset": train.name, "data": fingerprint, "shape": list(train.shape)}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))

@@ -12,12 +12,11 @@ import torch
 from tqdm import tqdm
 
 from config import show_size
-from dataset import Dataset, demand_memory, fit, load_dataset, to_tensor, training_part
+from dataset import FRAMES, Dataset, demand_memory, fit, load_dataset, to_tensor, training_part
 from latent.cache import open_data
 from video.moving import load_moving
 
 MOST = 16  # frames of a clip, where the user says nothing and none is shorter
-SPRITES = 8  # frames of each
 ENDINGS = (*IMAGE_ENDINGS, ".apng")
 
 
@@ -136,7 +135,7 @@ def read_clips(config, train=True):
         clips.append((read_clip(path, size, config.channels), label, path))
         size, count = tuple(clips[0][0].shape[2:]), count + len(clips[-1][0])
         demand_memory(count, clips[-1][0].shape[1], size)
-    T = config.image_size[0] if config.image_size else min(MOST, *(len(clip) for clip, *_ in clips), MOST)
+    T = config.image_size[0] if config.image_size else min(MOST, *(len(clip) for clip, *_ in clips))
     short = [path for clip, _, path in clips if len(clip) < T]
     if short:
         print(f"{len(short):,} of {len(clips):,} clips have fewer than {T} frames and are left out, such as {short[0]}",
@@ -165,12 +164,12 @@ def open_sprites(config, device, folder="latents"):
     if len(config.image_size) != 3:
         return open_data(config, device, folder)
     T, *size = config.image_size
-    if T > SPRITES:
-        raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {SPRITES} frames, and no more")
+    if T > FRAMES:
+        raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {FRAMES} frames, and no more")
     with parallel.rank_0_first():  # it may download them
         frames = load_dataset("sprites", config.data_dir, image_size=size, channels=config.channels)
-    starts = torch.arange(0, len(frames.labels), SPRITES)
-    lengths = torch.full_like(starts, SPRITES)
+    starts = torch.arange(0, len(frames.labels), FRAMES)
+    lengths = torch.full_like(starts, FRAMES)
     return Clips("sprites", open_data(config, device, folder, frames), starts, lengths, frames.labels[starts], T)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dataset import to_float, to_uint8
+from dataset import FRAMES, to_float, to_uint8
 from diffusion import complete, from_noise, inpaint
 from inference import (
     FULL_BATCH,
@@ -28,9 +28,9 @@ from inference import (
     to_images,
 )
 from measure.classifier import load_classifier
-from measure.score import nearest
+from measure.score import nearest, share
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
-from video.sprites import FRAMES, SpriteJudge
+from video.sprites import SpriteJudge
 
 CROP = 28   # pixels: what the classifier reads
 FAINT = 25  # of 255: what is darker is background
@@ -107,11 +107,6 @@ def wasserstein(a, b):
     """The Wasserstein-1 distance between two sets of numbers (N,) and (M,)."""
     shares = (torch.arange(1000) + 0.5) / 1000
     return (a.quantile(shares) - b.quantile(shares)).abs().mean().item()
-
-
-def share(which):
-    """The share of True among booleans of any shape."""
-    return which.float().mean().item()
 
 
 def make_real(data, count, seed):

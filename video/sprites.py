@@ -3,12 +3,11 @@
 import torch
 
 from config import Config
-from dataset import CHARACTERS, load_dataset, resize, split_characters
+from dataset import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_dataset, resize, split_characters
 
 SIDE = 16  # pixels: clips are compared in this size
 CHOICES = 6  # of each part
 PARTS = ("body", "trousers", "top", "hair")  # of a character, in the order that its number is made of
-FRAMES = 8
 FIGURES = {  # what is measured: how it is written
     "action": ("action and direction as asked, of all clips", "{:.1%}"),
     **{part: (f"the same {part} in every frame, of all clips", "{:.1%}") for part in PARTS},
@@ -16,7 +15,7 @@ FIGURES = {  # what is measured: how it is written
     "order": ("each frame in its place, of all frames", "{:.1%}"),
     "motion": ("change from frame to frame, of the nearest real clip's", "{:.2f}"),
     "distance": ("distance to the nearest real clip, grey levels", "{:.1f}"),
-    "copies": (f"nearest to a training character (by chance {1000 / CHARACTERS:.0%})", "{:.1%}"),
+    "copies": (f"nearest to a training character (by chance {TRAINING_CHARACTERS / CHARACTERS:.0%})", "{:.1%}"),
 }
 
 
