@@ -55,6 +55,8 @@ class Config:
     time_spacing: str = flag("dit", "the frequencies that embed the time: as DiT's official code spaces them, or as "
                              "the article does", choices=("dit", "article"))
 
+    rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
+
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
     process: str = flag("flow", "ddpm: linear betas, the network predicts the noise (2006.11239); flow: a straight "
@@ -134,6 +136,9 @@ class Config:
             raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
+        if self.rope and self.hidden_size // self.num_heads % 2:
+            raise UserError(f"rope turns pairs of channels, but a head has {self.hidden_size // self.num_heads}: set "
+                            "hidden_size or num_heads, or --no-rope")
         if self.image_size and self.patch_size:
             self.check_patches("latent_shape" if self.latent_shape else "image_size", self.input_shape[1:])
 
@@ -195,10 +200,12 @@ PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay=
 PRESETS = {
     "default": {},
     # Clips of a moving digit: more noise, since 16 frames tell more of it than one
-    "moving": dict(dataset="moving", patch_size="4x8x8", batch_size=32, shift=6.0, sample_steps=8, guidance=2.0),
+    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
+                   sample_steps=8, guidance=2.0),
     # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
-                      num_heads=6, shift=9.0, sample_steps=16, guidance=2.0, steps=100_000, optimizer="adamw", lr=3e-4),
+                      num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=100_000,
+                      optimizer="adamw", lr=3e-4),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,

@@ -55,6 +55,18 @@ def sincos_positions(grid, hidden_size):
     return nn.functional.pad(positions, (0, hidden_size - positions.shape[1]))[None].float()
 
 
+def rotations(grid, head_size, base=100.0):
+    """By what rotary positions turn the queries and keys of a grid's patches (`dit_block.rotate`): cosines and sines of
+    (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
+    base is small, as for images (2403.13298), since there are few patches along an axis."""
+    half, axes = head_size // 2, len(grid)
+    shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
+    places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
+    angles = torch.cat([place[..., None] * base ** -(torch.arange(n, dtype=torch.float64) / max(1, n))
+                        for place, n in zip(places, shares, strict=True)], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
 class PatchEmbedding(nn.Module):
     """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D), for any size of at
     most `grid` patches."""
@@ -66,8 +78,8 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("positions", sincos_positions(grid, hidden_size), persistent=False)
 
     def forward(self, x):
-        corner = tuple(slice(s // p) for s, p in zip(x.shape[2:], self.patch, strict=True))
-        positions = self.positions.view(*self.grid, -1)[corner].flatten(0, -2)      # (N, D)
+        grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
+        positions = self.positions.view(*self.grid, -1)[tuple(map(slice, grid))].flatten(0, -2)     # (N, D)
         return self.linear(patchify(x, self.patch).to(self.linear.weight.dtype)) + positions
 
 
@@ -97,13 +109,14 @@ class DiT(nn.Module):
 
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
     out_channels: of the prediction; None: as many as x has.
-    time_spacing: see `time_emb.sinusoids`.
+    time_spacing: see `time_emb.sinusoids`. rope: rotary positions in attention, beside those of the patch embedding.
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=(28, 28), patch_size=(7, 7), channels=1, num_classes=10, hidden_size=128, depth=4,
-                 num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False, out_channels=None):
+                 num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False, out_channels=None,
+                 rope=False):
         super().__init__()
         size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
         if len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
@@ -115,6 +128,8 @@ class DiT(nn.Module):
         self.patch_embedding = PatchEmbedding(self.grid, patch, channels, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size, spacing=time_spacing)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.register_buffer("rotations", rotations(self.grid, hidden_size // num_heads) if rope else None,
+                             persistent=False)                         # (2, *grid, D/2h)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, math.prod(patch) * (out_channels or channels))
         self.initialize()
@@ -140,8 +155,11 @@ class DiT(nn.Module):
         grid = self.grid_of(x)
         x = self.patch_embedding(x)                                    # (B, N, D)
         c = self.time_embedding(t) + self.label_embedding(y)           # (B, D)
+        rotation = None
+        if self.rotations is not None:
+            rotation = self.rotations[(slice(None), *map(slice, grid))].flatten(1, -2)  # (2, N, D/2h)
         for block in self.blocks:
-            x = self.run_block(block, x, c)                            # (B, N, D)
+            x = self.run_block(block, x, c, rotation)                  # (B, N, D)
         x = self.final_layer(x, c)                                     # (B, N, prod(patch) * C)
         x = unpatchify(x, self.patch, grid).to(dtype)                  # (B, C, *whole patches)
         return x[(..., *map(slice, size))]                             # (B, C, *size)
@@ -153,17 +171,17 @@ class DiT(nn.Module):
             raise ValueError(f"an input of {tuple(x.shape[2:])} is larger than input_size")
         return grid
 
-    def run_block(self, block, x, c):
+    def run_block(self, block, *inputs):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False)
-        return block(x, c)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def build_model(config):
     """The untrained `DiT` of a `Config` whose sizes are all known."""
     return DiT(config.largest, config.patch_size, config.input_shape[0], config.num_classes, config.hidden_size,
                config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute,
-               config.output_channels)
+               config.output_channels, config.rope)
 
 
 def main():

@@ -62,7 +62,7 @@ def export(path):
     be too large."""
     content = load_checkpoint(path)
     config = content["config"]
-    for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp"):
+    for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp", "rope"):
         if getattr(config, name) != getattr(Config, name):
             raise UserError(f"{path} draws with {name} {getattr(config, name)}, which the page does not know")
     if config.channels not in (1, 3) or len(config.image_size) != 2:

@@ -31,7 +31,7 @@ def test_defaults_are_those_that_were_measured():
         dataset="auto", data_dir=".", digits=1, speeds=False, image_size=(), sizes=(), channels=0, num_classes=0,
         classes=(), flips=False, vae="",
         vae_hash="", latent_shape=(), latent_mean=(), latent_std=(), patch_size=(), variance="fixed",
-        hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", T=1000, process="flow",
+        hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", rope=False, T=1000, process="flow",
         beta_start=1e-4, beta_end=0.02, shift=2.2, loss="l2", steps=5000, batch_size=64, optimizer="muon", lr=4e-3,
         lr_decay="sqrt", warmup=100, weight_decay=0.0, grad_clip=1.0, ema_decay=0.995, given=0.0, label_dropout=0.1,
         precision="auto", compile=False, recompute=False, shard=False, seed=0, log_every=50, sample_every=1000,
@@ -107,6 +107,12 @@ def test_patches_that_do_not_divide_name_what_does():
         Config(image_size="9x8x8", patch_size="4x8x8")
     with pytest.raises(UserError, match=r"patch_size 8 does not divide image_size 8x8x8"):  # which is no 8 x 8
         Config(image_size="8x8x8", patch_size=8)
+
+
+def test_rope_needs_pairs_of_channels():
+    with pytest.raises(UserError, match="rope turns pairs of channels, but a head has 3"):
+        Config(rope=True, hidden_size=12, num_heads=4)
+    Config(rope=True, hidden_size=8, num_heads=4)
 
 
 def test_several_sizes():

@@ -7,8 +7,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from config import PRESETS
-from dit import DiT, patchify, sincos_positions, unpatchify
-from dit_block import Attention, DiTBlock
+from dit import DiT, patchify, rotations, sincos_positions, unpatchify
+from dit_block import Attention, DiTBlock, rotate
 from time_emb import TimeEmbedding
 
 
@@ -284,3 +284,45 @@ def test_larger_inputs_are_refused():
     for size in ((6, 8, 8), (5, 8, 8), (4, 8, 12)):
         with pytest.raises(ValueError, match="larger than input_size"):
             model(torch.zeros(1, 1, *size), 5, 1)
+
+
+def test_rotary_positions_turn_each_pair():
+    """As multiplication by exp(i angle) does; pairs of (i, i + half), the axes' shares one after the other."""
+    turns = rotations((3, 4, 5), 16)
+    assert turns.shape == (2, 3, 4, 5, 8)
+    angles = torch.tensor([2 * 100**-(i / 4) for i in range(4)] + [3 * 100**-(i / 2) for i in range(2)]
+                          + [4 * 100**-(i / 2) for i in range(2)])  # of the last patch
+    x = torch.randn(2, 3, 60, 16)
+    expected = torch.complex(x[:, :, -1, :8], x[:, :, -1, 8:]) * torch.exp(1j * angles)
+    torch.testing.assert_close(rotate(x, turns.flatten(1, -2))[:, :, -1],
+                               torch.cat([expected.real, expected.imag], dim=-1))
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 4, 5)])
+def test_rotary_attention_sees_distances_alone(grid):
+    """A query and a key have the same product wherever they are, if they are as far apart."""
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    turned_q, turned_k = (rotate(x.expand(1, 1, math.prod(grid), 16), rotations(grid, 16).flatten(1, -2))
+                          .view(*grid, 16) for x in (q, k))
+    step = (0,) * (len(grid) - 1)
+    first = turned_q[(*step, 0)] @ turned_k[(*step, 2)]
+    for place in itertools.product(*map(range, grid[:-1])):
+        torch.testing.assert_close(turned_q[(*place, 1)] @ turned_k[(*place, 3)], first)
+    assert (turned_q[(*step, 0)] @ turned_k[(*step, 3)] - first).abs() > 1e-3
+
+
+def test_rope_gives_the_network_places():
+    """Without positions in its embedding a network cannot tell an image from one with its patches swapped; with rotary
+    ones it can. They are no weights, and of a smaller clip those of the corner."""
+    x = torch.randn(1, 1, 2, 8, 8)
+    swapped = x.flip(2)
+    for rope in (False, True):
+        model = randomize(DiT((2, 8, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2, rope=rope))
+        model.patch_embedding.positions.zero_()
+        assert torch.allclose(model(swapped, 5, 1), model(x, 5, 1).flip(2), atol=1e-5) != rope
+    plain = DiT((2, 8, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    small = DiT((1, 4, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2, rope=True)
+    small.load_state_dict(model.state_dict())
+    small.patch_embedding.positions.zero_()
+    assert torch.equal(model(x[:, :, :1, :4], 5, 1), small(x[:, :, :1, :4], 5, 1))

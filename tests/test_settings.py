@@ -41,9 +41,9 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
 NOT_CHANGEABLE = dict(
     dataset="folder", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
     flips=True, num_classes=11, classes=("cat",), patch_size=4,
-    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", T=500, process="ddpm", beta_start=1e-3,
-    beta_end=0.01,
-    shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,),
+    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", rope=True, T=500, process="ddpm",
+    beta_start=1e-3, beta_end=0.01, shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0",
+    latent_shape=(4, 2, 2), latent_mean=(0.5,),
     latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
     grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
 
@@ -386,6 +386,12 @@ def test_time_spacing(go):
         t = draws(run.config)[2].double()
         angles = t[:, None] * 10000 ** -(torch.arange(128, dtype=torch.float64) / gaps)
         torch.testing.assert_close(seen[0].double(), torch.cat([angles.sin(), angles.cos()], 1), atol=2e-4, rtol=0)
+
+
+def test_rope(go):
+    """Attention's queries and keys are then turned, in training and drawing: other gradients from the same weights."""
+    runs = [go(rope=rope, steps=2) for rope in (False, True)]
+    assert runs[0].rows[0]["loss"] != runs[1].rows[0]["loss"] and shapes(runs[0]) == shapes(runs[1])
 
 
 # Diffusion

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import assert_refused
+from PIL import Image
 
 import dataset
 from checkpoint import build_model, load_model, save_checkpoint
@@ -157,7 +158,7 @@ def test_wasserstein():
 def make_checkpoint(path, **settings):
     config = Config(**dict(dataset="moving", image_size=(6, 32, 32), channels=1, num_classes=10, patch_size=(2, 16, 16),
                            hidden_size=16, depth=1, num_heads=2, sample_steps=2) | settings)
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     model = build_model(config)
     torch.nn.init.normal_(model.final_layer.linear.weight)
     save_checkpoint(path, config, 5, 1.0, model.state_dict())
@@ -179,18 +180,38 @@ def test_the_command(call, tmp_path):
     path = make_checkpoint(tmp_path / "clips.pth")
     code, out, err = call(score, "--checkpoint", path, "--count", 20)
     assert code == 0, err
-    assert f"{path}: 20 clips of 6 x 32 x 32, dpm, 2 steps, guidance 1.4, seed 0" in out
+    assert "clips: 20 clips of 6 x 32 x 32, dpm, 2 steps, guidance 1.4, seed 0" in out
     rows = {line[:56].strip(): line[56:].split() for line in out.splitlines()}
     assert [name for name, (title, _) in FIGURES.items() if len(rows.get(title, "")) != 2] == ["pace"]
     assert float(rows["digit as asked, of all frames"][1][:-1]) > 80 and "4 frames given" in out
+
+
+def test_models_side_by_side(call, tmp_path):
+    """A column for each; two of the same weights draw the same, and one of others does not."""
+    paths = [make_checkpoint(tmp_path / f"{name}.pth", seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    code, out, err = call(score, "--checkpoint", paths[0], "--beside", *paths[1:], "--count", 20, "--out",
+                          tmp_path / "side.gif")
+    assert code == 0, err
+    assert [line.split() for line in out.splitlines() if line.split() == ["a", "b", "c", "real"]]
+    rows = [line[56:].split() for line in out.splitlines() if line.startswith(("distance", "second"))]
+    assert len(rows) == 2 and all(len(row) == 4 and row[0] == row[1] != row[2] for row in rows)
+    names, *errors = (line.split() for line in out.splitlines()[-6:-1])
+    assert names[0] == "frame" and errors[0][1:] == errors[1][1:] != errors[2][1:]
+    with Image.open(tmp_path / "side.gif") as picture:
+        assert picture.n_frames == 6
+        picture.seek(3)
+        a, b, c = (picture.convert("L").crop((2 + 66 * i, 16, 66 + 66 * i, picture.height)).tobytes() for i in range(3))
+    assert a == b != c
 
 
 @pytest.mark.parametrize(("settings", "flags", "words"), [
     (dict(dataset="folder"), [], ["only clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
     (dict(dataset="sprites"), [], ["8x64x64"]),
     ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
-    ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--labels", 3], ["--labels"])])
-def test_bad_flags(call, tmp_path, settings, flags, words):
+    ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--beside", "c.pth"], ["two models are called c"]),
+    ({}, ["--out", "a.jpg"], ["a.jpg"]), ({}, ["--labels", 3], ["--labels"])])
+def test_bad_flags(call, tmp_path, monkeypatch, settings, flags, words):
+    monkeypatch.chdir(tmp_path)
     assert_refused(call(score, "--checkpoint", make_checkpoint(tmp_path / "c.pth", **settings), *flags), *words)
 
 

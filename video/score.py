@@ -1,15 +1,18 @@
 """How good are clips of one moving digit, or of sprites? Are they what was asked for, do they stay the same, and do
 they move as they should? Each figure stands beside the same figure of real clips of test digits or characters.
 
-    python -m video.score --checkpoint run     draws clips and scores them
+    python -m video.score --checkpoint run                              draws clips and scores them
+    python -m video.score --checkpoint run_1x --beside run_4x run_16x   the same noise and labels, drawn by other models
 """
 
 from support.commands import UserError, run
+from support.pictures import check_picture, frames_of, grid, save_animation
 
 import argparse
 import functools
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from tqdm import tqdm
 from dataset import FRAMES, to_float, to_uint8
 from diffusion import complete, from_noise, inpaint
 from inference import (
+    FRAME,
     FULL_BATCH,
     batch_that_fits,
     fill_batch,
@@ -28,12 +32,14 @@ from inference import (
     to_images,
 )
 from measure.classifier import load_classifier
+from measure.results import check_alike
 from measure.score import nearest, share
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
 from video.sprites import SpriteJudge
 
 CROP = 28   # pixels: what the classifier reads
 FAINT = 25  # of 255: what is darker is background
+SHOWN = 5   # clips of each model in an animation
 FIGURES = {  # what is measured: how it is written
     "frames": ("digit as asked, of all frames", "{:.1%}"),
     "clips": ("digit as asked in every frame, of all clips", "{:.1%}"),
@@ -192,22 +198,40 @@ def follow(model, config, clips, labels, given):
     return [(places - other).norm(dim=2).median(0).values for other in (drawn, places[:, given - 1:given])]
 
 
-def report(figures, real, drawn):
-    """Two dicts of `figures` side by side, as a table to print."""
-    lines = [f"{'':56}    drawn     real"]
+def report(figures, columns):
+    """Dicts of `figures` side by side, as a table to print. columns: {title: dict}."""
+    widths = [max(9, len(name)) for name in columns]
+    lines = [" " * 56 + "".join(f"  {name:>{width}}" for name, width in zip(columns, widths, strict=True))]
     for name, (title, form) in figures.items():
-        lines.append(f"{title:56} {form.format(drawn[name]):>8} {form.format(real[name]):>8}")
+        cells = (form.format(column[name]) for column in columns.values())
+        lines.append(f"{title:56}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 
 
-def report_continuations(model, config, clips, labels, given):
-    """What `follow` says of real clips, as a table to print."""
-    drawn, stays = follow(model, config, clips, labels, given)
-    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {len(clips)} clips"]
-    for title, row, form in (("frame", torch.arange(1, len(drawn) + 1), "6d"), ("drawn", drawn, "6.2f"),
-                             ("as the last given", stays, "6.2f")):
-        lines.append(f"{title:18}" + "".join(format(value, form) for value in row[given:].tolist()))
+def report_continuations(errors, count, given):
+    """What `follow` says of `count` real clips, as a table to print. errors: {title: (T,)}."""
+    width = max(18, *map(len, errors))
+    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {count} clips"]
+    frames = torch.arange(1, len(next(iter(errors.values()))) + 1)
+    for title, row, form in (("frame", frames, "6d"), *((title, row, "6.2f") for title, row in errors.items())):
+        lines.append(f"{title:{width}}" + "".join(format(value, form) for value in row[given:].tolist()))
     return "\n".join(lines)
+
+
+def load_models(args):
+    """The models of `--checkpoint` and `--beside`, {name: (model, configuration)}. Raises `UserError` when they draw
+    different things."""
+    models = {}
+    for path in (args.checkpoint, *args.beside):
+        one = argparse.Namespace(**vars(args) | {"checkpoint": path})
+        model, config = load_for_sampling(one)
+        path = Path(one.checkpoint)
+        name = path.parent.name if path.name == "model.pth" and path.parent.name else path.stem
+        if name in models:
+            raise UserError(f"two models are called {name}: name each once, or another folder")
+        models[name] = model, config
+    check_alike([config for _, config in models.values()])
+    return models
 
 
 def open_judge(config):
@@ -228,30 +252,47 @@ def main():
                         "500)")
     parser.add_argument("--shown", type=int, default=4, help="of moving digits: frames of real clips to continue "
                         "(default: 4)")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="more models, run folders or files, "
+                        "that draw the same noise and labels")
+    parser.add_argument("--out", help=f"write an animation of the first {SHOWN} clips, a column for each model")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ or Sprites/ is (default: as in "
                         "training)")
     args = parser.parse_args()
     if not 20 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 20 and 100,000")
-    model, config = load_for_sampling(args)
+    if args.out is not None:
+        check_picture(args.out, animated=True)
+    models = load_models(args)
+    config = next(iter(models.values()))[1]
     frames = math.prod(config.image_size[:-2])
     if not 0 < args.shown < max(2, frames):
         raise UserError(f"--shown {args.shown}: must lie between 1 and {frames - 1}, since the clips have {frames} "
                         "frames")
     judge = open_judge(config)
-    labels, began = torch.arange(args.count) % config.num_classes, time.monotonic()
-    clips = draw(model, config, labels)
-    speed = args.count / (time.monotonic() - began)
-    print(f"{args.checkpoint}: {args.count} clips of {' x '.join(map(str, config.image_size))}, {config.sampler}, "
-          f"{config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}; {speed:.1f} clips/s")
     real, asked = judge.real_clips(args.count, config.image_size[1:])
     if config.latent_shape:  # as the VAE shows them
-        device = next(model.parameters()).device
+        device = next(next(iter(models.values()))[0].parameters()).device
         real = torch.cat([to_images(from_images(to_float(part.to(device)), config), config).cpu()
                           for part in real.split(16)])
-    print(report(judge.figures, judge.score(real, asked), judge.score(clips, labels)))
-    if config.dataset == "moving":
-        print(report_continuations(model, config, real[:128], asked[:128], args.shown))
+    labels, columns, errors, first = torch.arange(args.count) % config.num_classes, {}, {}, []
+    for name, (model, config) in models.items():
+        began = time.monotonic()
+        clips = draw(model, config, labels)
+        speed = args.count / (time.monotonic() - began)
+        print(f"{name}: {args.count} clips of {' x '.join(map(str, config.image_size))}, {config.sampler}, "
+              f"{config.sample_steps} steps, guidance {config.guidance:g}, seed {config.seed}; {speed:.1f} clips/s")
+        title = name if len(models) > 1 else "drawn"
+        columns[title] = judge.score(clips, labels)
+        first.append(clips[:SHOWN])
+        if config.dataset == "moving":
+            errors[title], stays = follow(model, config, real[:128], asked[:128], args.shown)
+    print(report(judge.figures, columns | {"real": judge.score(real, asked)}))
+    if errors:
+        print(report_continuations(errors | {"as the last given": stays}, min(128, args.count), args.shown))
+    if args.out is not None:
+        views = frames_of(torch.stack(first, dim=1).flatten(0, 1))
+        save_animation(args.out, [grid(view, len(models), captions=[*models]) for view in views], FRAME)
+        print(f"-> {args.out}")
 
 
 if __name__ == "__main__":
