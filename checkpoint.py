@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from config import SAMPLING, Config, add_flags, check_eta, given_flags
-from dit import build_model, sincos_positions
+from dit import build_model, rotations, sincos_positions
 
 FORMAT = "dit-checkpoint-2"
 OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
@@ -146,9 +146,11 @@ def averaged_model(content, device="cpu", precision="auto"):
     """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
     dict, where their type and device can stay."""
     with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
-        model = build_model(content["config"])
+        model = build_model(config := content["config"])
     model.load_state_dict(content["ema"], assign=True)
-    model.patch_embedding.positions = sincos_positions(model.grid, content["config"].hidden_size)
+    model.patch_embedding.positions = sincos_positions(model.grid, config.hidden_size)
+    if config.rope:
+        model.rotations = rotations(model.grid, config.hidden_size // config.num_heads)
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)
 
 

@@ -26,7 +26,7 @@ from checkpoint import load_model, save_checkpoint
 from config import Config
 from dataset import Dataset
 from diffusion import build_process
-from dit import sincos_positions
+from dit import build_model, sincos_positions
 from dit_block import DiTBlock
 from latent.vae import VAE, save_vae
 
@@ -389,9 +389,16 @@ def test_time_spacing(go):
 
 
 def test_rope(go):
-    """Attention's queries and keys are then turned, in training and drawing: other gradients from the same weights."""
-    runs = [go(rope=rope, steps=2) for rope in (False, True)]
-    assert runs[0].rows[0]["loss"] != runs[1].rows[0]["loss"] and shapes(runs[0]) == shapes(runs[1])
+    """Attention's queries and keys are then turned, which shows once its gates have opened; and where samples are drawn
+    from the checkpoint."""
+    runs = [go(rope=rope, steps=4, log_every=1) for rope in (False, True)]
+    losses = [[float(row["loss"]) for row in run.rows] for run in runs]
+    assert losses[0][0] == losses[1][0] and losses[0][3] != losses[1][3] and shapes(runs[0]) == shapes(runs[1])
+    model, config = load_model(runs[1].folder / "model.pth", precision="fp32")
+    x, y = torch.randn(2, *config.input_shape), torch.tensor([0, 1])
+    whole = build_model(config)
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(model(x, 5, y), whole(x, 5, y))
 
 
 # Diffusion
