@@ -417,7 +417,7 @@ def test_the_shipped_weights_draw_what_they_are_asked_for(guidance):
 def test_batches_fit_into_memory(monkeypatch):
     small = Config(image_size=28, channels=1, num_classes=10, patch_size=7)
     large = Config(image_size=32, channels=4, num_classes=1000, patch_size=2, hidden_size=1152, depth=28, num_heads=16)
-    assert batch_that_fits(small, torch.device("cpu")) == 500
+    assert batch_that_fits(small, torch.device("cpu")) == 512
     assert 8 < batch_that_fits(large, torch.device("cpu")) < 100
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({0: 4e9, 1: 64e9}[device.index], 80e9))
     few, many = (batch_that_fits(large, torch.device("cuda", index)) for index in (0, 1))
