@@ -86,7 +86,7 @@ class Config:
                         "for inference.py --extend and its like", 0, 1)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
     precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
-                          "weights computes the gradients); or auto: bf16 where the hardware has bf16 matrix units",
+                          "weights computes the gradients); or auto: bf16 where it is the quicker",
                           choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): a minute's wait the first "
                          "time, then shorter steps")

@@ -56,7 +56,7 @@ def pick_device(name=None):
 
 
 def resolve_precision(precision, device):
-    """What "auto" is on `device`: bf16 where the hardware has bf16 matrix units, else fp32."""
+    """What "auto" is on `device`: bf16 where the hardware multiplies matrices of it faster, else fp32."""
     import torch
 
     if precision != "auto":
@@ -64,7 +64,9 @@ def resolve_precision(precision, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+    # Intel's AVX-512 multiplies bf16 at half the rate of fp32; AMD's at twice.
+    quick_vectors = features.get("avx512_bf16") and not features.get("cpu_name", "").startswith("Intel")
+    return "bf16" if quick_vectors or features.get("amx_bf16") else "fp32"
 
 
 def dtype_of(precision, device):

@@ -38,7 +38,7 @@ def fake(monkeypatch):
             for name, weight in part._parameters.items():
                 if weight is not None:
                     part._parameters[name] = torch.nn.Parameter(convert(weight.detach()), weight.requires_grad)
-            part._buffers.update({name: convert(value) for name, value in part._buffers.items()})
+            part._buffers.update({name: convert(value) for name, value in part._buffers.items() if value is not None})
         return module
 
     def make_process(config, device="cpu"):

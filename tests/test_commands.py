@@ -201,9 +201,10 @@ def test_the_fastest_device_is_picked_by_itself(monkeypatch):
 
 
 def test_the_precision_follows_from_the_hardware(monkeypatch):
-    """bf16 only where there are matrix units for it; and what is asked for is what one gets."""
-    for capabilities, wanted in (({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"),
-                                 ({"amx_bf16": True}, "bf16")):
+    """bf16 only where it is quicker; and what is asked for is what one gets."""
+    intel, amd = {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, {"avx512_bf16": True, "cpu_name": "AMD EPYC"}
+    for capabilities, wanted in (({}, "fp32"), ({"avx512_f": True}, "fp32"), (amd, "bf16"), (intel, "fp32"),
+                                 (intel | {"amx_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         assert resolve_precision("auto", torch.device("cpu")) == wanted
     for supported, wanted in ((True, "bf16"), (False, "fp32")):
