@@ -130,7 +130,7 @@ def batch_that_fits(config, device):
     floats += 2 * tokens**2 * config.num_heads  # where attention has no kernel of its own
     floats += 20 * math.prod(config.input_shape)  # the states, and noise drawn ahead
     free, most = (torch.cuda.mem_get_info(device)[0] / 2, 4096) if device.type == "cuda" else (2e9, 8192 // tokens)
-    return int(min(max(free / (4 * floats), 1), most))
+    return int(max(min(free / (4 * floats), most), 1))
 
 
 def find_checkpoint(path=None):

@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--sample-steps", "3",
         "--batch-size", "8", "--warmup", "2", "--log-every", "2", "--device", "cpu"]
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes of as many threads as there are cores would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seed():
