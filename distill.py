@@ -7,7 +7,7 @@ images from where the fake sees them to where the teacher does (`RectifiedFlow.m
 """
 
 from support import parallel
-from support.commands import UserError, resolve_precision, run, some_path
+from support.commands import UserError, dtype_of, resolve_precision, run, some_path
 from support.files import lock_dir, make_dir
 
 import dataclasses
@@ -102,7 +102,7 @@ def saver(fake):
 
 
 def start(config, settings, data, run_dir, resume):
-    """The configuration of the fake, and the checkpoints that the student and the fake are to go on from (else None).
+    """The configuration of the fake, and the checkpoints that student and fake go on from, or None and None.
 
     config: the teacher's. settings: a dict of what the user asks for. data: the fingerprint of the teacher.
     """
@@ -110,8 +110,9 @@ def start(config, settings, data, run_dir, resume):
     if not resume:
         if path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 4)
-        return dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False), None, None
+        unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 4, precision="auto")
+        config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
+        return config, None, None
     student = load_checkpoint(path)
     config, fake = configure(settings, fake_path(run_dir, student["step"]), True, CHANGEABLE)
     if not student.get("data") == fake["data"] == data or student["config"] != student_of(fake["config"]):
@@ -119,38 +120,37 @@ def start(config, settings, data, run_dir, resume):
     return config, student, fake
 
 
-def distill(args, settings):
-    """Distils the model `args.checkpoint` into `args.run_dir`, which gets all that `train.train` leaves there, and the
-    fake; see `parse_args`. settings: a dict of those that the user gave.
-
-    Returns the step that was reached, and the number of the signal that ended it there (0: none). Raises `UserError`.
-    """
+def distill(args):
+    """Makes the student of `args.checkpoint` in the folder `args.run_dir`, which gets all that `train.train` leaves,
+    and the fake; see `parse_args`. Returns the step that was reached, and the number of the signal that ended it there
+    (0: none). Raises `UserError`."""
     if parallel.WORLD > 1:
         raise UserError("distill.py is work for one process: start it without torchrun")
-    run_dir = args.run_dir
+    settings, args.precision = given_flags(args), "fp32"  # in which the weights are as they were saved
     teacher, config = load_for_sampling(args)
     if config.process != "flow":
-        raise UserError(f"{args.checkpoint} learned process {config.process}, whose last step has next to nothing of an "
-                        "image to answer with: only models of process flow can draw in one call")
-    device = next(teacher.parameters()).device
+        raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
+                        "to nothing about the image; a model of --process flow can learn to draw in one call")
+    device, run_dir = next(teacher.parameters()).device, args.run_dir
     data = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     make_dir(run_dir)
     with lock_dir(run_dir):
         config, *saved = start(config, settings, data, run_dir, args.resume)
         config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
-        weights = {name: weight.float() for name, weight in teacher.state_dict().items()}
+        weights = teacher.state_dict()
         first = {"model": weights, "ema": weights, "optimizers": ()}
         student, fake = (start_run(of, device, content or first)
                          for of, content in zip((student_of(config), config), saved, strict=True))
-        announce(config, f"none: {args.checkpoint}, guidance {config.guidance:g}, is the teacher", teacher, device,
+        teacher.to(dtype_of(config.precision, device))
+        announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)
         return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
                     config.steps, saver(fake), shlex.join(["distill.py", "--checkpoint", str(args.checkpoint)]))
 
 
 def parse_args():
-    parser = sampling_parser("Distils a model that draws in many network calls into one that draws in one, or a few. "
-                             "It needs no data.", SAMPLING)
+    parser = sampling_parser("Makes a model that draws in one network call, or a few, of one that takes many. It needs "
+                             "no data.", SAMPLING)
     parser.add_argument("--run-dir", type=some_path, default=Path("run_few"), help="folder that gets model.pth, a "
                         "checkpoint like any other, and all else that train.py leaves (default: run_few)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
@@ -164,7 +164,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    say_end(*distill(args, given_flags(args)), args.run_dir)
+    say_end(*distill(args), args.run_dir)
 
 
 if __name__ == "__main__":

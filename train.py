@@ -367,7 +367,8 @@ def due(config, done, every):
 
 def log_and_save(run, log, path, done, seconds, data, stops, save):
     """Writes the row of the log and the checkpoint that are due after `done` steps; a run that `stops` there saves.
-    save: `save`, or what writes more. Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
+    save: `save`, or what writes more. Returns whether it saved. Raises `UserError` when the loss is not finite, or a
+    file cannot be written."""
     config = run.config
     log_now, save_now = due(config, done, config.log_every), stops or due(config, done, config.checkpoint_every)
     if (log_now or save_now) and not log.collect():

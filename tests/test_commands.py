@@ -24,8 +24,8 @@ import measure.results
 import measure.score
 import train
 
-COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
-            "measure.classifier", "measure.benchmark", "demo.export")
+COMMANDS = ("train", "distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
+            "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
 
 # Stands in for torch, to see what is prepared when a command imports it.
 STAND_IN = """
