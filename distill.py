@@ -36,7 +36,7 @@ from train import (
     train_step,
 )
 
-STEPS = 1000
+STEPS = 2000
 SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
 TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
 SAMPLING = ("sample_steps", "guidance", "seed", "precision")
@@ -110,7 +110,7 @@ def start(config, settings, data, run_dir, resume):
     if not resume:
         if path.exists():
             raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
-        unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 4, precision="auto")
+        unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
         config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
         return config, None, None
     student = load_checkpoint(path)
@@ -157,7 +157,7 @@ def parse_args():
                         "last checkpoint is")
     add_flags(parser, TRAINING)
     say_default(parser, TRAINING, "the teacher's own")
-    for name, default in (("steps", STEPS), ("sample_steps", 1), ("lr", "a quarter of the teacher's")):
+    for name, default in (("steps", STEPS), ("sample_steps", 1), ("lr", "half of the teacher's")):
         say_default(parser, [name], default)
     return parser.parse_args()
 
