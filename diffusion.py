@@ -58,23 +58,29 @@ class Process:
             return losses.flatten(1).mean(dim=1)
         return losses.masked_fill(known, 0).flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
 
-    def denoise(self, model, x, t, y, guidance, bound, guided_channels=0):
-        """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
+    def predict(self, model, x, t, y, guidance, guided_channels=0):
+        """The network's output for x (B, C, *size) at steps t (B,), for labels y (B,), guided.
 
         guidance: the scale of classifier-free guidance (2207.12598): 0 ignores the labels, 1 follows them, above 1
             exaggerates them. Both predictions go through the network as one batch.
-        bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
-            never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
         guided_channels: how many of the C channels, the first ones, are guided; 0 = all. The others take the
             conditional prediction.
         """
-        t_all, null = torch.full_like(y, t), torch.full_like(y, model.null_label)
+        null = torch.full_like(y, model.null_label)
         if guidance in (0, 1):
-            output = model(x, t_all, y if guidance else null)
-        else:
-            cond, uncond = model(torch.cat([x, x]), torch.cat([t_all, t_all]), torch.cat([y, null])).chunk(2)
-            n = guided_channels or x.shape[1]
-            output = torch.cat([uncond[:, :n] + guidance * (cond[:, :n] - uncond[:, :n]), cond[:, n:]], dim=1)
+            return model(x, t, y if guidance else null)
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        n = guided_channels or x.shape[1]
+        return torch.cat([uncond[:, :n] + guidance * (cond[:, :n] - uncond[:, :n]), cond[:, n:]], dim=1)
+
+    def denoise(self, model, x, t, y, guidance, bound, guided_channels=0):
+        """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
+
+        guidance, guided_channels: as for `predict`.
+        bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
+            never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
+        """
+        output = self.predict(model, x, torch.full_like(y, t), y, guidance, guided_channels)
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
     def descending_steps(self, count, strength=1.0):
@@ -204,6 +210,23 @@ class RectifiedFlow(Process):
     def to_x_0(self, output, x, t):
         """The clean image that the network's output stands for: the output."""
         return output
+
+    def matching_losses(self, x_0, t, y, noise, teacher, fake, guidance, guided_channels=0):
+        """What a student minimises that draws x_0 (B, C, *size) with a gradient, for labels y (B,), so that what it
+        draws spreads as what its teacher draws: a loss of each image (B,), whose gradient is
+
+        (fake(x_t) - teacher(x_t)) / mean |x_0 - teacher(x_t)|      (DMD, 2311.18828, equations 7 and 8)
+
+        over the number of an image's values; half the mean of its squares is the loss's value. Either network knows the
+        score of a distribution at noise of t (B,): the teacher, guided, of the one to match, and `fake`, which is
+        trained on x_0 all the while (2405.14867), of the student's. Where these are one, the gradient is 0 on average.
+        """
+        with torch.no_grad():
+            x_t, _ = self.forward_add_noise(x_0, t, noise)
+            real = self.predict(teacher, x_t, t, y, guidance, guided_channels)
+            error = fake(x_t, t, y) - real
+            gradient = error / per_image((x_0 - real).abs().flatten(1).mean(dim=1), x_0)
+        return (x_0 - (x_0 - gradient).detach()).square().flatten(1).mean(dim=1) / 2
 
 
 def build_process(config, device="cpu"):

@@ -393,12 +393,12 @@ def say_default(parser, names, default):
             action.help = f"{action.help.rpartition(' (default')[0]} (default: {default})"
 
 
-def sampling_parser(description):
-    """The flags that every command shares which draws from a checkpoint."""
+def sampling_parser(description, names=SAMPLING):
+    """The flags that every command shares which draws from a checkpoint; of the settings, those in `names`."""
     parser = Parser(description=description)
     parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
                         "else weights/mnist.pth)")
-    add_flags(parser, SAMPLING)
+    add_flags(parser, names)
     say_default(parser, set(SAMPLING) - {"seed", "precision"}, "the model's own")
     parser.add_argument("--vae", default=argparse.SUPPRESS, help="of a model that draws latents, the VAE that makes "
                         "images of them: a folder, or a name on the Hugging Face hub (default: where the model's own "

@@ -159,13 +159,16 @@ def take_gradients(run):
 
 def train_step(run, batch, step):
     """One optimizer step on a batch of `make_batch`. Returns the loss of each image (B,), not averaged."""
-    config, (x_0, y, t, noise, *known) = run.config, batch
-    weights = list(run.model.parameters())
-
-    # Compute the gradients.
+    x_0, y, t, noise, *known = batch
     round_weights(run)
-    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss, *known)
-    # The mean over the whole batch, once the processes' gradients are averaged
+    return descend(run, run.process.losses(run.worker, x_0, t, y, noise, run.config.loss, *known), step)
+
+
+def descend(run, losses, step):
+    """One optimizer step down the losses (B,) that the worker has, after `round_weights`. Returns them."""
+    config, weights = run.config, list(run.model.parameters())
+
+    # Compute the gradients: of the mean over the whole batch, once those of all processes are averaged.
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     take_gradients(run)
     if config.grad_clip:
@@ -239,8 +242,8 @@ def show_setting(name, value):
     return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
 
 
-def show_run(config, run_dir):
-    """Writes the page of the run, index.html."""
+def show_run(config, run_dir, script="train.py"):
+    """Writes the page of the run, index.html. script: the command that trains it, without the run folder."""
     if parallel.RANK:
         return
     settings, defaults = ({name: show_setting(name, value) for name, value in dataclasses.asdict(of).items()}
@@ -249,8 +252,8 @@ def show_run(config, run_dir):
     folder = "" if run_dir == Path("run") else f" --run-dir {shlex.quote(str(run_dir))}"
     checkpoint = folder.replace("--run-dir", "--checkpoint", 1)
     commands = {"Draw with its last checkpoint:": f"python inference.py{checkpoint}",
-                "Go on where it was stopped:": f"python train.py{folder} --resume",
-                "Train it for longer:": f"python train.py{folder} --resume --steps {2 * config.steps}"}
+                "Go on where it was stopped:": f"python {script}{folder} --resume",
+                "Train it for longer:": f"python {script}{folder} --resume --steps {2 * config.steps}"}
     write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, columns, settings, defaults,
                commands)
 
@@ -294,7 +297,7 @@ def change_settings(config, settings, path, changeable, automatic):
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
 
 
-def configure(settings, path, resume):
+def configure(settings, path, resume, changeable=CHANGEABLE):
     """The configuration that `settings` (a dict) ask for and, to resume, the checkpoint to go on from (else None)."""
     if not resume:
         return Config(**settings), None
@@ -302,7 +305,7 @@ def configure(settings, path, resume):
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
     config = saved["config"]
-    changeable = (*CHANGEABLE, *(["vae"] if config.vae else []))  # it may have moved
+    changeable = (*changeable, *(["vae"] if config.vae else []))  # it may have moved
     config = change_settings(config, settings, path, changeable, AUTOMATIC)
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
@@ -310,10 +313,10 @@ def configure(settings, path, resume):
 
 
 def announce(config, data, model, device, start, run_dir):
-    """Says what the run is about to do."""
+    """Says what the run is about to do; of the data, what the string `data` says."""
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
-    print(f"data      {data.summary}")
+    print(f"data      {data}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.depth} blocks of width "
           f"{config.hidden_size}, {math.prod(model.grid)} tokens")
     print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
@@ -362,9 +365,10 @@ def due(config, done, every):
     return done % every == 0 or done == config.steps
 
 
-def log_and_save(run, log, path, done, seconds, data, stops):
+def log_and_save(run, log, path, done, seconds, data, stops, save):
     """Writes the row of the log and the checkpoint that are due after `done` steps; a run that `stops` there saves.
-    Returns whether it saved. Raises `UserError` when the loss is not finite, or a file cannot be written."""
+    save: `save`, or what writes more. Returns whether it saved. Raises `UserError` when the loss is not finite, or a
+    file cannot be written."""
     config = run.config
     log_now, save_now = due(config, done, config.log_every), stops or due(config, done, config.checkpoint_every)
     if (log_now or save_now) and not log.collect():
@@ -377,12 +381,25 @@ def log_and_save(run, log, path, done, seconds, data, stops):
 
 
 def train_on(config, data, saved, run_dir, device, until):
-    """The training loop; see `train`."""
+    """Trains on data; see `train`."""
     run = start_run(config, device, saved)
     fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
-    start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
-    announce(config, data, run.model, device, start, run_dir)
+    announce(config, data.summary, run.model, device, saved["step"] if saved else 0, run_dir)
     data = data.to(device)
+
+    def learn(step):
+        batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
+        return train_step(run, batch, step), batch[2]
+
+    return loop(run, learn, fingerprint, saved, run_dir, until)
+
+
+def loop(run, learn, fingerprint, saved, run_dir, until, save=save, script="train.py"):
+    """The training loop; see `train`. learn(step): takes the step, returns losses (B,) and their times t (B,).
+    fingerprint: of what it learns from. saved: the checkpoint that `run` starts at, or None. save, script: as for
+    `log_and_save` and `show_run`."""
+    config, device = run.config, next(run.model.parameters()).device
+    start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     path, began = run_dir / "model.pth", time.monotonic() - before
     done, last_good, stopped = start, f"{path}, step {start:,}" if saved else "none", 0
     log = RunLog(run_dir / "log.csv", config.T, start, config.steps, config.batch_size, device,
@@ -395,13 +412,13 @@ def train_on(config, data, saved, run_dir, device, until):
             draw_samples(run, samples_path(run_dir, done), device, stop)  # it was killed before it could
         for step in range(start, until):
             # Learn.
-            batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
-            log.add(train_step(run, batch, step), batch[2])
+            log.add(*learn(step))
             done, stopped = step + 1, parallel.all_max(signals[0] if signals else 0)
 
             # Log and save.
             try:
-                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped or done == until):
+                if log_and_save(run, log, path, done, time.monotonic() - began, fingerprint, stopped or done == until,
+                                save):
                     last_good = f"{path}, step {done:,}"
             except UserError as error:
                 raise UserError(f"{error}; last good checkpoint: {last_good}") from None
@@ -411,11 +428,11 @@ def train_on(config, data, saved, run_dir, device, until):
                 break
             if due(config, done, config.sample_every):
                 draw_samples(run, samples_path(run_dir, done), device, stop)
-                show_run(config, run_dir)
+                show_run(config, run_dir, script)
     if parallel.RANK == 0:
         with warned():
             plot_loss(run_dir / "log.csv", run_dir / "loss.png")
-    show_run(config, run_dir)
+    show_run(config, run_dir, script)
     stopped = stopped or parallel.all_max(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
@@ -436,17 +453,22 @@ def parse_args():
     return parser.parse_args()
 
 
+def say_end(done, stopped, run_dir):
+    """Says what to do next after `done` steps; a run that a signal `stopped` ends with its exit code."""
+    if stopped:
+        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        print(f"stopped after step {done:,}; go on with: {command}")
+        sys.exit(128 + stopped)
+    given = f" --checkpoint {shlex.quote(str(run_dir / 'model.pth'))}" if run_dir != Path("run") else ""
+    print(f"draw with: python inference.py{given}")
+
+
 @parallel.one_for_all()
 def main():
     args = parse_args()
     done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args), args.run_dir, args.resume, args.device,
                           args.latents)
-    if stopped:
-        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        print(f"stopped after step {done:,}; go on with: {command}")
-        sys.exit(128 + stopped)
-    given = f" --checkpoint {shlex.quote(str(args.run_dir / 'model.pth'))}" if args.run_dir != Path("run") else ""
-    print(f"draw with: python inference.py{given}")
+    say_end(done, stopped, args.run_dir)
 
 
 if __name__ == "__main__":

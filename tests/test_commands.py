@@ -16,6 +16,7 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
 import checkpoint
+import distill
 import fid_computer
 import generator
 import measure.benchmark
@@ -24,8 +25,8 @@ import measure.results
 import measure.score
 import train
 
-COMMANDS = ("train", "inference", "generator", "fid_computer", "checkpoint", "measure.score", "measure.results",
-            "measure.classifier", "measure.benchmark", "demo.export")
+COMMANDS = ("train", "distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
+            "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
 
 # Stands in for torch, to see what is prepared when a command imports it.
 STAND_IN = """
@@ -172,7 +173,7 @@ def test_devices_that_cannot_be_used(name):
     (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
     (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
     (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
-    (measure.benchmark, ["--json", ""])])
+    (measure.benchmark, ["--json", ""]), (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""])])
 def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
     """As an unset variable of a shell leaves it."""
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,171 @@
+"""Makes a model that draws in one network call, or a few, of one that takes many. It learns from the teacher's answers
+to noise: no data are needed. Everything that step i draws is a function of (seed, i): a resumed run is the same run.
+
+Distribution matching (DMD, 2311.18828; DMD2, 2405.14867, algorithm 1 without its GAN). Three networks begin alike: the
+student draws images; the fake learns, as train.py does, to denoise what the student draws; and the student moves its
+images from where the fake sees them to where the teacher does (`RectifiedFlow.matching_losses`).
+"""
+
+from support import parallel
+from support.commands import UserError, dtype_of, resolve_precision, run, some_path
+from support.files import lock_dir, make_dir
+
+import dataclasses
+import hashlib
+import math
+import shlex
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint
+from config import add_flags, given_flags
+from dataset import BOUND
+from diffusion import SAMPLERS
+from inference import load_for_sampling, sampling_parser, say_default
+from train import (
+    announce,
+    configure,
+    descend,
+    loop,
+    round_weights,
+    save,
+    say_end,
+    start_run,
+    step_generator,
+    train_step,
+)
+
+STEPS = 2000
+SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
+TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
+SAMPLING = ("sample_steps", "guidance", "seed", "precision")
+CHANGEABLE = ("steps", "recompute", "log_every", "sample_every", "checkpoint_every")  # by a resumed run
+
+
+def student_of(config):
+    """The configuration of the student, from that of the fake, whose guidance is the teacher's."""
+    return dataclasses.replace(config, lr=SLOWER * config.lr, guidance=1.0, sampler="ddpm", eta=0.0, spacing="trailing")
+
+
+def draw(run, y, step, noise):
+    """What the student draws for labels y (B,): x_0 (B, C, *size), with a gradient. Step i of the training is about its
+    network call number i modulo their number; those before it have none.
+
+    noise(): fresh noise like x_0.
+    """
+    config, process, bound = run.config, run.process, BOUND if run.config.clamp else math.inf
+    *before, (t, *_) = process.descending_steps(config.sample_steps)[:1 + step % config.sample_steps]
+    x = noise()
+    with torch.no_grad():
+        for state in SAMPLERS["ddpm"](lambda x, t: process.denoise(run.worker, x, t, y, 1, bound), x, before, noise):
+            x = state
+    return process.denoise(run.worker, x, t, y, 1, math.inf)
+
+
+def distill_step(student, fake, teacher, step):
+    """One optimizer step of the fake and one of the student. Returns the student's losses (B,) at times t (B,)."""
+    config, process, device = fake.config, fake.process, next(fake.model.parameters()).device
+    B, generator = config.batch_size, step_generator(config.seed, step, device)
+
+    def noise():
+        return torch.randn(B, *config.input_shape, generator=generator, device=device)
+
+    def times():
+        return process.random_t(torch.rand(B, generator=generator, device=device))
+
+    y = torch.randint(config.num_classes, (B,), generator=generator, device=device)
+    round_weights(student)
+    x_0 = draw(student, y, step, noise)
+    train_step(fake, (x_0.detach(), y, times(), noise()), step)
+    round_weights(fake)
+    t = times()
+    losses = process.matching_losses(x_0, t, y, noise(), teacher, fake.worker, config.guidance, config.guided_channels)
+    return descend(student, losses, step), t
+
+
+def fake_path(run_dir, step):
+    return run_dir / f"fake_{step:06d}.pth"
+
+
+def saver(fake):
+    """`train.save` for the student, which saves the fake first: beside any checkpoint lies the fake of its step,
+    whenever the process is killed."""
+    def save_both(run, path, step, *rest):
+        own = fake_path(path.parent, step)
+        save(fake, own, step, *rest)
+        save(run, path, step, *rest)
+        for old in set(path.parent.glob("fake_*.pth")) - {own}:
+            old.unlink()
+
+    return save_both
+
+
+def start(config, settings, data, run_dir, resume):
+    """The configuration of the fake, and the checkpoints that student and fake go on from, or None and None.
+
+    config: the teacher's. settings: a dict of what the user asks for. data: the fingerprint of the teacher.
+    """
+    path = run_dir / "model.pth"
+    if not resume:
+        if path.exists():
+            raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+        unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
+        config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
+        return config, None, None
+    student = load_checkpoint(path)
+    config, fake = configure(settings, fake_path(run_dir, student["step"]), True, CHANGEABLE)
+    if not student.get("data") == fake["data"] == data or student["config"] != student_of(fake["config"]):
+        raise UserError(f"{path} was not made of this teacher: name the one that it was made of with --checkpoint")
+    return config, student, fake
+
+
+def distill(args):
+    """Makes the student of `args.checkpoint` in the folder `args.run_dir`, which gets all that `train.train` leaves,
+    and the fake; see `parse_args`. Returns the step that was reached, and the number of the signal that ended it there
+    (0: none). Raises `UserError`."""
+    if parallel.WORLD > 1:
+        raise UserError("distill.py is work for one process: start it without torchrun")
+    settings, args.precision = given_flags(args), "fp32"  # in which the weights are as they were saved
+    teacher, config = load_for_sampling(args)
+    if config.process != "flow":
+        raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
+                        "to nothing about the image; a model of --process flow can learn to draw in one call")
+    device, run_dir = next(teacher.parameters()).device, args.run_dir
+    data = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    make_dir(run_dir)
+    with lock_dir(run_dir):
+        config, *saved = start(config, settings, data, run_dir, args.resume)
+        config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+        weights = teacher.state_dict()
+        first = {"model": weights, "ema": weights, "optimizers": ()}
+        student, fake = (start_run(of, device, content or first)
+                         for of, content in zip((student_of(config), config), saved, strict=True))
+        teacher.to(dtype_of(config.precision, device))
+        announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
+                 saved[0]["step"] if saved[0] else 0, run_dir)
+        return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
+                    config.steps, saver(fake), shlex.join(["distill.py", "--checkpoint", str(args.checkpoint)]))
+
+
+def parse_args():
+    parser = sampling_parser("Makes a model that draws in one network call, or a few, of one that takes many. It needs "
+                             "no data.", SAMPLING)
+    parser.add_argument("--run-dir", type=some_path, default=Path("run_few"), help="folder that gets model.pth, a "
+                        "checkpoint like any other, and all else that train.py leaves (default: run_few)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
+                        "last checkpoint is")
+    add_flags(parser, TRAINING)
+    say_default(parser, TRAINING, "the teacher's own")
+    for name, default in (("steps", STEPS), ("sample_steps", 1), ("lr", "half of the teacher's")):
+        say_default(parser, [name], default)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    say_end(*distill(args), args.run_dir)
+
+
+if __name__ == "__main__":
+    run(main)
