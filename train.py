@@ -453,10 +453,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def say_end(done, stopped, run_dir):
-    """Says what to do next after `done` steps; a run that a signal `stopped` ends with its exit code."""
+def say_end(done, stopped, run_dir, script=("train.py",)):
+    """Says what to do next after `done` steps of `python *script`; a run that a signal `stopped` ends with its exit
+    code."""
     if stopped:
-        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        command = shlex.join(["python", *script, *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
         print(f"stopped after step {done:,}; go on with: {command}")
         sys.exit(128 + stopped)
     given = f" --checkpoint {shlex.quote(str(run_dir / 'model.pth'))}" if run_dir != Path("run") else ""

@@ -34,7 +34,7 @@ def command():
     """Runs a script of the repository in a process of its own, as a user does; returns the finished process."""
 
     def call(script, *args, **options):
-        where = ["-m", script] if script.startswith(("latent.", "measure.", "video.")) else [str(REPOSITORY / script)]
+        where = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
         environment = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
         return subprocess.run([sys.executable, *where, *map(str, args)], text=True, capture_output=True,
                               timeout=HANGS, **environment | options)

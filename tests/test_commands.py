@@ -16,7 +16,6 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
 import checkpoint
-import distill
 import fid_computer
 import generator
 import measure.benchmark
@@ -24,8 +23,9 @@ import measure.classifier
 import measure.results
 import measure.score
 import train
+from few import distill
 
-COMMANDS = ("train", "distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
+COMMANDS = ("train", "few.distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
             "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
 
 # Stands in for torch, to see what is prepared when a command imports it.

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import TINY, assert_refused, same
 
-import distill
 import train
 from checkpoint import load_checkpoint, load_model
 from diffusion import RectifiedFlow, per_image
 from dit import DiT
+from few import distill
 from inference import draw, generate
 
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-every", "2"]
@@ -98,7 +98,7 @@ def student(trained, tmp_path_factory):
 
 def run(trained, folder, *flags, until=None):
     """Runs the command in this process, with Ctrl-C pressed during step `until`; returns its exit code."""
-    words = ["distill.py", "--checkpoint", trained, "--run-dir", folder, "--steps", 7, *FLAGS, *flags]
+    words = ["few/distill.py", "--checkpoint", trained, "--run-dir", folder, "--steps", 7, *FLAGS, *flags]
     original = distill.distill_step
 
     def pressed(*args):
@@ -117,13 +117,13 @@ def run(trained, folder, *flags, until=None):
 def test_the_command(command, trained, tmp_path):
     """Leaves a checkpoint like any other, that draws in one call; the page says how to go on."""
     folder = tmp_path / "few run"
-    result = command("distill.py", "--checkpoint", trained, "--run-dir", folder, "--steps", 4, "--sample-every", 2,
+    result = command("few.distill", "--checkpoint", trained, "--run-dir", folder, "--steps", 4, "--sample-every", 2,
                      *FLAGS)
     assert result.returncode == 0, result.stderr
     assert "images/s" in result.stderr and "the teacher is" in result.stdout
     assert sorted(path.name for path in folder.iterdir()) == [
         "fake_000004.pth", "index.html", "log.csv", "loss.png", "model.pth", "samples_000002.png", "samples_000004.png"]
-    assert "distill.py --checkpoint" in (folder / "index.html").read_text()
+    assert "-m few.distill --checkpoint" in (folder / "index.html").read_text()
     assert command("inference.py", "--checkpoint", folder, "--out", tmp_path / "drawn.png").returncode == 0
 
 
@@ -158,9 +158,10 @@ def test_each_call_is_trained_from_what_the_calls_before_have_drawn(trained):
 
 
 @pytest.mark.parametrize("until", [1, 4])
-def test_a_resumed_run_is_the_same_run(trained, student, tmp_path, until):
+def test_a_resumed_run_is_the_same_run(trained, student, tmp_path, until, capsys):
     folder = tmp_path / "run"
     assert run(trained, folder, until=until) == 130
+    assert f"go on with: python -m few.distill --checkpoint {trained}" in capsys.readouterr().out
     assert load_checkpoint(folder / "model.pth")["step"] == until
     assert run(trained, folder, "--resume") == 0
     for name in ("model.pth", "fake_000007.pth"):

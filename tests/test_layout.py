@@ -8,8 +8,8 @@ from conftest import REPOSITORY
 
 # In reading order: each may import those before it.
 ARTICLE = ("config", "dataset", "diffusion", "time_emb", "dit_block", "dit", "checkpoint", "inference", "train",
-           "distill", "generator", "fid_computer")
-FOLDERS = ("demo", "latent", "measure", "video")
+           "generator", "fid_computer")
+FOLDERS = ("demo", "few", "latent", "measure", "video")
 STANDS_ON = {"video": ("latent", "measure")}  # what else a folder imports: clips are learned as latents, and scored
 # The files of folders that others read: a VAE, since whoever draws shows latents as images (it imports support alone),
 # and the data to train on that are made by it, or move.

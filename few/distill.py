@@ -36,6 +36,7 @@ from train import (
     train_step,
 )
 
+SCRIPT = ("-m", "few.distill")  # of python
 STEPS = 2000
 SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
 TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
@@ -125,7 +126,7 @@ def distill(args):
     and the fake; see `parse_args`. Returns the step that was reached, and the number of the signal that ended it there
     (0: none). Raises `UserError`."""
     if parallel.WORLD > 1:
-        raise UserError("distill.py is work for one process: start it without torchrun")
+        raise UserError("few.distill is work for one process: start it without torchrun")
     settings, args.precision = given_flags(args), "fp32"  # in which the weights are as they were saved
     teacher, config = load_for_sampling(args)
     if config.process != "flow":
@@ -145,7 +146,7 @@ def distill(args):
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)
         return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
-                    config.steps, saver(fake), shlex.join(["distill.py", "--checkpoint", str(args.checkpoint)]))
+                    config.steps, saver(fake), shlex.join([*SCRIPT, "--checkpoint", str(args.checkpoint)]))
 
 
 def parse_args():
@@ -164,7 +165,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    say_end(*distill(args), args.run_dir)
+    say_end(*distill(args), args.run_dir, SCRIPT)
 
 
 if __name__ == "__main__":
