@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
 import dataset
@@ -63,6 +63,15 @@ def test_paces(parts):
     found = judge.score(clips, labels)
     assert found["pace"] > 0.9 and found["frames"] > 0.85
     assert judge.score(clips, labels ^ 1)["pace"] < 0.1
+
+
+def test_the_weights_that_come_along(judge):
+    """On a few clips, what README says of many."""
+    model, config = load_model(REPOSITORY / "weights" / "moving.pth")
+    labels = torch.arange(16) % 10
+    found = judge.score(score.draw(model, config, labels), labels)
+    assert found["frames"] > 0.93 and found["constant"] > 0.6
+    assert found["jolt"] < 0.8 and found["residual"] < 1.5
 
 
 # The controls: what is wrong with each must be caught, and in a clip that runs backwards nothing is wrong.
