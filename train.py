@@ -166,11 +166,12 @@ def train_step(run, batch, step):
 
 def descend(run, losses, step):
     """One optimizer step down the losses (B,) that the worker has, after `round_weights`. Returns them."""
-    config, weights = run.config, list(run.model.parameters())
+    config = run.config
 
     # Compute the gradients: of the mean over the whole batch, once those of all processes are averaged.
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     take_gradients(run)
+    weights = list(run.model.parameters())  # not before: until then, those that are split among processes are whole
     if config.grad_clip:
         torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
 
