@@ -438,7 +438,7 @@ def parse_args():
                              "not given, to the model's own configuration.")
     parser.add_argument("--labels", nargs="+", help="what to draw, names or numbers: 31415, or a list: 3 1 4, cat dog "
                         "(default: each label)")
-    parser.add_argument("--count", type=int, help="how many of each (default: 8, with --strip 1)")
+    parser.add_argument("--count", type=int, help="how many of each (default: 8; with --strip, and of clips, 1)")
     parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="of clips: draw them in another size "
                         "that the model has learned (train.py --sizes)")
     parser.add_argument("--out", help="the picture to write (default: samples.png, strip.png or samples.gif)")
@@ -448,10 +448,7 @@ def parse_args():
     kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid; clips are animated anyway")
     add_changes(parser)
     add_longer(parser)
-    args = parser.parse_args()
-    if args.count is None:
-        args.count = 1 if args.strip and args.morph is None else 8
-    return args
+    return parser.parse_args()
 
 
 def lay_out(states, config, labels, args):
@@ -479,6 +476,8 @@ def main():
     model, config = load_for_sampling(args)
     check_clip_flags(config, args)
     count = math.prod((args.size or config.image_size)[:-2])  # of frames
+    if args.count is None:
+        args.count = 1 if args.morph is None and (args.strip or count > 1) else 8
     animated = args.gif or (count > 1 and not args.strip)
     if args.out is None:
         args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"

@@ -675,8 +675,10 @@ def test_clips_are_animated(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--checkpoint", make_checkpoint(tmp_path / "clips.pth", **CLIPS), "--labels", "31"]
     code, out, _ = call(inference, *flags)
-    assert code == 0 and out.startswith("samples.gif: 16 clips of 4 frames, dpm with 3 steps")
-    assert size("samples.gif")[::2] == ((2 + 2 * 58, 2 + 8 * 58), 4)
+    assert code == 0 and out.startswith("samples.gif: 2 clips of 4 frames, dpm with 3 steps")
+    assert size("samples.gif")[::2] == ((2 + 2 * 58, 2 + 58), 4)
+    assert call(inference, *flags, "--count", 3)[0] == 0
+    assert size("samples.gif")[::2] == ((2 + 2 * 58, 2 + 3 * 58), 4)
     with Image.open("samples.gif") as image:
         assert image.info["duration"] == 100 and image.info["loop"] == 0
     assert call(inference, *flags, "--strip")[0] == 0
