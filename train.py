@@ -7,6 +7,7 @@ from support.commands import (
     add_device_flag,
     catch_signals,
     dtype_of,
+    end_stopped,
     first_line,
     resolve_precision,
     run,
@@ -298,6 +299,12 @@ def change_settings(config, settings, path, changeable, automatic):
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
 
 
+def refuse_to_overwrite(path):
+    """Raises `UserError` when a run has left a checkpoint at `path`."""
+    if path.exists():
+        raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+
+
 def configure(settings, path, resume, changeable=CHANGEABLE):
     """The configuration that `settings` (a dict) ask for and, to resume, the checkpoint to go on from (else None)."""
     if not resume:
@@ -350,8 +357,8 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
                         "adamw, since Muon looks at whole matrices, and no --compile; --no-shard does without")
     make_dir(run_dir)
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
-        if not resume and path.exists():
-            raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+        if not resume:
+            refuse_to_overwrite(path)
         data = CLIPS.get(config.dataset, open_data)(config, device, latents)
         config = resolve(config, data, device)
         data = data.load()
@@ -454,13 +461,10 @@ def parse_args():
     return parser.parse_args()
 
 
-def say_end(done, stopped, run_dir, script=("train.py",)):
-    """Says what to do next after `done` steps of `python *script`; a run that a signal `stopped` ends with its exit
-    code."""
+def say_end(done, stopped, run_dir, *script):
+    """Says what to do next after `done` steps; where a signal `stopped` them, as `end_stopped` does for `script`."""
     if stopped:
-        command = shlex.join(["python", *script, *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-        print(f"stopped after step {done:,}; go on with: {command}")
-        sys.exit(128 + stopped)
+        end_stopped(done, stopped, *script)
     given = f" --checkpoint {shlex.quote(str(run_dir / 'model.pth'))}" if run_dir != Path("run") else ""
     print(f"draw with: python inference.py{given}")
 

@@ -28,6 +28,7 @@ from train import (
     configure,
     descend,
     loop,
+    refuse_to_overwrite,
     round_weights,
     save,
     say_end,
@@ -109,8 +110,7 @@ def start(config, settings, data, run_dir, resume):
     """
     path = run_dir / "model.pth"
     if not resume:
-        if path.exists():
-            raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+        refuse_to_overwrite(path)
         unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
         config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
         return config, None, None
@@ -165,7 +165,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    say_end(*distill(args), args.run_dir, SCRIPT)
+    say_end(*distill(args), args.run_dir, *SCRIPT)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from support.commands import (
     add_device_flag,
     catch_signals,
     dtype_of,
+    end_stopped,
     first_line,
     pick_device,
     resolve_precision,
@@ -508,10 +509,7 @@ def main():
     args = parse_args()
     recipe, done, stopped = train_vae(given_flags(args, Recipe), args.out, args.resume, args.device)
     if stopped:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        print(f"stopped after step {done:,}; go on with: {shlex.join(['python', '-m', 'latent.train_vae', *words])} "
-              f"--resume")
-        sys.exit(128 + stopped)
+        end_stopped(done, stopped, "-m", "latent.train_vae")
     data_dir = [] if recipe.data_dir == Config.data_dir else ["--data-dir", str(recipe.data_dir)]
     print("train on its latents with: " + shlex.join([
         "python", "train.py", "--vae", str(args.out), "--dataset", recipe.dataset, *data_dir,

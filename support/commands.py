@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -120,6 +121,16 @@ def catch_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_stopped(done, number, *script):
+    """Ends a command that signal `number` stopped after `done` steps: says how to go on, and exits with 128 + number.
+
+    script: what stands between "python" and the flags; if nothing, how the command was called.
+    """
+    words = [*(script or sys.argv[:1]), *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    print(f"stopped after step {done:,}; go on with: {shlex.join(['python', *words])}")
+    sys.exit(128 + number)
 
 
 def first_line(error):

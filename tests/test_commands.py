@@ -1,7 +1,16 @@
 """What every command promises: one line for each mistake, no traceback, whatever it is started in."""
 
 from support import parallel
-from support.commands import Parser, UserError, catch_signals, dtype_of, pick_device, resolve_precision, run
+from support.commands import (
+    Parser,
+    UserError,
+    catch_signals,
+    dtype_of,
+    end_stopped,
+    pick_device,
+    resolve_precision,
+    run,
+)
 from support.files import lock_dir, make_dir
 
 import json
@@ -389,3 +398,12 @@ def test_errors_of_processes_that_work_together(error, words, monkeypatch):
         raise error
     with pytest.raises(RuntimeError, match="ours"), parallel.one_for_all():
         raise RuntimeError("a mistake of ours")
+
+
+@pytest.mark.parametrize("script, command", [((), "python '../my repo/train.py'"), (("-m", "a.b"), "python -m a.b")])
+def test_a_stopped_command_says_how_to_go_on_as_it_was_called(script, command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["../my repo/train.py", "--resume", "--steps", "3"])
+    with pytest.raises(SystemExit) as end:
+        end_stopped(1200, signal.SIGTERM, *script)
+    assert end.value.code == 143
+    assert capsys.readouterr().out == f"stopped after step 1,200; go on with: {command} --steps 3 --resume\n"
