@@ -88,8 +88,8 @@ class Config:
     precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
                           "weights computes the gradients); or auto: bf16 where it is the quicker",
                           choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): a minute's wait the first "
-                         "time, then shorter steps")
+    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): up to a minute's wait the "
+                         "first time, then shorter steps")
     recompute: bool = flag(False, "recompute each block in the backward pass: less memory, more time")
     shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
                        "processes (FSDP2), for networks that are too large for one")

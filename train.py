@@ -36,7 +36,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags, show_divisors, show_size, show_sizes
 from diffusion import Process, build_process
 from dit import build_model
-from inference import FRAME, sample, to_images
+from inference import FRAME, sample, say_default, to_images
 from latent.cache import open_data
 from video.clips import CLIPS
 
@@ -45,6 +45,7 @@ CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_ever
               "guidance", "eta", "spacing", "guided_channels", "clamp", "compile", "recompute", "shard")
 ADAMW_BETAS = (0.9, 0.99)
 EMA_WARMUP = 10  # steps, about
+COMPILE_FROM = 10_000  # steps: a shorter run ends before what compilation takes is won back
 AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size")  # "auto" or 0: as resolved at the start
 
 
@@ -308,7 +309,8 @@ def refuse_to_overwrite(path):
 def configure(settings, path, resume, changeable=CHANGEABLE):
     """The configuration that `settings` (a dict) ask for and, to resume, the checkpoint to go on from (else None)."""
     if not resume:
-        return Config(**settings), None
+        long = settings.get("steps", Config.steps) >= COMPILE_FROM and not settings.get("shard")
+        return Config(**{"compile": long} | settings), None
     saved = load_checkpoint(path)
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
@@ -457,6 +459,7 @@ def parse_args():
     parser.add_argument("--latents", type=some_path, default=Path("latents"), help="of --vae: the folder that keeps "
                         "the latents, for this run and others (default: latents)")
     add_flags(parser)
+    say_default(parser, ["compile"], f"from {COMPILE_FROM:,} steps on, where there is a compiler")
     add_device_flag(parser)
     return parser.parse_args()
 

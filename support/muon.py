@@ -24,7 +24,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
     params: matrices (M, N), or kernels (M, C, h, w), taken as matrices (M, C h w). An update is scaled to the size of
-    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices of one shape are iterated as one batch.
+    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices of one shape, or of
+    that of their transposes, are iterated as one batch.
     dtype: what the iteration computes in. bfloat16 is as good, and slow where the hardware has no bf16 matrix units.
     torch's own Muon always takes bfloat16.
     """
@@ -39,19 +40,22 @@ class Muon(torch.optim.Optimizer):
             alike = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike[weight.flatten(1).shape].append(weight)
-            for (M, N), weights in alike.items():
+                    alike[tuple(sorted(weight.flatten(1).shape))].append(weight)
+            for (_, N), weights in alike.items():
                 gradients = [weight.grad.flatten(1) for weight in weights]
                 for weight in weights:
                     if not self.state[weight]:
                         self.state[weight]["momentum"] = torch.zeros_like(weight.flatten(1))
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                looked_ahead = torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])  # Nesterov's
-                updates = orthogonalize(looked_ahead.to(self.dtype)).to(weights[0].dtype)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                updates = [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)]
-                torch._foreach_add_(weights, updates, alpha=-ADAMW_RMS * max(M, N) ** 0.5 * group["lr"])
+                looked_ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+                wide = [matrix if matrix.shape[1] == N else matrix.mT for matrix in looked_ahead]
+                updates = orthogonalize(torch.stack(wide).to(self.dtype)).to(weights[0].dtype)
+                updates = [(update if weight.flatten(1).shape[1] == N else update.mT).reshape(weight.shape)
+                           for update, weight in zip(updates, weights, strict=True)]
+                if group["weight_decay"]:
+                    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-ADAMW_RMS * N**0.5 * group["lr"])
 
 
 def split_parameters(network, muon):

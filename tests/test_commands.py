@@ -281,7 +281,8 @@ run(train.main)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_the_step_and_saves(number, tmp_path):
-    process = in_a_process(SIGNALLED, int(number), *TINY, "--steps", 10**6, "--run-dir", tmp_path / "run")
+    process = in_a_process(SIGNALLED, int(number), *TINY, "--steps", 10**6, "--no-compile", "--run-dir",
+                           tmp_path / "run")
     assert process.returncode == 128 + number and "Traceback" not in process.stderr
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
     assert not list((tmp_path / "run").glob("samples*")) and (tmp_path / "run" / "loss.png").exists()

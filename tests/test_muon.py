@@ -22,7 +22,7 @@ def test_steps_are_those_of_torch(dtype, tolerance, monkeypatch):
     of a sum shows: without that cast both are the same."""
     if dtype == torch.float32:
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
-    shapes = [(16, 8), (8, 8), (16, 8), (8, 24)]
+    shapes = [(16, 8), (8, 8), (16, 8), (8, 24), (24, 8), (8, 24)]
     start, goal = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     results = []
     for make in (lambda p: Muon(p, lr=0.02, weight_decay=0.1, dtype=dtype),

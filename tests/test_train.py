@@ -482,6 +482,13 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
     torch.testing.assert_close(trained[0], trained[1], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("settings", "compiled"), [
+    ({}, False), ({"steps": 9_999}, False), ({"steps": 10_000}, True), ({"steps": 10_000, "compile": False}, False),
+    ({"steps": 2, "compile": True}, True), ({"steps": 10_000, "shard": True}, False)])
+def test_long_runs_are_compiled_unless_told_otherwise(settings, compiled):
+    assert train.configure(settings, None, resume=False)[0].compile == compiled
+
+
 def test_without_a_compiler_it_trains_all_the_same(command, tmp_path):
     environment = {**os.environ, "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     process = command("train.py", *TINY, "--steps", 2, "--compile", "--run-dir", tmp_path / "run", env=environment)
