@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes of as many threads as there
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
+
 
 @pytest.fixture(autouse=True)
 def seed():
