@@ -309,8 +309,9 @@ def refuse_to_overwrite(path):
 def configure(settings, path, resume, changeable=CHANGEABLE):
     """The configuration that `settings` (a dict) ask for and, to resume, the checkpoint to go on from (else None)."""
     if not resume:
-        long = settings.get("steps", Config.steps) >= COMPILE_FROM and not settings.get("shard")
-        return Config(**{"compile": long} | settings), None
+        long = settings.get("steps", Config.steps) >= COMPILE_FROM
+        fit = not settings.get("shard") and not settings.get("sizes")  # split weights cannot be; each size would anew
+        return Config(**{"compile": long and fit} | settings), None
     saved = load_checkpoint(path)
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
@@ -339,7 +340,8 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
-    config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to.
+    config: a `Config`, or a dict of the settings that are not the defaults; of a resumed run, those to hold it to. By
+        default of a dict, runs of `COMPILE_FROM` steps or more are compiled.
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
     latents: the folder that keeps the latents of images, where the configuration names a VAE.
     until: stop after this step, with a checkpoint to resume from; None: after the last one.

@@ -24,8 +24,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
     params: matrices (M, N), or kernels (M, C, h, w), taken as matrices (M, C h w). An update is scaled to the size of
-    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices of one shape, or of
-    that of their transposes, are iterated as one batch.
+    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices that are alike,
+    perhaps once transposed, are iterated as one batch.
     dtype: what the iteration computes in. bfloat16 is as good, and slow where the hardware has no bf16 matrix units.
     torch's own Muon always takes bfloat16.
     """

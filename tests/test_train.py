@@ -484,7 +484,8 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("settings", "compiled"), [
     ({}, False), ({"steps": 9_999}, False), ({"steps": 10_000}, True), ({"steps": 10_000, "compile": False}, False),
-    ({"steps": 2, "compile": True}, True), ({"steps": 10_000, "shard": True}, False)])
+    ({"steps": 2, "compile": True}, True), ({"steps": 10_000, "shard": True}, False),
+    ({"steps": 10_000, "sizes": "1x32x32"}, False)])
 def test_long_runs_are_compiled_unless_told_otherwise(settings, compiled):
     assert train.configure(settings, None, resume=False)[0].compile == compiled
 
