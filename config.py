@@ -81,7 +81,8 @@ class Config:
     warmup: int = flag(100, "steps of linear warm-up", 0, 1_000_000)
     weight_decay: float = flag(0.0, "decoupled weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
-    ema_decay: float = flag(0.995, "decay per step of the averaged weights, which draw every sample", 0, 0.999999)
+    ema_decay: float = flag(0.9999, "largest decay per step of the averaged weights, which draw every sample; until "
+                            "it is reached, they are about those of the last tenth of the steps so far", 0, 0.999999)
     given: float = flag(0.0, "of clips: share of which some frames are given, as they are, to learn the others from: "
                         "for inference.py --extend and its like", 0, 1)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)

@@ -44,7 +44,7 @@ from video.clips import CLIPS
 CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
               "guidance", "eta", "spacing", "guided_channels", "clamp", "compile", "recompute", "shard")
 ADAMW_BETAS = (0.9, 0.99)
-EMA_WARMUP = 10  # steps, about
+EMA_WARMUP = 10  # the first averages are those of about the last 1/10 of the steps so far
 COMPILE_FROM = 10_000  # steps: a shorter run ends before what compilation takes is won back
 AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size")  # "auto" or 0: as resolved at the start
 
@@ -185,7 +185,7 @@ def descend(run, losses, step):
         optimizer.zero_grad()
 
     # Update the averages.
-    decay = min(config.ema_decay, (step + 1) / (step + EMA_WARMUP))  # the first, useless weights are soon forgotten
+    decay = min(config.ema_decay, (step + 1) / (step + EMA_WARMUP))  # a power of the step as weight (2312.02696)
     with torch.no_grad():
         torch._foreach_lerp_(parallel.own_shards(run.ema.parameters()), parallel.own_shards(weights), 1 - decay)
     return losses.detach()
