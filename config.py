@@ -205,8 +205,8 @@ PRESETS = {
                    sample_steps=8, guidance=2.0),
     # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
-                      num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=100_000,
-                      optimizer="adamw", lr=3e-4),
+                      num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
+                      lr=2e-3),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,

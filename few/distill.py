@@ -38,7 +38,7 @@ from train import (
 )
 
 SCRIPT = ("-m", "few.distill")  # of python
-STEPS = 2000
+STEPS = 4000
 SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
 TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
 SAMPLING = ("sample_steps", "guidance", "seed", "precision")

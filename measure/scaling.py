@@ -332,6 +332,7 @@ def plot(title, x_labels, models, real, path, draw):
     """Writes a figure of the distance against each of `x_labels`: `draw(axes, i, model, style)` draws one model, of the
     first seed, into plot i; what it returns is said above it."""
     from matplotlib.figure import Figure  # here, so that --help does not wait for it
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     sizes, patches = (list(dict.fromkeys(getattr(model, name) for model in models)) for name in ("size", "patch"))
     figure = Figure(figsize=(3 + 5 * len(x_labels), 5), layout="constrained")
@@ -346,6 +347,10 @@ def plot(title, x_labels, models, real, path, draw):
                                           label=f"{model.size}, patch {model.patch}"))
         axes.axhline(real["frechet"], color="grey", linestyle=":", label="real images")
         axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):  # 0.1, 0.2, 0.5, 1
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save_figure(figure, path)
 
