@@ -567,9 +567,9 @@ def test_the_more_strength_the_more_changes(call, tmp_path):
     Image.fromarray(digit).save(tmp_path / "three.png")
     changes = []
     for strength in (0.001, 0.4, 0.7, 1):
-        assert call(inference, "--checkpoint", SHIPPED, "--edit", tmp_path / "three.png", "--labels", 7, "--count", 1,
+        assert call(inference, "--checkpoint", SHIPPED, "--edit", tmp_path / "three.png", "--labels", 7, "--count", 8,
                     "--strength", strength, "--out", tmp_path / "a.png")[0] == 0
-        drawn = tile(Image.open(tmp_path / "a.png"), 0, 0, scale=2)
+        drawn = [tile(Image.open(tmp_path / "a.png"), row, 0, scale=2) for row in range(8)]
         changes.append(np.abs(np.subtract(drawn, digit, dtype=float)).mean())
     assert changes == sorted(changes) and changes[0] < 2 and changes[1] < 20 < changes[3]
 
