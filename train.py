@@ -184,11 +184,16 @@ def descend(run, losses, step):
         optimizer.step()
         optimizer.zero_grad()
 
-    # Update the averages.
-    decay = min(config.ema_decay, (step + 1) / (step + EMA_WARMUP))  # a power of the step as weight (2312.02696)
-    with torch.no_grad():
-        torch._foreach_lerp_(parallel.own_shards(run.ema.parameters()), parallel.own_shards(weights), 1 - decay)
+    update_average(run.ema, weights, step, config.ema_decay)
     return losses.detach()
+
+
+@torch.no_grad()
+def update_average(ema, weights, step, largest):
+    """Moves the averaged weights of the network `ema` towards `weights`, a list, after step number `step`. The decay
+    grows up to `largest`; before, a step's share in the average is a power of its number (2312.02696)."""
+    decay = min(largest, (step + 1) / (step + EMA_WARMUP))
+    torch._foreach_lerp_(parallel.own_shards(ema.parameters()), parallel.own_shards(weights), 1 - decay)
 
 
 def not_finite(what, config, step):

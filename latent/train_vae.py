@@ -39,7 +39,15 @@ from checkpoint import check_tensors
 from config import Config, add_flags, as_size, check_value, flag, given_flags, show_size
 from dataset import has_test_part, load_dataset, to_float, to_uint8
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
-from train import EMA_WARMUP, change_settings, learning_rate, round_weights, step_generator, take_gradients, warned
+from train import (
+    change_settings,
+    learning_rate,
+    round_weights,
+    step_generator,
+    take_gradients,
+    update_average,
+    warned,
+)
 
 FORMAT = "vae-training-1"
 STATE, LOG, PICTURE = "train.pth", "log.csv", "reconstructions.png"
@@ -235,9 +243,7 @@ def train_step(run, batch, step):
         optimizer.step()
         optimizer.zero_grad()
 
-    decay = min(EMA_DECAY, (step + 1) / (step + EMA_WARMUP))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - decay)
+    update_average(run.ema, weights, step, EMA_DECAY)
     return loss.detach()
 
 
