@@ -68,6 +68,8 @@ class Config:
     shift: float = flag(2.2, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
                         0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
+    motion: float = flag(0.0, "of clips: weight in the loss of how the error changes from frame to frame, for even "
+                         "motion", 0, 1000)
 
     # Training
     steps: int = flag(5000, "optimizer steps", 1, 100_000_000)
@@ -128,6 +130,8 @@ class Config:
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
         if self.given and (self.variance == "learned" or len(self.image_size) == 2):
             raise UserError("frames are given of clips alone, and the variance is then fixed: leave --given out")
+        if self.motion and len(self.image_size) == 2:
+            raise UserError("motion is of clips alone: leave --motion out")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):
@@ -201,8 +205,8 @@ PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay=
 PRESETS = {
     "default": {},
     # Clips of a moving digit: more noise, since 16 frames tell more of it than one
-    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
-                   sample_steps=8, guidance=2.0),
+    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, motion=2.0, batch_size=32,
+                   given=0.3, sample_steps=8, guidance=2.0),
     # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
                       num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
