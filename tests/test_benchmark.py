@@ -84,6 +84,7 @@ def test_the_table_holds_the_middle_of_the_turns(call, tmp_path, monkeypatch):
     code, out, err = call(benchmark, "--presets", "default", "--against", "diffusers", "--rounds", 3, "--device", "cpu",
                           "--json", tmp_path / "b.json")
     assert code == 0, err
+    assert "default, train: 110.0 images/s" in err and "default, diffusers: 40.0 images/s" in err  # turn by turn
     assert "| default: train | 4 | float32 | 110 | 18.2% | 110.0 | 11.0% | 110 |" in out
     assert "| default: draw | 4 | float32 | 6 | 33.3% | 6.0 | 0.6% | 6 |" in out
     assert "default: trains at 2.50 times the rate of diffusers" in out and "first picture after 2.0 s" in out
