@@ -205,8 +205,8 @@ PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay=
 PRESETS = {
     "default": {},
     # Clips of a moving digit: more noise, since 16 frames tell more of it than one
-    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, motion=2.0, batch_size=32,
-                   given=0.3, sample_steps=8, guidance=2.0),
+    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
+                   sample_steps=8, guidance=2.0),
     # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
                       num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
