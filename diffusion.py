@@ -60,7 +60,7 @@ class Process:
         error = error if known is None else error.masked_fill(known, 0)
         measure = torch.abs if loss == "l1" else torch.square
         losses = measure(error).flatten(1).mean(dim=1)
-        if self.motion:
+        if self.motion:  # a sum, since one frame has no differences to take the mean of
             losses = losses + self.motion * measure(error.diff(dim=2)).flatten(1).sum(dim=1) / error[0].numel()
         return losses if known is None else losses / (~known).flatten(1).float().mean(dim=1)
 

@@ -202,8 +202,9 @@ def take_turns(args):
         if process.returncode:
             last = (process.stderr.splitlines() or ["failed"])[-1].removeprefix("error: ")
             raise UserError(f"{preset}, {kind}: {last:.200}")
-        results[preset, kind].append(json.loads(process.stdout.splitlines()[-1]))
-        turns.write(f"{preset}, {kind}: {results[preset, kind][-1]['images']:,.1f} images/s", sys.stderr)
+        result = json.loads(process.stdout.splitlines()[-1])
+        results[preset, kind].append(result)
+        turns.write(f"{preset}, {kind}: {result['images']:,.1f} images/s", sys.stderr)
     return results
 
 
