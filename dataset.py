@@ -446,17 +446,21 @@ def training_part(root):
     return root / "train" if (root / "train").is_dir() else root
 
 
+def in_order(names):
+    """The names of classes: numbers in their order, and then words."""
+    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+
+
 def find_classes(folder):
-    """The images of each class: a dict from the names of the folders in `folder` that hold any, numbers in their order
-    and then words, to lists of files. Raises `UserError` when there are none, or images lie deeper."""
+    """The images of each class: a dict from the names of the folders in `folder` that hold any, `in_order`, to lists of
+    files. Raises `UserError` when there are none, or images lie deeper."""
     found = {path.name: list_images(path) for path in visible(folder) if path.is_dir()}
     for name, images in found.items():
         for deeper in () if images else visible(folder / name):
             if deeper.is_dir() and list_images(deeper):
                 raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
                                 f"/<class>/, or point --data-dir at {folder / name}")
-    names = sorted((name for name, images in found.items() if images),
-                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    names = in_order(name for name, images in found.items() if images)
     if not names:
         raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
                         + (f"; those in {folder} itself have no class" if list_images(folder) else ""))

@@ -140,15 +140,12 @@ def test_folders_that_are_none(tmp_path, folder):
         read(folder)
 
 
-def test_parts(folder, tmp_path):
-    (tmp_path / "both").mkdir()
-    folder.rename(tmp_path / "both" / "train")
-    with pytest.raises(UserError, match="holds train/ but no test/"):
-        read_clips(Config(data_dir=str(tmp_path / "both")), train=False)
-    save(tmp_path / "both" / "test" / "left" / "t.gif", frames_of(1, 2, 3, 4), duration=50)
-    frames, *_ = read_clips(Config(data_dir=str(tmp_path / "both")), train=False)
-    assert len(frames.images) == 4
-    assert read(tmp_path / "both").lengths.tolist() == [6, 4, 5, 7]
+def test_classes_are_in_order_and_those_of_train_where_there_is_one(folder):
+    for path in ("9/a.gif", "10/b.gif"):
+        save(folder / path, frames_of(1, 2, 3, 4), duration=50)
+    assert read(folder).classes == ["9", "10", "left", "right"]
+    save(folder / "train" / "up" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
+    assert read(folder).classes == ["up"]
 
 
 FLAGS = [*TINY, "--dataset", "clips", "--image-size", "4x8x8", "--patch-size", "2x4x4", "--steps", 6]

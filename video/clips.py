@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from config import show_size
-from dataset import FRAMES, Dataset, demand_memory, fit, load_dataset, to_tensor, training_part
+from dataset import FRAMES, Dataset, demand_memory, fit, in_order, load_dataset, to_tensor, training_part
 from latent.cache import open_data
 from video.moving import load_moving
 
@@ -88,25 +88,21 @@ class Clips:
         return x.unflatten(0, (-1, self.T)).movedim(1, 2)
 
 
-def list_clips(root, train):
-    """The clips of a part of `root`, which holds train/<class>/* and test/<class>/*, or <class>/*: a dict from the
-    names of the classes to the files, and folders of images, in each. Raises `UserError`."""
+def list_clips(root):
+    """The clips to learn from in `root`, which holds <class>/*, or train/<class>/*: a dict from the names of the
+    classes to the files, and folders of images, in each. Raises `UserError`."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
     part = training_part(root)
-    if not train and part != root:
-        part = root / "test"
-        if not part.is_dir():
-            raise UserError(f"{root} holds train/ but no test/: put the clips to test on into {part}/<class>/")
     found = {folder.name: [path for path in visible(folder) if (path.is_dir() and list_images(path))
                            or (path.is_file() and path.suffix.lower() in ENDINGS)]
              for folder in visible(part) if folder.is_dir()}
-    found = {name: paths for name, paths in found.items() if paths}
-    if not found:
+    names = in_order(name for name, paths in found.items() if paths)
+    if not names:
         raise UserError(f"no clips in {part}/<class>/: it must hold one folder per class, with GIF, WebP or APNG files "
                         "or folders of images in each")
-    return found
+    return {name: found[name] for name in names}
 
 
 def read_clip(path, size, channels):
@@ -118,8 +114,8 @@ def read_clip(path, size, channels):
     return clip[:, :1] if channels == 0 and (clip == clip[:, :1]).all() else clip
 
 
-def read_clips(config, train=True):
-    """The clips in the files of a part of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths
+def read_clips(config):
+    """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths
     and the labels of `Clips`, and T.
 
     T and the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most
@@ -129,7 +125,7 @@ def read_clips(config, train=True):
     if len(config.image_size) == 2:
         raise UserError(f"image_size {show_size(config.image_size)} has no frames: clips have frames x height x width, "
                         f"such as --image-size {MOST}x{'x'.join(map(str, config.image_size))}")
-    found, size, clips, count = list_clips(config.data_dir, train), config.image_size[1:], [], 0
+    found, size, clips, count = list_clips(config.data_dir), config.image_size[1:], [], 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
     for path, label in tqdm(listed, desc=f"reading {config.data_dir}", leave=False, disable=None):
         clips.append((read_clip(path, size, config.channels), label, path))
