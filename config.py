@@ -68,8 +68,6 @@ class Config:
     shift: float = flag(2.2, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
                         0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
-    motion: float = flag(0.0, "of clips: weight in the loss of how the error changes from frame to frame, for even "
-                         "motion", 0, 1000)
 
     # Training
     steps: int = flag(5000, "optimizer steps", 1, 100_000_000)
@@ -130,8 +128,6 @@ class Config:
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
         if self.given and (self.variance == "learned" or len(self.image_size) == 2):
             raise UserError("frames are given of clips alone, and the variance is then fixed: leave --given out")
-        if self.motion and len(self.image_size) == 2:
-            raise UserError("motion is of clips alone: leave --motion out")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):

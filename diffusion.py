@@ -28,10 +28,9 @@ class Process:
     error_scale (T,), float64: the loss multiplies the network's error at t by it.
     spacing: which steps the samplers take, see `descending_steps`.
     spread: where the variance of the step last denoised lies between the two bounds of the sampler `ddpm`.
-    motion: of clips, the weight in the loss of how the error changes from frame to frame.
     """
 
-    spacing, spread, motion = "trailing", 0.0, 0.0
+    spacing, spread = "trailing", 0.0
 
     def __init__(self, signal, noise, error_scale, device="cpu"):
         self.T = len(signal)
@@ -48,21 +47,16 @@ class Process:
 
         mean over an image's values of |error_scale[t] (model(x_t, t, y) - target)|^2    (DDPM, equation 14)
 
-        of a clip (B, C, T, H, W), plus `self.motion` times the squares of that error's differences from frame to frame
-        (as in the gradient difference loss of 1511.05440, in time): what errs alike in all frames moves evenly.
-
         loss: l2, or l1 for the absolute value instead of the square. known: bool, broadcasts over x_0: what the network
             sees without noise, and need not predict (RaMViD, 2206.07696); not all of an image.
         """
         x_t, _ = self.forward_add_noise(x_0, t, noise)
         x_t = x_t if known is None else torch.where(known, x_0, x_t)
         error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
-        error = error if known is None else error.masked_fill(known, 0)
-        measure = torch.abs if loss == "l1" else torch.square
-        losses = measure(error).flatten(1).mean(dim=1)
-        if self.motion:  # a sum, since one frame has no differences to take the mean of
-            losses = losses + self.motion * measure(error.diff(dim=2)).flatten(1).sum(dim=1) / error[0].numel()
-        return losses if known is None else losses / (~known).flatten(1).float().mean(dim=1)
+        losses = error.abs() if loss == "l1" else error.square()
+        if known is None:
+            return losses.flatten(1).mean(dim=1)
+        return losses.masked_fill(known, 0).flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
 
     def predict(self, model, x, t, y, guidance, guided_channels=0):
         """The network's output for x (B, C, *size) at steps t (B,), for labels y (B,), guided.
@@ -242,7 +236,7 @@ def build_process(config, device="cpu"):
     else:
         kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
         process = kind(config.T, config.beta_start, config.beta_end, device)
-    process.spacing, process.motion = config.spacing, config.motion
+    process.spacing = config.spacing
     return process
 
 

@@ -650,34 +650,6 @@ def test_what_is_known_is_seen_without_noise_and_not_learned(process, loss):
     torch.testing.assert_close(losses[0], process.losses(model, x_0, t, y, noise, loss)[0])
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_motion_weighs_what_changes_from_frame_to_frame(loss):
-    """Written out frame by frame. An error alike in all frames costs nothing more; a frame that is known has none."""
-    process, plain = RectifiedFlow(), RectifiedFlow()
-    process.motion = 3.0
-    x_0, noise = torch.randn(2, 6, 2, 4, 3, 3)
-    t, y = torch.tensor([0, 99, 400, 600, 900, 999]), torch.zeros(6, dtype=torch.int64)
-    known = torch.zeros(6, 1, 4, 1, 1, dtype=torch.bool)
-    known[1:, :, 1] = True
-    error = torch.randn(6, 2, 4, 3, 3)
-    error[0] = error[0, :, :1]
-    size = 1 if loss == "l1" else 2
-
-    def network(x, t, y):
-        return x_0 + error / process.error_scale[t].view(-1, 1, 1, 1, 1)
-
-    gains = (process.losses(network, x_0, t, y, noise, loss, known)
-             - plain.losses(network, x_0, t, y, noise, loss, known))
-    frames = error.masked_fill(known, 0)
-    changes = sum((frames[:, :, i + 1] - frames[:, :, i]).abs().pow(size).sum((1, 2, 3)) for i in range(3))
-    shares = torch.tensor([1, 0.75, 0.75, 0.75, 0.75, 0.75])
-    torch.testing.assert_close(gains, 3 * changes / (2 * 4 * 3 * 3) / shares, rtol=1e-4, atol=1e-4)
-    assert gains[0].abs() < 1e-4
-
-    still = process.losses(lambda x, t, y: x, x_0[:, :, :1], t, y, noise[:, :, :1], loss)
-    assert torch.equal(still, plain.losses(lambda x, t, y: x, x_0[:, :, :1], t, y, noise[:, :, :1], loss))
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 def test_completions_see_what_is_known(sampler):
     """At every step, without noise; and end with it to the last bit."""

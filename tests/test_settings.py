@@ -39,8 +39,8 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
                   sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1, clamp=False,
                   compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
-    dataset="folder", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, motion=1.0, image_size=16,
-    channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4,
+    dataset="folder", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
+    flips=True, num_classes=11, classes=("cat",), patch_size=4,
     hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", rope=True, T=500, process="ddpm",
     beta_start=1e-3, beta_end=0.01, shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0",
     latent_shape=(4, 2, 2), latent_mean=(0.5,),
@@ -323,14 +323,6 @@ def test_given(go_moving):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     gradients = [run.gradients()[LAST] for run in runs]
     assert (gradients[0] - gradients[1]).abs().max() > 0.1 * gradients[0].abs().max()
-
-
-def test_motion(go_moving, call):
-    """The loss gains in proportion; without clips the setting is refused."""
-    losses = [float(go_moving(motion=weight, image_size="4x24x24").rows[0]["loss"]) for weight in (0, 100, 200)]
-    assert losses[1] > 1.01 * losses[0]
-    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=0.01)
-    assert_refused(call(train, "--dataset", "digits", "--motion", 1), "motion is of clips alone: leave --motion out")
 
 
 # Model
