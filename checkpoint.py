@@ -78,10 +78,16 @@ def load_checkpoint(path):
     try:
         old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
-        content["config"] = Config(**(OLD_SETTINGS if old else {}) | content["config"])
-        check_content(content, os.path.getsize(path))
+        settings = (OLD_SETTINGS if old else {}) | content["config"]
+        strange = sorted(settings.keys() - {field.name for field in dataclasses.fields(Config)})
+        if not strange:
+            content["config"] = Config(**settings)
+            check_content(content, os.path.getsize(path))
     except Exception as error:
         raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error):.150}") from None
+    if strange:
+        raise UserError(f"{path} was made by another version of this code, and can be used with that one: its setting "
+                        f"{strange[0]!r:.50} is not known here")
     return content
 
 

@@ -93,7 +93,7 @@ def test_checkpoints_of_other_projects(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"config": {}}, {"config": {"hidden_size": 16384, "depth": 256}}, {"config": {"no_such_field": 1}}, {"config": 3},
+    {"config": {}}, {"config": {"hidden_size": 16384, "depth": 256}}, {"config": 3},
     {"config": {**vars(CONFIG), "steps": "many"}}, {"config": {**vars(CONFIG), "lr": float("nan")}},
     {"config": {**vars(CONFIG), "patch_size": 0}}, {"config": {**vars(CONFIG), "hidden_size": 64}},
     {"ema": {}}, {"ema": None}, {"ema": {"weight": 1}}, {"model": {}}, {"optimizers": []},
@@ -104,6 +104,13 @@ def test_damaged_content(saved, changes):
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_another_version(saved):
+    path, _ = saved
+    change(path, config={**vars(CONFIG), "no such\nsetting": 1})
+    with pytest.raises(UserError, match=r"made by another version of this code.*'no such\\nsetting' is not known"):
+        load_checkpoint(path)
 
 
 def test_weights_that_claim_more_than_the_file_holds(saved):
