@@ -79,7 +79,7 @@ def load_checkpoint(path):
         old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
         settings = (OLD_SETTINGS if old else {}) | content["config"]
-        strange = sorted(settings.keys() - {field.name for field in dataclasses.fields(Config)})
+        strange = sorted(settings.keys() - Config.__dataclass_fields__.keys())
         if not strange:
             content["config"] = Config(**settings)
             check_content(content, os.path.getsize(path))

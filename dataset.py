@@ -421,8 +421,6 @@ def download_sprites(folder):
 def list_classes(root, train):
     """The images of a part of `root`, which holds train/<class>/* and test/<class>/*, as in the article, or <class>/*:
     a dict from the names of classes to lists of files, and the names of all classes. Raises `UserError`."""
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
     part = training_part(root)
     found = find_classes(part)
     names = list(found)
@@ -443,12 +441,17 @@ def has_test_part(name, data_dir):
 
 
 def training_part(root):
+    """What holds the folders of the classes to learn from: `root`, or its train/. Raises `UserError`."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
     return root / "train" if (root / "train").is_dir() else root
 
 
-def in_order(names):
-    """The names of classes: numbers in their order, and then words."""
-    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+def in_order(found):
+    """The classes of `found`, a dict from names to lists of files, that have any: numbers in order, then words."""
+    names = sorted((name for name, files in found.items() if files),
+                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    return {name: found[name] for name in names}
 
 
 def find_classes(folder):
@@ -460,11 +463,11 @@ def find_classes(folder):
             if deeper.is_dir() and list_images(deeper):
                 raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
                                 f"/<class>/, or point --data-dir at {folder / name}")
-    names = in_order(name for name, images in found.items() if images)
-    if not names:
+    found = in_order(found)
+    if not found:
         raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
                         + (f"; those in {folder} itself have no class" if list_images(folder) else ""))
-    return {name: found[name] for name in names}
+    return found
 
 
 def demand_memory(count, channels, size):

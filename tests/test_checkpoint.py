@@ -106,11 +106,14 @@ def test_damaged_content(saved, changes):
     assert "\n" not in str(caught.value)
 
 
-def test_checkpoints_of_another_version(saved):
+@pytest.mark.parametrize("config", [{"no such\nsetting": 1}, {**vars(CONFIG), "no such\nsetting": 1}])
+def test_checkpoints_of_another_version(saved, config):
     path, _ = saved
-    change(path, config={**vars(CONFIG), "no such\nsetting": 1})
-    with pytest.raises(UserError, match=r"made by another version of this code.*'no such\\nsetting' is not known"):
+    change(path, config=config)
+    words = r"made by another version of this code.*'no such\\nsetting' is not known"
+    with pytest.raises(UserError, match=words) as caught:
         load_checkpoint(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_claim_more_than_the_file_holds(saved):

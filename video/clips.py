@@ -91,18 +91,14 @@ class Clips:
 def list_clips(root):
     """The clips to learn from in `root`, which holds <class>/*, or train/<class>/*: a dict from the names of the
     classes to the files, and folders of images, in each. Raises `UserError`."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    part = training_part(root)
-    found = {folder.name: [path for path in visible(folder) if (path.is_dir() and list_images(path))
-                           or (path.is_file() and path.suffix.lower() in ENDINGS)]
-             for folder in visible(part) if folder.is_dir()}
-    names = in_order(name for name, paths in found.items() if paths)
-    if not names:
+    part = training_part(Path(root))
+    found = in_order({folder.name: [path for path in visible(folder) if (path.is_dir() and list_images(path))
+                                    or (path.is_file() and path.suffix.lower() in ENDINGS)]
+                      for folder in visible(part) if folder.is_dir()})
+    if not found:
         raise UserError(f"no clips in {part}/<class>/: it must hold one folder per class, with GIF, WebP or APNG files "
                         "or folders of images in each")
-    return {name: found[name] for name in names}
+    return found
 
 
 def read_clip(path, size, channels):
@@ -115,8 +111,8 @@ def read_clip(path, size, channels):
 
 
 def read_clips(config):
-    """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths
-    and the labels of `Clips`, and T.
+    """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths and the
+    labels of `Clips`, and T.
 
     T and the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most
     MOST, and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard
