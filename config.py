@@ -1,11 +1,11 @@
 """The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
 from support.commands import UserError
+from support.sizes import LARGEST, as_size, as_sizes, show_divisors, show_size, show_sizes
 
 import argparse
 import dataclasses
 import math
-import re
 
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
@@ -29,7 +29,7 @@ class Config:
     digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
     speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
-                             "16x32x32; 0 = as the data set has them", 1, 1024)
+                             "16x32x32; 0 = as the data set has them", 1, LARGEST)
     sizes: tuple = flag((), "of clips: more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or "
                         "image_size", 1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
@@ -222,40 +222,8 @@ PRESETS = {
 SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "spacing", "guided_channels", "clamp", "seed", "precision")
 
 
-def show_divisors(size):
-    """What divides each side of a size: [1, 2, 7, 14], or for sides that differ [1, 3] x [1, 5]."""
-    lists = [str([d for d in range(1, side + 1) if side % d == 0]) for side in size]
-    return lists[0] if len(set(size)) == 1 else " x ".join(lists)
-
-
-def as_size(value):
-    """A size as a tuple (H, W), or (T, H, W) of clips: n or "n" stands for a square, "28x20" for (28, 20), "16x32x32"
-    for (16, 32, 32), 0 for (), not known. What is none of these stays as it is, for `check_value` to refuse."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){0,2}", value):
-        value = tuple(map(int, value.split("x"))) if "x" in value else int(value)
-    if type(value) is int:
-        return (value, value) if value else ()
-    return tuple(value) if isinstance(value, list) else value
-
-
-def as_sizes(value):
-    """Several sizes as a tuple of them, from a list, or as in "8x32x32,16x32x64"; 0 stands for ()."""
-    value = value.split(",") if isinstance(value, str) else value or ()
-    return tuple(size for size in map(as_size, value) if size != ()) if isinstance(value, (list, tuple)) else value
-
-
 # The fields that hold sizes, and how they are read
 SIZES = {"image_size": as_size, "patch_size": as_size, "sizes": as_sizes}
-
-
-def show_sizes(sizes):
-    """8x32x32,16x32x64"""
-    return ",".join(map(show_size, sizes))
-
-
-def show_size(size):
-    """28, 28x20 or 16x32x32."""
-    return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
 
 
 def check_value(field, value):

@@ -1,21 +1,19 @@
 """A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
 
 from support.commands import UserError, first_line
-from support.image_files import is_grey, list_images, opened, read_image, visible
+from support.folders import Folder, Images, find_classes, training_part
+from support.sizes import as_size, demand_memory, show_size
 
 import contextlib
 import dataclasses
 import hashlib
 import http.client
 import io
-import math
 import os
-import re
 import socket
 import sys
 import tempfile
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import Config, as_size, show_size
+from config import Config
 
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 ANEW = "move the folder MNIST/raw away to have MNIST downloaded anew"
@@ -51,39 +49,10 @@ ACTIONS = {  # the row of each action seen from the left, below which are those 
     "cast": (1, (0, 1, 2, 3, 4, 5, 4, 6)),  # training and test characters, is as in arXiv 1803.02991
     "slash": (13, (0, 1, 2, 3, 4, 5, 4, 0))}
 DIRECTIONS = {"front": 1, "left": 0, "right": 2}
-LARGEST = Config.__dataclass_fields__["image_size"].metadata["high"]
 
 
 class CannotDownload(UserError):
     """The data are not there and cannot be downloaded; that they are damaged is another matter."""
-
-
-class Images:
-    """Labelled images of one shape, in memory (`Dataset`) or in files (`Folder`)."""
-
-    name: str             # "mnist", "digits", "sprites" or "folder"
-    shape: tuple          # (C, H, W) of an image
-    labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
-    classes: list[str]    # the name of each class
-
-    @property
-    def settings(self):
-        """The fields of `Config` that the data decide, a dict."""
-        C, *size = self.shape
-        return dict(dataset=self.name, image_size=tuple(size), channels=C, num_classes=len(self.classes),
-                    classes=tuple(self.classes))
-
-    @property
-    def summary(self):
-        """What they are, in one line."""
-        C, height, width = self.shape
-        colour = {1: "grey", 3: "colour"}.get(C, f"{C} channels")
-        return (f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, classes "
-                f"{', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
-
-    def at(self, size):
-        """The same in another size, where there are several."""
-        raise UserError(f"{self.name} has images of one size: leave --sizes out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,55 +99,6 @@ class Dataset(Images):
         return x
 
 
-class Folder(Images):
-    """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.
-
-    Every image is brought to one size ((): a square, the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if all images are grey, else 3). Raises `UserError`.
-    """
-
-    name = "folder"
-
-    def __init__(self, root, train=True, image_size=(), channels=0):
-        self.root = Path(root)
-        found, self.classes = list_classes(self.root, train)
-        labelled = [(file, label) for label, name in enumerate(self.classes) for file in found.get(name, ())]
-        self.files, labels = zip(*labelled, strict=True)
-        self.labels = torch.tensor(labels)
-        if not image_size:
-            with opened(self.files[0]) as image:
-                image_size = as_size(min(image.size))
-        channels = channels or (1 if all(map(is_grey, self.files)) else 3)
-        self.shape = (channels, *image_size)
-
-    @property
-    def fingerprint(self):
-        """A hash, 16 hexadecimal digits, of the files' names, sizes and times, and of the images' shape."""
-        digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
-        for file in self.files:
-            state = file.stat()
-            digest.update(repr((file.relative_to(self.root).as_posix(), state.st_size, state.st_mtime_ns)).encode())
-        return digest.hexdigest()[:16]
-
-    def read(self, rows):
-        """The images in this slice, uint8 (n, C, H, W)."""
-        C, *size = self.shape
-        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-            return torch.stack(list(pool.map(
-                lambda file: to_tensor(fit(read_image(file, "L" if C == 1 else "RGB"), size)), self.files[rows])))
-
-    def load(self):
-        """All of it as a `Dataset`."""
-        N, block = len(self.files), 256
-        demand_memory(N, self.shape[0], self.shape[1:])
-        images = torch.empty(N, *self.shape, dtype=torch.uint8)
-        with tqdm(total=N, desc=f"reading {self.root}", leave=False, disable=None) as bar:
-            for start in range(0, N, block):
-                images[start:start + block] = self.read(slice(start, start + block))
-                bar.update(len(images[start:start + block]))
-        return Dataset(self.name, images, self.labels, self.classes)
-
-
 def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
     """Reads the training or the test part of a data set.
 
@@ -207,7 +127,8 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
             print(f"{str(error).partition(';')[0]}: using scikit-learn's 8x8 digits instead", file=sys.stderr)
             name = "digits"
     if name == "folder":
-        return Folder(data_dir, train, image_size, channels).load()
+        folder = Folder(data_dir, train, image_size, channels)
+        return Dataset(name, folder.read_all(), folder.labels, folder.classes)
     if name == "sprites":
         frames = read_sprites(Path(data_dir), train, image_size, channels)
         n, kinds, T = frames.shape[:3]
@@ -416,92 +337,6 @@ def download_sprites(folder):
         reason = getattr(reason, "strerror", None) or first_line(reason)
         raise CannotDownload(f"the sprites are not in {folder} and cannot be downloaded ({reason}); put a copy of "
                              "https://github.com/YingzhenLi/Sprites there, or point --data-dir at one") from None
-
-
-def list_classes(root, train):
-    """The images of a part of `root`, which holds train/<class>/* and test/<class>/*, as in the article, or <class>/*:
-    a dict from the names of classes to lists of files, and the names of all classes. Raises `UserError`."""
-    part = training_part(root)
-    found = find_classes(part)
-    names = list(found)
-    if not train and part != root:
-        part = root / "test"
-        if not part.is_dir():
-            raise UserError(f"{root} holds train/ but no test/: put the images to test on into {part}/<class>/")
-        found = find_classes(part)
-        strange = [name for name in found if name not in names]
-        if strange:
-            raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
-    return found, names
-
-
-def has_test_part(name, data_dir):
-    """Whether the data set called `name` has images to test on: all have, but folders without train/ and test/."""
-    return name != "folder" or all((Path(data_dir) / part).is_dir() for part in ("train", "test"))
-
-
-def training_part(root):
-    """What holds the folders of the classes to learn from: `root`, or its train/. Raises `UserError`."""
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    return root / "train" if (root / "train").is_dir() else root
-
-
-def in_order(found):
-    """The classes of `found`, a dict from names to lists of files, that have any: numbers in order, then words."""
-    names = sorted((name for name, files in found.items() if files),
-                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    return {name: found[name] for name in names}
-
-
-def find_classes(folder):
-    """The images of each class: a dict from the names of the folders in `folder` that hold any, `in_order`, to lists of
-    files. Raises `UserError` when there are none, or images lie deeper."""
-    found = {path.name: list_images(path) for path in visible(folder) if path.is_dir()}
-    for name, images in found.items():
-        for deeper in () if images else visible(folder / name):
-            if deeper.is_dir() and list_images(deeper):
-                raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
-                                f"/<class>/, or point --data-dir at {folder / name}")
-    found = in_order(found)
-    if not found:
-        raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
-                        + (f"; those in {folder} itself have no class" if list_images(folder) else ""))
-    return found
-
-
-def demand_memory(count, channels, size):
-    """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
-    training needs some as well."""
-    needed, free = count * channels * math.prod(size), available_memory()
-    if max(size) > LARGEST or needed > free / 2:
-        limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
-            f"more than half of the {free / 1e9:.3g} GB that are free")
-        smaller = show_size([max(1, side * min(64, max(size) // 2) // max(size)) for side in size])
-        raise UserError(f"{count:,} images of {size[0]} x {size[1]} pixels would take {needed / 1e9:.3g} GB of memory, "
-                        f"and {limit}: make them smaller, for example with --image-size {smaller}")
-
-
-def available_memory():
-    """The bytes of memory that can still be had or, where the system does not say, that there are (or infinity)."""
-    with contextlib.suppress(OSError, TypeError):
-        return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
-
-
-def fit(image, size, resample=Image.Resampling.BICUBIC):
-    """The centre of a PIL image, as much of it as has the shape of `size`, (height, width), and in that size."""
-    width = min(image.width, image.height * size[1] / size[0])
-    height = min(image.height, image.width * size[0] / size[1])
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.resize((size[1], size[0]), resample, box=(left, top, left + width, top + height))
-
-
-def to_tensor(image):
-    """A PIL image, grey or RGB, as uint8 (C, H, W)."""
-    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def resize(images, size):

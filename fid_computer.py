@@ -3,6 +3,7 @@
 from support import parallel
 from support.commands import Parser, UserError, add_device_flag, run, some_path
 from support.files import check_file, write_atomically
+from support.image_files import list_images, read_image
 
 import argparse
 import http.client
@@ -18,8 +19,6 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
-
-from dataset import list_images, read_image
 
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

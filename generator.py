@@ -3,6 +3,8 @@
 from support import parallel
 from support.commands import UserError, run, some_path
 from support.files import make_dir, write_atomically
+from support.image_files import list_images
+from support.sizes import show_size
 
 import argparse
 import hashlib
@@ -17,8 +19,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import SAMPLING, Config, show_size
-from dataset import list_images, load_dataset
+from config import SAMPLING, Config
+from dataset import load_dataset
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, to_images
 
 

@@ -2,9 +2,10 @@
 completes them, leads from one label or seed to another, and makes clips longer."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.image_files import read_frames, read_image
+from support.image_files import fit, read_frames, read_image, to_tensor
 from support.labels import are_numbers, parse_labels, parse_morph
 from support.pictures import check_picture, frames_of, grid, save_animation
+from support.sizes import as_size, show_size
 
 import argparse
 import dataclasses
@@ -21,8 +22,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import checkpoint_file, load_model
-from config import SAMPLING, add_flags, as_size, check_eta, given_flags, show_size
-from dataset import BOUND, fit, to_float, to_tensor, to_uint8
+from config import SAMPLING, add_flags, check_eta, given_flags
+from dataset import BOUND, to_float, to_uint8
 from diffusion import SAMPLERS, between, build_process, complete, edit, from_noise, inpaint
 from latent.vae import open_vae
 

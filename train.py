@@ -18,6 +18,7 @@ from support.muon import Muon, split_parameters
 from support.pictures import frames_of, grid, save_animation
 from support.run_log import RunLog, plot_loss
 from support.run_page import write_page
+from support.sizes import show_divisors, show_size, show_sizes
 
 import contextlib
 import copy
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags, show_divisors, show_size, show_sizes
+from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags
 from diffusion import Process, build_process
 from dit import build_model
 from inference import FRAME, sample, say_default, to_images

@@ -6,6 +6,7 @@
 
 from support.commands import Parser, UserError, run
 from support.files import check_file, write_atomically
+from support.sizes import show_size
 
 import base64
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import averaged_model, load_checkpoint
-from config import Config, show_size
+from config import Config
 from dataset import BOUND
 from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
 from inference import find_checkpoint

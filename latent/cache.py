@@ -12,6 +12,7 @@ on from there.
 from support import parallel
 from support.commands import UserError, first_line
 from support.files import lock_dir, make_dir, write_atomically
+from support.folders import Folder
 from support.pictures import psnr
 
 import contextlib
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import Folder, load_dataset, to_float, to_uint8
+from dataset import load_dataset, to_float, to_uint8
 from latent.vae import check_same, check_shapes, load_vae
 
 BLOCK = 256     # images between two notes

@@ -19,9 +19,11 @@ from support.commands import (
     some_path,
 )
 from support.files import lock_dir, make_dir, write_atomically
+from support.folders import has_test_part
 from support.muon import Muon
 from support.pictures import grid, psnr, save_picture
 from support.run_log import Bar, kept_rows, to_csv
+from support.sizes import as_size, show_size
 
 import argparse
 import copy
@@ -36,8 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import check_tensors
-from config import Config, add_flags, as_size, check_value, flag, given_flags, show_size
-from dataset import has_test_part, load_dataset, to_float, to_uint8
+from config import Config, add_flags, check_value, flag, given_flags
+from dataset import load_dataset, to_float, to_uint8
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
 from train import (
     change_settings,

@@ -18,7 +18,9 @@ from support.commands import (
     some_path,
 )
 from support.files import check_file, make_dir, write_atomically
+from support.folders import has_test_part
 from support.run_log import Bar
+from support.sizes import show_size
 
 import dataclasses
 import math
@@ -31,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, add_flags, given_flags, show_size
-from dataset import has_test_part, load_dataset, to_float
+from config import Config, add_flags, given_flags
+from dataset import load_dataset, to_float
 from inference import say_default
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"

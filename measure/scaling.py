@@ -13,6 +13,7 @@ work in one --out, each on seeds of its own; one with all the seeds then only re
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import make_dir, write_atomically
 from support.pictures import grid
+from support.sizes import as_size
 
 import contextlib
 import dataclasses
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from checkpoint import averaged_model, load_checkpoint
-from config import PAPER, PRESETS, Config, add_flags, as_size, given_flags
+from config import PAPER, PRESETS, Config, add_flags, given_flags
 from dit import build_model
 from measure.benchmark import flops
 from measure.results import network_calls, save_figure

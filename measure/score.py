@@ -10,7 +10,7 @@ draws latents, beside that of real images that went through its VAE: no fakes of
 
 from support.commands import UserError, pick_device, run, some_path
 from support.files import make_dir, write_atomically
-from support.image_files import opened
+from support.image_files import list_images, opened, read_image
 from support.labels import are_numbers
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import Config, add_flags, given_flags
-from dataset import list_images, read_image, to_float, to_uint8
+from dataset import to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
 from latent.vae import check_shapes, load_vae

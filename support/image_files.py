@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -119,3 +120,16 @@ def expand(frames, times):
     if sum(times) > LONGEST * shortest:
         raise ValueError(f"it is longer than {LONGEST:,} frames of its shortest, {shortest:g} milliseconds")
     return [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]
+
+
+def fit(image, size, resample=Image.Resampling.BICUBIC):
+    """The centre of a PIL image, as much of it as has the shape of `size`, (height, width), and in that size."""
+    width = min(image.width, image.height * size[1] / size[0])
+    height = min(image.height, image.width * size[0] / size[1])
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.resize((size[1], size[0]), resample, box=(left, top, left + width, top + height))
+
+
+def to_tensor(image):
+    """A PIL image, grey or RGB, as uint8 (C, H, W)."""
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)

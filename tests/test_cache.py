@@ -1,4 +1,5 @@
 from support.commands import UserError
+from support.folders import Folder
 
 import errno
 import json
@@ -19,7 +20,7 @@ import inference
 import train
 from checkpoint import load_checkpoint
 from config import Config
-from dataset import Dataset, Folder, load_dataset, to_float
+from dataset import Dataset, load_dataset, to_float
 from latent import cache
 from latent.cache import Latents, open_data
 from latent.vae import VAE, load_vae, save_vae
@@ -184,7 +185,7 @@ def test_a_folder_is_read_block_by_block(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BLOCK", 8)
     config = Config(dataset="folder", data_dir=str(tmp_path / "data"), vae=str(tmp_path / "vae"))
     data = load_dataset("folder", tmp_path / "data")
-    monkeypatch.setattr(Folder, "load", None)
+    monkeypatch.setattr(Folder, "read_all", None)
     most, original = [], Folder.read
     monkeypatch.setattr(Folder, "read", lambda self, rows: most.append(rows.stop - rows.start) or original(self, rows))
     latents = open_data(config, torch.device("cpu"), tmp_path / "latents").load()

@@ -1,4 +1,7 @@
+from support import folders, sizes
 from support.commands import UserError
+from support.image_files import fit, is_grey, list_images, read_image
+from support.sizes import available_memory
 
 import dataclasses
 import http.client
@@ -15,8 +18,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import dataset
-from dataset import available_memory, fit, is_grey, list_images, load_dataset, read_image, to_float, to_uint8
+from dataset import load_dataset, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -368,17 +370,17 @@ def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
     for flags, needed, words in (({}, 6 * 3 * 300 * 300, "6 images of 300 x 300 pixels would take 0.00162 GB"),
                                  ({"channels": 1}, 6 * 300 * 300, "--image-size 64"),
                                  ({"image_size": 100}, 6 * 3 * 100 * 100, "--image-size 50")):
-        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed)
+        monkeypatch.setattr(sizes, "available_memory", lambda needed=needed: 2 * needed)
         load_dataset("folder", folder, **flags)
-        monkeypatch.setattr(dataset, "available_memory", lambda needed=needed: 2 * needed - 1)
+        monkeypatch.setattr(sizes, "available_memory", lambda needed=needed: 2 * needed - 1)
         with monkeypatch.context() as patch, pytest.raises(UserError, match=words) as caught:
-            patch.setattr(dataset, "read_image", None)
+            patch.setattr(folders, "read_image", None)
             load_dataset("folder", folder, **flags)
         assert "more than half of the" in str(caught.value)
-    monkeypatch.setattr(dataset, "available_memory", lambda: 8.1e9)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 8.1e9)
     with pytest.raises(UserError, match=r"10,000 images of 1000 x 1000 pixels would take 30 GB .* the 8.1 GB that are"):
         load_dataset("mnist", mnist, train=False, image_size=1000, channels=3)
-    monkeypatch.setattr(dataset, "available_memory", lambda: 2 * 297 * 3 * 9**2)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 297 * 3 * 9**2)
     load_dataset("digits", "", train=False, image_size=9, channels=3)
     with pytest.raises(UserError, match="297 images of 10 x 10 "):
         load_dataset("digits", "", train=False, image_size=10, channels=3)

@@ -1,5 +1,6 @@
 """The sprites, made of sheets that are made up here: of the real size, fewer, and full of noise."""
 
+from support import sizes
 from support.commands import UserError
 
 import errno
@@ -119,7 +120,7 @@ def test_other_sizes_and_greys(sheets):
 
 
 def test_memory_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "available_memory", lambda: 1.7e9)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 1.7e9)
     with pytest.raises(UserError, match=r"72,000 images of 64 x 64 pixels would take 0\.885 GB"):
         load_dataset("sprites", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,9 @@
 
 from support import parallel
 from support.commands import UserError
-from support.image_files import IMAGE_ENDINGS, list_images, read_frames, visible
+from support.folders import in_order, training_part
+from support.image_files import IMAGE_ENDINGS, fit, list_images, read_frames, to_tensor, visible
+from support.sizes import demand_memory, show_size
 
 import hashlib
 import sys
@@ -11,8 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import show_size
-from dataset import FRAMES, Dataset, demand_memory, fit, in_order, load_dataset, to_tensor, training_part
+from dataset import FRAMES, Dataset, load_dataset
 from latent.cache import open_data
 from video.moving import load_moving
 

@@ -1,6 +1,8 @@
 """Clips of handwritten digits that move in straight lines and bounce off the walls, made anew at every step."""
 
 from support.commands import UserError
+from support.folders import Images
+from support.sizes import show_size
 
 import dataclasses
 import hashlib
@@ -9,8 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from config import show_size
-from dataset import Images, load_dataset
+from dataset import load_dataset
 
 SIZE = (16, 32, 32)  # frames, height and width, where the user names none
 MARGIN = 10          # pixels from a digit's centre of mass to the nearest wall: most of MNIST's are 20 high

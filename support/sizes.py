@@ -1,0 +1,64 @@
+"""Sizes of images and clips: as tuples, as words, and in memory."""
+
+from support.commands import UserError
+
+import contextlib
+import math
+import os
+import re
+from pathlib import Path
+
+LARGEST = 1024  # pixels, the longest side of an image
+
+
+def show_divisors(size):
+    """What divides each side of a size: [1, 2, 7, 14], or for sides that differ [1, 3] x [1, 5]."""
+    lists = [str([d for d in range(1, side + 1) if side % d == 0]) for side in size]
+    return lists[0] if len(set(size)) == 1 else " x ".join(lists)
+
+
+def as_size(value):
+    """A size as a tuple (H, W), or (T, H, W) of clips: n or "n" stands for a square, "28x20" for (28, 20), "16x32x32"
+    for (16, 32, 32), 0 for (), not known. What is none of these stays as it is, for whoever checks it to refuse."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){0,2}", value):
+        value = tuple(map(int, value.split("x"))) if "x" in value else int(value)
+    if type(value) is int:
+        return (value, value) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def as_sizes(value):
+    """Several sizes as a tuple of them, from a list, or as in "8x32x32,16x32x64"; 0 stands for ()."""
+    value = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(size for size in map(as_size, value) if size != ()) if isinstance(value, (list, tuple)) else value
+
+
+def show_sizes(sizes):
+    """8x32x32,16x32x64"""
+    return ",".join(map(show_size, sizes))
+
+
+def show_size(size):
+    """28, 28x20 or 16x32x32."""
+    return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
+
+
+def demand_memory(count, channels, size):
+    """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
+    training needs some as well."""
+    needed, free = count * channels * math.prod(size), available_memory()
+    if max(size) > LARGEST or needed > free / 2:
+        limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
+            f"more than half of the {free / 1e9:.3g} GB that are free")
+        smaller = show_size([max(1, side * min(64, max(size) // 2) // max(size)) for side in size])
+        raise UserError(f"{count:,} images of {size[0]} x {size[1]} pixels would take {needed / 1e9:.3g} GB of memory, "
+                        f"and {limit}: make them smaller, for example with --image-size {smaller}")
+
+
+def available_memory():
+    """The bytes of memory that can still be had or, where the system does not say, that there are (or infinity)."""
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
