@@ -5,7 +5,9 @@ from support.sizes import LARGEST, as_size, as_sizes, show_divisors, show_size, 
 
 import argparse
 import dataclasses
+import difflib
 import math
+from pathlib import PurePath
 
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
@@ -114,7 +116,7 @@ class Config:
     clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels, which latents do not have")
 
     def __post_init__(self):
-        for name, read in SIZES.items():
+        for name, read in {**SIZES, "data_dir": as_name, "vae": as_name}.items():
             object.__setattr__(self, name, read(getattr(self, name)))
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
@@ -220,6 +222,20 @@ PRESETS = {
 
 # The fields that say how to draw
 SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "spacing", "guided_channels", "clamp", "seed", "precision")
+
+
+def as_name(value):
+    """A `Path` as the string that it stands for; what is none stays as it is."""
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def check_names(given, known):
+    """Raises `UserError` when `given` (a dict, or names) holds a setting that is not among the names `known`."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise UserError(f"{name!r:.50} is no setting here" + (f": is {near[0]!r} meant?" if near else
+                                                                  f"; there are {', '.join(known)}"))
 
 
 # The fields that hold sizes, and how they are read

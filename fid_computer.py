@@ -10,6 +10,7 @@ import http.client
 import os
 import socket
 import sys
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_NAME = WEIGHTS_URL.rpartition("/")[2]
+LARGEST = 2048**2 * 16 + 1000  # bytes that a covariance takes at most, in the widest floats there are
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
@@ -139,8 +141,16 @@ def read_stats(file, dims):
     """Mean (dims,), covariance (dims, dims) and number of images (None: not known) from a file of `save_stats` or of
     pytorch-fid, which calls them mu and sigma. Raises `UserError` when the file is neither, or of other dims."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
+        names = ("mu", "sigma") if "mu" in sizes else ("mean", "cov")
+        if not sizes.keys() >= {*names}:
+            raise UserError(f"{file} holds {', '.join(sizes) or 'nothing':.80}, but no mean and cov, or mu and sigma: it "
+                            "is no statistics of images, but perhaps their features or pixels; give the folder of the "
+                            "images instead")
+        if any(sizes.get(name, 0) > LARGEST for name in (*names, "count", "dims")):
+            raise ValueError  # before it is unpacked, which a small file may be to any size
         with np.load(file, allow_pickle=False) as data:
-            names = ("mu", "sigma") if "mu" in data else ("mean", "cov")
             mean, cov = (np.asarray(data[name], dtype=np.float64) for name in names)
             count = int(data["count"]) if "count" in data else None
             size = int(data["dims"]) if "dims" in data else len(mean)
@@ -151,6 +161,8 @@ def read_stats(file, dims):
             raise ValueError  # no images have such a covariance, and the distance to it can be 0
         if count is not None and count < 2:
             raise ValueError
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception:  # a damaged file fails in too many ways to list

@@ -2,7 +2,7 @@
 completes them, leads from one label or seed to another, and makes clips longer."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.image_files import fit, read_frames, read_image, to_tensor
+from support.image_files import fit, name_of, read_frames, read_image, to_tensor
 from support.labels import are_numbers, parse_labels, parse_morph
 from support.pictures import check_picture, frames_of, grid, save_animation
 from support.sizes import as_size, show_size
@@ -10,6 +10,7 @@ from support.sizes import as_size, show_size
 import argparse
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 from collections import deque
@@ -22,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from checkpoint import checkpoint_file, load_model
-from config import SAMPLING, add_flags, check_eta, given_flags
+from config import SAMPLING, add_flags, check_eta, check_names, given_flags
 from dataset import BOUND, to_float, to_uint8
 from diffusion import SAMPLERS, between, build_process, complete, edit, from_noise, inpaint
 from latent.vae import open_vae
@@ -264,7 +265,7 @@ def read_picture(path, config, mask=None):
     *frames, height, width = config.image_size
     (clip, size), count = read_clip(path, config), math.prod(frames)
     if clip.shape[2] < count:
-        raise UserError(f"{path} has {clip.shape[2]} frames, but the model draws clips of {count}")
+        raise UserError(f"{name_of(path)} has {clip.shape[2]} frames, but the model draws clips of {count}")
     picture = clip[:, :, :count].reshape(1, -1, *config.image_size)
     if mask is None:
         return picture, None
@@ -272,7 +273,7 @@ def read_picture(path, config, mask=None):
     known = to_tensor(fit(read_image(mask, "L").resize(size, nearest), (height, width), nearest)) < 128
     known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
-        raise UserError(f"{mask} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
+        raise UserError(f"{name_of(mask)} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
                         "it be black where the picture is kept, and white where it is drawn anew")
     return picture, known
 
@@ -281,7 +282,7 @@ def read_clip(path, config):
     """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and their
     size in the file, (width, height). Raises `UserError`."""
     if config.channels not in (1, 3):
-        raise UserError(f"{path} cannot be brought to a model that draws {config.channels} channels, which are no "
+        raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which are no "
                         "picture")
     images = read_frames(path, "L" if config.channels == 1 else "RGB")
     frames = [to_tensor(fit(image, config.image_size[-2:])) for image in images]
@@ -370,12 +371,11 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
     draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). Of clips, their frames from left to right.
 
-    labels: as `parse_labels` takes them. count: how many of each. The others and settings (sampler, sample_steps,
-    guidance, eta, seed, precision ...): as the flags of these names. Raises `UserError`.
+    labels: as `parse_labels` takes them. count: how many of each. edit, inpaint, mask: files, PIL images, or arrays uint8
+    (H, W) or (H, W, 3). The others and settings (sampler, sample_steps, guidance, eta, seed, precision ...): as the
+    flags of these names. Raises `UserError`.
     """
-    if settings.keys() - {*SAMPLING, "vae"}:
-        raise UserError(f"draw knows {', '.join(SAMPLING)} and vae, but not "
-                        f"{', '.join(settings.keys() - {*SAMPLING, 'vae'})}")
+    check_names(settings, (*SAMPLING, "vae", *inspect.signature(draw).parameters))
     args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
                               inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, frames=None, **settings)
     check_changes(args)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from config import PRESETS, SIZES, Config, add_flags, check_eta, given_flags
+from config import PRESETS, SIZES, Config, add_flags, check_eta, check_names, given_flags
 from diffusion import Process, build_process
 from dit import build_model
 from inference import FRAME, sample, say_default, to_images
@@ -355,6 +355,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     Raises `UserError`.
     """
     settings = dataclasses.asdict(config) if isinstance(config, Config) else config
+    check_names(settings, Config.__dataclass_fields__)
     device = parallel.join(device)
     run_dir = Path(run_dir)
     path = run_dir / "model.pth"

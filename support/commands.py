@@ -153,8 +153,13 @@ def run(main, memory="--batch-size", alone=False):
     Exit codes: 1 for bad input, for a file or a folder that the system refuses, and when memory runs out; 130 after
     Ctrl-C; 141 when nobody reads the output any more (`| head`).
     """
-    if alone and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-        return
+    if alone and "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.pop("RANK", "0") != "0":
+            return
+        os.environ.pop("WORLD_SIZE", None)  # what it starts and what it calls waits for no others: they have left
+        parallel = sys.modules.get("support.parallel")
+        if parallel:
+            parallel.RANK, parallel.WORLD = 0, 1
     keep_memory()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):

@@ -3,6 +3,7 @@
 from support.commands import UserError, first_line
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,8 @@ try:
     import fcntl
 except ImportError:
     fcntl = None
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems say that have none, some network ones
 
 
 def make_dir(path):
@@ -40,14 +43,19 @@ def check_file(path):
 @contextlib.contextmanager
 def lock_dir(path):
     """Within the block the folder `path` is this process's: another that asks for it gets a `UserError`. The system
-    takes the lock away when the process ends, however it ends. Does nothing on Windows, which has no flock."""
+    takes the lock away when the process ends, however it ends. Does nothing where there is no flock: on Windows, and on
+    file systems without it."""
     if not fcntl:
         yield
         return
     lock = Path(path) / ".lock"
     try:
         file = lock.open("a")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             raise BlockingIOError  # whoever had it has just removed it, and another has made it anew
     except (BlockingIOError, FileNotFoundError):

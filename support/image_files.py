@@ -35,15 +35,23 @@ def list_images(folder):
 @contextlib.contextmanager
 def opened(path):
     """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
-    names the file."""
+    names the file. path: or a picture from Python, a PIL image or an array uint8 (H, W) or (H, W, 3)."""
     try:
+        if isinstance(path, (Image.Image, np.ndarray)):
+            yield path.copy() if isinstance(path, Image.Image) else Image.fromarray(path)
+            return
         with Image.open(path) as image:
             yield image
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in too many ways to list
         reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
-        raise UserError(f"{os.fspath(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+        raise UserError(f"{name_of(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
+
+
+def name_of(path):
+    """What messages call a picture: its file's name, where it is in one."""
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the picture"
 
 
 def is_grey(path):
@@ -94,8 +102,7 @@ def read_frames(path, mode=None):
     repeated as often as the shortest of these times goes into its own; what is shown for longer than `SLOWEST`
     milliseconds is taken for several frames. Raises `UserError` that names the file.
     """
-    path = Path(path)
-    if path.is_dir():
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
         return [read_image(file, mode) for file in list_images(path)]
     with opened(path) as image:
         count = getattr(image, "n_frames", 1)
