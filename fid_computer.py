@@ -145,9 +145,8 @@ def read_stats(file, dims):
             sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
         names = ("mu", "sigma") if "mu" in sizes else ("mean", "cov")
         if not sizes.keys() >= {*names}:
-            raise UserError(f"{file} holds {', '.join(sizes) or 'nothing':.80}, but no mean and cov, or mu and sigma: it "
-                            "is no statistics of images, but perhaps their features or pixels; give the folder of the "
-                            "images instead")
+            raise UserError(f"{file} holds {', '.join(sizes) or 'nothing':.80}, but no mean and cov, or mu and sigma: "
+                            "perhaps features or pixels, and no statistics of images; give the folder of the images")
         if any(sizes.get(name, 0) > LARGEST for name in (*names, "count", "dims")):
             raise ValueError  # before it is unpacked, which a small file may be to any size
         with np.load(file, allow_pickle=False) as data:

@@ -273,8 +273,8 @@ def read_picture(path, config, mask=None):
     known = to_tensor(fit(read_image(mask, "L").resize(size, nearest), (height, width), nearest)) < 128
     known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
-        raise UserError(f"{name_of(mask)} is {'black' if known.all() else 'white'} all over the part that the model sees: let "
-                        "it be black where the picture is kept, and white where it is drawn anew")
+        raise UserError(f"{name_of(mask)} is {'black' if known.all() else 'white'} all over the part that the model "
+                        "sees: let it be black where the picture is kept, and white where it is drawn anew")
     return picture, known
 
 
@@ -282,8 +282,8 @@ def read_clip(path, config):
     """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and their
     size in the file, (width, height). Raises `UserError`."""
     if config.channels not in (1, 3):
-        raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which are no "
-                        "picture")
+        raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which "
+                        "are no picture")
     images = read_frames(path, "L" if config.channels == 1 else "RGB")
     frames = [to_tensor(fit(image, config.image_size[-2:])) for image in images]
     return to_float(torch.stack(frames, dim=1))[None], images[0].size
@@ -371,11 +371,11 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0),
     draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). Of clips, their frames from left to right.
 
-    labels: as `parse_labels` takes them. count: how many of each. edit, inpaint, mask: files, PIL images, or arrays uint8
-    (H, W) or (H, W, 3). The others and settings (sampler, sample_steps, guidance, eta, seed, precision ...): as the
-    flags of these names. Raises `UserError`.
+    labels: as `parse_labels` takes them. count: how many of each. edit, inpaint, mask: files, PIL images, or arrays
+    uint8 (H, W) or (H, W, 3). The others and settings (sampler, sample_steps, guidance, eta, seed, precision ...): as
+    the flags of these names. Raises `UserError`.
     """
-    check_names(settings, (*SAMPLING, "vae", *inspect.signature(draw).parameters))
+    check_names(settings, [*SAMPLING, "vae", *inspect.signature(draw).parameters][:-1])  # the last one is `settings`
     args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
                               inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, frames=None, **settings)
     check_changes(args)

@@ -1,6 +1,6 @@
 """What every command promises: one line for each mistake, no traceback, whatever it is started in."""
 
-from support import parallel
+from support import files, parallel
 from support.commands import (
     Parser,
     UserError,
@@ -13,6 +13,7 @@ from support.commands import (
 )
 from support.files import lock_dir, make_dir
 
+import errno
 import json
 import os
 import resource
@@ -327,6 +328,22 @@ def test_a_lock_ends_with_its_block(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+    """Some network file systems: there the block runs unlocked, as on Windows. Any other error is still one."""
+    def flock(file, kind):
+        raise OSError(errors[-1], os.strerror(errors[-1]))
+
+    errors = [number]
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with lock_dir(tmp_path):
+        (tmp_path / "model.pth").touch()
+    assert os.listdir(tmp_path) == ["model.pth"] and capsys.readouterr().err == ""
+    errors.append(errno.EIO)
+    with pytest.raises(UserError, match="cannot be written"), lock_dir(tmp_path):
+        pass
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "under", "/proc/nowhere", "/proc"):
@@ -365,6 +382,16 @@ def test_work_for_one_process_is_done_once(rank, trained, tmp_path):
         process = start(name, *flags, env=environment)
         assert process.returncode == 0 and process.stdout.count("\n") == (not rank), process.stderr
     assert len(os.listdir(tmp_path)) == (0 if rank else 2)
+
+
+def test_work_for_one_process_waits_for_no_others(monkeypatch):
+    """The others have left: neither it nor what it starts may take torchrun's word that they are there."""
+    for name, value in {**TORCHRUN, "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    seen = []
+    run(lambda: seen.append((parallel.RANK, parallel.WORLD, parallel.read_environment(os.environ))), alone=True)
+    assert seen == [(0, 1, (0, 1))]
 
 
 def test_shares_cover_everything_once(monkeypatch):

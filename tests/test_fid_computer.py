@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -444,7 +445,30 @@ def write_stats(kind, stats, file):
 def test_malformed_statistics(kind, stats, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_stats(kind, stats, tmp_path / "bad.npz")
-    assert f"{tmp_path / 'bad.npz'} is damaged" in fails("--fake", stats, "--real", tmp_path / "bad.npz", "--dims", 64)
+    words = "holds cov, count, dims" if kind == "other names" else "is damaged"
+    assert f"{tmp_path / 'bad.npz'} {words}" in fails("--fake", stats, "--real", tmp_path / "bad.npz", "--dims", 64)
+
+
+@pytest.mark.parametrize("name", ["arr_0", "pool_3"])
+def test_features_are_no_statistics(name, fails, stats, tmp_path):
+    """What other programs keep under that ending."""
+    np.savez(tmp_path / "theirs.npz", **{name: np.zeros((100, 64))})
+    message = fails("--fake", stats, "--real", tmp_path / "theirs.npz", "--dims", 64)
+    assert f"theirs.npz holds {name}, but no mean and cov, or mu and sigma" in message and "give the folder" in message
+
+
+def test_a_small_file_of_huge_arrays_is_not_unpacked(stats, fails, tmp_path):
+    """100 MB in 100 kB. Those of another name, such as a batch of images, are not looked at."""
+    zeros = np.zeros(10**8 // 8)
+    np.savez_compressed(tmp_path / "huge.npz", mean=np.zeros(64), cov=np.eye(64), count=zeros, dims=64)
+    np.savez_compressed(tmp_path / "batch.npz", mu=np.zeros(64), sigma=np.eye(64), arr_0=zeros)
+    del zeros
+    tracemalloc.start()
+    assert "huge.npz is damaged" in fails("--fake", stats, "--real", tmp_path / "huge.npz", "--dims", 64)
+    assert np.array_equal(fid_computer.read_stats(tmp_path / "batch.npz", 64)[1], np.eye(64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
 
 
 @pytest.mark.parametrize("precision", [np.float32, np.float64])

@@ -232,6 +232,14 @@ def test_draw_for_a_notebook():
             draw(**wrong)
 
 
+def test_a_misspelt_setting_names_the_nearest():
+    for wrong, right in (("guidanc", "guidance"), ("sample_step", "sample_steps"), ("labls", "labels"), ("vea", "vae")):
+        with pytest.raises(UserError, match=f"'{wrong}' is no setting here: is '{right}' meant"):
+            draw("3", checkpoint=SHIPPED, **{wrong: 2})
+    with pytest.raises(UserError, match="'xyzzy' is no setting here; there are sampler, sample_steps"):
+        draw("3", checkpoint=SHIPPED, xyzzy=2)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 def test_memory_does_not_grow_with_the_steps(monkeypatch, sampler):
     """Of the states that a sampler yields, few are alive at any time."""
@@ -662,6 +670,19 @@ def test_draw_changes_pictures_too(small, tmp_path):
     completed, known = tile(draw(3, inpaint=picture, mask=mask, **flags), 0, 0), np.asarray(Image.open(mask)) == 0
     assert np.array_equal(completed[known], np.asarray(Image.open(picture))[known])
     assert draw(morph="3:8", count=2, to_seed=9, **flags).size == (2 + 11 * 58, 2 + 2 * 58)
+    # From Python, what lies in a file may come as it is.
+    pictures = [Image.open(path).copy() for path in (picture, mask)]
+    for one, other in (pictures, [np.asarray(image.convert("RGB")) for image in pictures]):
+        kept = one.copy()
+        assert draw([3], edit=one, **flags).tobytes() == draw([3], edit=str(picture), **flags).tobytes()
+        assert draw(3, inpaint=one, mask=other, **flags).tobytes() == draw(3, inpaint=picture, mask=mask,
+                                                                           **flags).tobytes()
+        assert np.array_equal(one, kept)  # it is the caller's
+    for wrong in ([1, 2], np.zeros((2, 3, 4, 5), np.uint8), np.zeros((4, 4), np.complex64)):
+        with pytest.raises(UserError, match="the picture cannot be read as an image"):
+            draw([3], edit=wrong, **flags)
+    with pytest.raises(UserError, match="the picture is white all over"):
+        draw([3], inpaint=picture, mask=np.full((9, 9), 255, np.uint8), **flags)
     for wrong in (dict(mask=mask), dict(edit=picture, morph="3:8"), dict(morph="3:8", labels="3")):
         with pytest.raises(UserError):
             draw(**wrong, **flags)

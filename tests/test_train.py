@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,20 @@ from train import Run, learning_rate, make_batch, start_run, train_step
 
 def data_of(images, labels):
     return Dataset("random", images, labels, [*map(str, range(10))])
+
+
+def test_from_python(tmp_path):
+    """Folders may be a `Path`; a misspelt setting is one line, also of a run that goes on."""
+    small = dict(dataset="digits", data_dir=tmp_path, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=2)
+    assert train.train(small, tmp_path / "run", device="cpu") == (2, 0)
+    assert load_checkpoint(tmp_path / "run" / "model.pth")["config"].data_dir == str(tmp_path)
+    assert Config(vae=Path("some") / "vae").vae == os.path.join("some", "vae")
+    moved = small | {"data_dir": tmp_path / "elsewhere", "steps": 3}
+    assert train.train(moved, str(tmp_path / "run"), resume=True, device=torch.device("cpu")) == (3, 0)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="'stepz' is no setting here: is 'steps' meant"):
+            train.train({"stepz": 3}, tmp_path / ("run" if resume else "new"), resume)
+    assert not (tmp_path / "new").exists()
 
 
 def test_run_folder(trained):
