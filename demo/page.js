@@ -121,7 +121,7 @@ function paint(canvas, image) {
 const MOST = 16;  // images in the row
 let images = [];  // of the row: {label, place, draw, states: [{x, t}], shown, tile}
 let chosen = 0;   // the one to look into
-let draws = 0;    // how many new draws were asked for
+let draws = 1;    // the newest draw that was asked for; the ends of the way between two begin with 0 and 1
 
 // The labels that a text asks for, null where it has a gap. Throws what it does not know.
 function parse(text) {
@@ -139,6 +139,14 @@ function parse(text) {
       if (find(part) >= names.length) throw part;
       return find(part);
     });
+}
+
+// What to write for class i: its name, or its number where its name would be read as another, or has a comma.
+function written(i) {
+  try {
+    if (String(parse(names[i])) === String(i)) return names[i];
+  } catch { /* nor is it a name then */ }
+  return String(i);
 }
 
 function readText() {
@@ -593,10 +601,10 @@ function start() {
   $("complete-label").value = "";
   $("turn-label").value = Math.min(7, names.length - 1);
   if (!numbered) {
-    $("chips").append(...names.slice(0, 40).map(name => {
+    $("chips").append(...names.slice(0, 40).map((name, i) => {
       const chip = create("button", { type: "button", textContent: name });
       chip.onclick = () => {
-        $("text").value = [$("text").value.trim(), name].filter(part => part).join(", ");
+        $("text").value = [$("text").value.trim(), written(i)].filter(part => part).join(", ");
         readText();
       };
       return chip;
@@ -609,7 +617,7 @@ function start() {
   label($("drawn"), "What the network makes of your drawing", "网络画成的结果");
   const today = new Date(), digits = n => String(n).padStart(2, "0");
   const date = `${today.getFullYear()}-${digits(today.getMonth() + 1)}-${digits(today.getDate())}`;
-  $("text").value = names.length === 10 && numbered ? date : names.slice(0, 8).join(", ");
+  $("text").value = names.length === 10 && numbered ? date : names.slice(0, 8).map((_, i) => written(i)).join(", ");
   setLanguage(root.lang);
   setTheme(root.dataset.theme);
   showSettings();

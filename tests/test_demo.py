@@ -1,5 +1,8 @@
+import copy
 import dataclasses
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -9,13 +12,17 @@ import pytest
 import torch
 from conftest import HANGS, REPOSITORY, assert_refused
 
-from checkpoint import save_checkpoint
+import dit
+import dit_block
+from checkpoint import averaged_model, load_checkpoint, save_checkpoint
 from config import Config
+from dataset import BOUND
 from demo import export
+from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
 from dit import build_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SMALL = Config(image_size=8, patch_size=2, channels=1, num_classes=10, hidden_size=32, depth=2, num_heads=2,
+SMALL = Config(image_size=(12, 6), patch_size=(3, 2), channels=1, num_classes=10, hidden_size=32, depth=2, num_heads=2,
                sample_steps=5)
 
 
@@ -171,6 +178,33 @@ def test_the_text_is_read_as_labels(browse, tmp_path):
     assert "“mouse”, but cat, big dog, 2." in refused
 
 
+def test_names_of_any_kind_are_shown_and_asked_for(browse, tmp_path):
+    """Markup, a comma, bytes that are no text, two that differ in their case alone."""
+    names = ("</script>", "<img src=x onerror=alert(1)>", "{{numbers}}", "a, b", "\udcb9\udcab", "Cat", "cat", "猫")
+    browser = browse(make_checkpoint(tmp_path / "model.pth", num_classes=len(names), classes=names))
+    shown = [*names[:4], r"\udcb9\udcab", *names[5:]]
+    for element in ("$('row').querySelectorAll('span')", "$('chips').children", "$('left-label').options"):
+        assert browser.run(f"[...{element}].map(element => element.textContent)") == shown
+    assert browser.run("images.map(({ label }) => label)") == [*range(8)]
+    for i in range(8):
+        browser.run(f"$('text').value = ''; $('chips').children[{i}].click()")
+        assert browser.run("images.map(({ label }) => label)") == [i]
+        assert browser.run("$('refused').textContent") == ""
+    assert not [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
+def test_the_pen_has_a_colour(browse, tmp_path):
+    browser = browse(make_checkpoint(tmp_path / "model.pth", channels=3))
+    browser.run("$('ink').value = '#ff8000'; dot(6, 3)")
+    channels = torch.tensor(browser.run("[...drawing]")).view(3, 12, 6)
+    scale = 6 / 28
+    assert scale < 1
+    cover = 1.1 * scale + 0.5 - 0.5 ** 0.5  # of each of the four pixels about the dot
+    for channel, value in enumerate((1, 128 / 127.5 - 1, -1)):
+        torch.testing.assert_close(channels[channel, 5:7, 2:4], torch.full((2, 2), -1 + cover * (value + 1)))
+    assert (channels > -1).sum() == 8
+
+
 def test_noise_is_standard_normal(browse, tmp_path):
     """Whatever names it, on the way between two as well."""
     browser = browse(make_checkpoint(tmp_path / "model.pth"))
@@ -186,69 +220,316 @@ def test_noise_is_standard_normal(browse, tmp_path):
     assert min(torch.stack([midway, noise]).corrcoef()[0, 1] for noise in draws[:2]) > 0.6
 
 
-def image_of(canvas):
-    """A JavaScript expression: the pixels of a canvas, a string."""
-    return f"[...{canvas}.getContext('2d').getImageData(0, 0, {canvas}.width, {canvas}.height).data].join()"
+# Kept for the tests of the controls: the last answer to each slot. Then all is asked for once more.
+FOLLOW = """
+    const answers = {}, pass = receive;
+    receive = message => { pass(message); answers[message.slot] = message; };
+    drawAll();
+"""
+SETTLED = """
+    Object.entries(waiting).every(([slot, { id }]) => answers[slot]?.id === id &&
+                                                      answers[slot].step === answers[slot].steps)
+    && !playing
+"""
 
 
-def test_every_control_changes_what_it_says(browse, tmp_path):
-    browser = browse(make_checkpoint(tmp_path / "model.pth"))
-    idle = "$('row').getAttribute('aria-busy') === 'false'"
+class Controls:
+    """A page of `make_checkpoint` whose controls are used, beside what PyTorch makes of the same noise and weights."""
 
-    def picture(canvas):
-        return browser.run(image_of(canvas))
+    def __init__(self, browser, checkpoint):
+        self.browser, content = browser, load_checkpoint(checkpoint)
+        self.config = content["config"]
+        content["ema"] = {name: weight.half().float() for name, weight in content["ema"].items()}
+        self.model, self.process = averaged_model(content, precision="fp32"), build_process(self.config)
+        self.shape = (1, self.config.channels, *self.config.image_size)
+        browser.run(FOLLOW)
+        browser.wait(SETTLED)
 
-    def change(canvas, action):
-        before = picture(canvas)
-        browser.run(action)
-        browser.wait(f"{image_of(canvas)} !== {before!r}")
-        browser.wait(idle)
+    def do(self, *actions):
+        """Each action, and all answers to it."""
+        for action in actions:
+            self.browser.run(action)
+            self.browser.wait(SETTLED)
 
-    def set_value(name, value, event="input"):
-        return f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('{event}', {{bubbles: true}}))"
+    def set(self, event="input", **values):
+        for name, value in values.items():
+            self.do(f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('{event}'))")
 
-    browser.run(set_value("text", "2026-11"))
-    browser.wait(f"{idle} && $('row').querySelectorAll('button').length === 6")
-    first, second = "$('row').querySelectorAll('canvas')[0]", "$('row').querySelectorAll('canvas')[1]"
-    own, other = picture(first), picture(second)
-    change(first, f"{first}.parentElement.click()")
-    assert picture(second) == other, "only the image that was clicked is drawn anew"
-    for name, value in dict(guidance=3, sampler="ddim", steps=2, seed=5, step=0).items():
-        change(second, set_value(name, value))
-    browser.run("$('reset').click()")
-    browser.wait(f"{idle} && {image_of(second)} === {other!r}")
-    assert picture(first) != own
+    def press(self, name, *keys):
+        self.do(*[f"$('{name}').dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}}}))" for key in keys])
 
-    change("$('middle')", set_value("share", 90))
-    change("$('left').firstChild", set_value("left-label", 1, "change"))
-    change("$('right').firstChild", "$('right').click()")
+    def numbers(self, expression, *shape):
+        return torch.tensor(self.browser.run(f"[...{expression}]"), dtype=torch.float32).view(shape or self.shape)
 
-    change("$('guess')", set_value("moment", 0))
-    change("$('attention-1-1')", "$('noisy').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowUp'}))")
-    assert "row 2 of 4" in browser.run("$('noisy').getAttribute('aria-label')")
+    def text(self, name):
+        return self.browser.run(f"$('{name}').textContent")
 
-    change("$('pad')", "for (const key of [' ', 'ArrowUp', 'ArrowUp', 'ArrowLeft']) "
-           "$('pad').dispatchEvent(new KeyboardEvent('keydown', {key}))")
-    change("$('drawn')", "result = null; $('turn').click()")
-    browser.wait("result")
-    browser.run("$('complete').click()")
-    assert "Erase" in browser.run("$('cost').textContent")
-    change("$('pad')", "document.querySelector('[value=eraser]').click(); "
-           "$('pad').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}))")
-    browser.run("result = null; $('complete').click()")
-    browser.wait("result")
-    assert browser.run("drawing.filter((value, i) => !hidden[i] && value !== result[i]).length") == 0
-    assert browser.run("drawing.filter((value, i) => hidden[i] && value !== result[i]).length") > 0
+    def label(self, canvas):
+        return self.browser.run(f"{canvas}.getAttribute('aria-label')")
 
+    def noise(self, seed, place, draw, calls=60):
+        """What the page draws one image from, (calls, *shape)."""
+        size = math.prod(self.shape)
+        return self.numbers(f"take(normals({seed}, {place}, {draw}), {calls * size})", calls, *self.shape)
+
+    @torch.no_grad()
+    def states(self, label, noise, *arguments, way=from_noise, sampler="dpm", steps=5, guidance=2.0):
+        """What a sampler makes of noise (calls, *shape), step by step: (steps + 1, *shape). label: or (a, b, share)."""
+        first, last, share = label if isinstance(label, tuple) else (label, label, 0.0)
+        model, table = copy.deepcopy(self.model), self.model.label_embedding.weight
+        rows = torch.stack([torch.lerp(table[first], table[last], share), table[-1]])
+        model.label_embedding, model.null_label = torch.nn.Embedding.from_pretrained(rows), 1
+
+        def denoise(x, t):
+            return self.process.denoise(model, x, t, torch.tensor([0]), guidance, BOUND)
+
+        return torch.stack([*way(self.process, SAMPLERS[sampler], denoise, functools.partial(next, iter(noise)), steps,
+                                 *arguments)])
+
+    @torch.no_grad()
+    def look(self, x, t, label, guidance=2.0):
+        """The guess of the network, like x, and how strongly each patch of each head of each block attends, in a list
+        of (h, N, N)."""
+        found = []
+
+        def keep(module, inputs, output):  # (B, N, 3 D), with the label first, then without
+            q, k, _ = output[0].unflatten(1, (3, self.config.num_heads, -1)).permute(1, 2, 0, 3)  # each (h, N, D/h)
+            found.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1))
+
+        hooks = [block.attention.qkv.register_forward_hook(keep) for block in self.model.blocks]
+        guess = self.process.denoise(self.model, x, t, torch.tensor([label]), guidance, BOUND)
+        for hook in hooks:
+            hook.remove()
+        return guess, found
+
+    def colour(self, name):
+        return torch.tensor(self.browser.run(f"colour('--{name}')"), dtype=torch.float32)
+
+    def pixels(self, canvas):
+        """What is seen on a canvas, 0..255, (H, W, 3)."""
+        height, width = self.config.image_size
+        data = self.numbers(f"{canvas}.getContext('2d').getImageData(0, 0, {width}, {height}).data", height, width, 4)
+        return data[..., :3]
+
+    def ink(self, x):
+        """The pixels of a grey image x (1, 1, H, W) in the page's colours."""
+        return torch.lerp(self.colour("paper"), self.colour("ink"), (x[0, 0, ..., None].clamp(-1, 1) + 1) / 2)
+
+    def shows(self, canvas, x):
+        torch.testing.assert_close(self.pixels(canvas), self.ink(x), atol=1.1, rtol=0)
+
+
+def alike(a, b):
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def controls(browse, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "model.pth")
+    return Controls(browse(checkpoint), checkpoint)
+
+
+def tile(i):
+    return f"$('row').querySelectorAll('canvas')[{i}]"
+
+
+def test_the_row_shows_what_its_settings_draw(controls):
+    def row(expected, calls, **options):
+        """expected: a label, seed and draw for each image."""
+        for i, (label, seed, draw) in enumerate(expected):
+            states = controls.states(label, controls.noise(seed, i, draw), **options)
+            assert controls.browser.run(f"images[{i}].states.length") == len(states)
+            for step, state in enumerate(states):
+                alike(controls.numbers(f"images[{i}].states[{step}].x"), state)
+            controls.shows(tile(i), states[-1])
+        assert f"{calls} network calls, {calls // len(expected)} each" in controls.text("cost")
+
+    controls.set(text="3-14")
+    row([(3, 0, 0), (1, 0, 0), (4, 0, 0)], 30)
+    controls.set(guidance=3)
+    row([(3, 0, 0), (1, 0, 0), (4, 0, 0)], 30, guidance=3)
+    controls.set(guidance=1, sampler="ddim")
+    row([(3, 0, 0), (1, 0, 0), (4, 0, 0)], 15, guidance=1, sampler="ddim")
+    controls.set(guidance=0, sampler="ddpm", steps=3, seed=5)
+    row([(3, 5, 0), (1, 5, 0), (4, 5, 0)], 9, guidance=0, sampler="ddpm", steps=3)
+    controls.do("$('reset').click()")
+    row([(3, 0, 0), (1, 0, 0), (4, 0, 0)], 30)
+
+    controls.do(f"{tile(1)}.parentElement.click()")
+    assert "1 image: 10 network calls, 10 each" in controls.text("cost")
+    states = controls.states(1, controls.noise(0, 1, 2))
+    alike(controls.numbers("images[1].states[5].x"), states[5])
+    # The click also lays the old draw and the new one side by side.
+    controls.shows("$('left').firstChild", controls.states(1, controls.noise(0, 1, 0))[5])
+    controls.shows("$('right').firstChild", states[5])
+
+    controls.set(step=2)
+    controls.shows(tile(1), states[2])
+    controls.shows(tile(2), controls.states(4, controls.noise(0, 2, 0))[2])
+    assert controls.text("step-value") == "step 2 of 5"
+    controls.do("$('play').click()")
+    controls.shows(tile(1), states[5])
+    # What stays in its place in the text is not drawn anew; what another image is, is.
+    controls.set(text="314-1")
+    assert controls.browser.run("images.map(({ label, place, draw }) => [label, place, draw])") == [
+        [3, 0, 0], [1, 1, 2], [4, 2, 0], [1, 3, 0]]
+    assert "1 image: 10 network calls" in controls.text("cost")
+    controls.do("$('reseed').click()")
+    seed = controls.browser.run("seed()")
+    assert seed
+    alike(controls.numbers("images[3].states[5].x"), controls.states(1, controls.noise(seed, 3, 0))[5])
+
+
+def test_the_slider_leads_from_one_draw_to_the_other(controls):
+    def noise(share, a, b, seed=0):
+        a, b = (controls.noise(seed, 100, draw, 1)[0] for draw in (a, b))
+        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        return (((1 - share) * angle).sin() * a + (share * angle).sin() * b)[None] / angle.sin()
+
+    def shown(labels, share, draws, seed=0, **options):
+        for canvas, at in (("$('left').firstChild", 0), ("$('middle')", share), ("$('right').firstChild", 1)):
+            x = controls.states((*labels, at), noise(at, *draws, seed), **options)[-1]
+            controls.shows(canvas, x)
+
+    shown((3, 8), 0.5, (0, 1))
+    controls.set(share=90)
+    shown((3, 8), 0.9, (0, 1))
+    assert controls.text("share-value") == "90 %"
+    assert "3 images: 30 network calls, 10 each" in controls.text("cost")
+    assert controls.label("$('middle')") == "90 % of the way from 3 to 8"
+    controls.set("change", **{"left-label": 1})
+    shown((1, 8), 0.9, (0, 1))
+    controls.do("$('right').click()")
+    shown((1, 8), 0.9, (0, 2))
+    controls.set(guidance=2, sampler="ddpm", steps=4, seed=7)  # fresh noise would flicker: ddim instead
+    shown((1, 8), 0.9, (0, 2), 7, guidance=2, sampler="ddim", steps=4)
+
+
+def test_inside_is_what_pytorch_sees_there(controls):
+    grid = [n // p for n, p in zip(controls.config.image_size, controls.config.patch_size, strict=True)]
+    controls.set(text="629")
+
+    def shown(image, label, moment, patch, **options):
+        x = controls.states(label, controls.noise(0, image, 0), **options)[moment]
+        t, *_ = controls.process.descending_steps(5)[moment]
+        guess, attention = controls.look(x, t, label, **options)
+        assert controls.text("moment-value") == f"step {moment + 1} of 5, t = {t}"
+        controls.shows("$('noisy')", x)
+        alike(controls.numbers("seen.guess"), guess)
+        controls.shows("$('guess')", guess)
+        row, column = patch // grid[1], patch % grid[1]
+        assert f"row {row + 1} of {grid[0]}, column {column + 1} of {grid[1]}" in controls.label("$('noisy')")
+        paper, accent = controls.colour("paper"), controls.colour("accent")
+        for block, weights in enumerate(attention):
+            alike(controls.numbers(f"seen.attention[{block}]", *weights.shape), weights)
+            for head, looks in enumerate(weights[:, patch]):  # (N,)
+                strongest, canvas = looks.argmax().item(), f"$('attention-{block}-{head}')"
+                assert controls.label(canvas) == (
+                    f"Block {block + 1}, head {head + 1}: most to row {strongest // grid[1] + 1}, column "
+                    f"{strongest % grid[1] + 1}, {(100 * looks.max()).round():.0f} %")
+                heat = (looks / looks.max() * 0.9).view(grid)
+                for axis, size in enumerate(controls.config.patch_size):
+                    heat = heat.repeat_interleave(size, axis)
+                expected = torch.lerp(torch.lerp(paper, controls.ink(guess), 0.25), accent, heat[..., None])
+                torch.testing.assert_close(controls.pixels(canvas), expected, atol=1.1, rtol=0)
+
+    middle = grid[0] // 2 * grid[1] + grid[1] // 2
+    shown(0, 6, 3, middle)
+    controls.do("$('choices').children[2].click()")
+    shown(2, 9, 3, middle)
+    controls.set(moment=0)
+    controls.press("noisy", "ArrowUp", "ArrowLeft")
+    shown(2, 9, 0, middle - grid[1] - 1)
+    controls.do("""{
+        const box = $('noisy').getBoundingClientRect(), at = { clientX: box.right - 1, clientY: box.bottom - 1 };
+        $('noisy').dispatchEvent(new PointerEvent('pointerdown', at));
+    }""")
+    controls.set(guidance=2.5)
+    shown(2, 9, 0, math.prod(grid) - 1, guidance=2.5)
+
+
+def dots(controls, places, radius):
+    """What a tool covers of each pixel, 0..1, at places (row, column)."""
+    height, width = controls.config.image_size
+    scale = min(height, width) / 28
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    covers = [(radius * scale + 0.5 - torch.hypot(rows - row, columns - column)).clamp(0, 1)
+              for row, column in places]
+    return torch.stack(covers).amax(0).expand(controls.shape)
+
+
+def test_the_pen_draws_and_the_network_changes_and_completes_it(controls):
+    noises = []
+
+    def noise():
+        noises.append(controls.browser.run("draws"))
+        return controls.noise(0, 200, noises[-1])
+
+    # The pen starts in the middle, lifted; it is lowered and goes up twice.
+    height, width = controls.config.image_size
+    start = height / 2, width / 2
+    controls.press("pad", "ArrowLeft", " ", "ArrowUp", "ArrowUp")
+    path = [(start[0] - step / 2, start[1] - 1) for step in range(5)]
+    expected = 2 * dots(controls, path, 1.1) - 1
+    alike(controls.numbers("drawing"), expected)
+    controls.shows("$('pad')", expected)
+    assert f"pen down, row {height // 2 - 1}, column {width // 2}" in controls.label("$('pad')")
+
+    controls.browser.run("$('turn-label').value = 4; $('strength').value = 0.6")
+    controls.do("$('turn').click()")
+    changed = controls.states(4, noise(), expected, 0.6, way=edit)[-1]
+    alike(controls.numbers("result"), changed)
+    controls.shows("$('drawn')", changed)
+    assert "1 image: 10 network calls, 10 each" in controls.text("cost")
+    controls.browser.run("$('complete').click()")
+    assert "Erase a part" in controls.text("cost")
+
+    controls.do("$('keep').click()")
+    alike(controls.numbers("drawing"), changed)
+    controls.browser.run("document.querySelector('[value=eraser]').click()")
+    controls.press("pad", "ArrowLeft")
+    erased = dots(controls, [(start[0] - 2, start[1] - 1 - step / 2) for step in (1, 2)], 2.6) > 0
+    assert 0 < erased.sum() < erased.numel()
+    assert torch.equal(controls.numbers("hidden") > 0, erased)
+    picture = torch.where(erased, torch.tensor(-1.0), changed)
+    alike(controls.numbers("drawing"), picture)
+    controls.browser.run("$('complete-label').value = 7")
+    for label, calls in ((7, 40), ("", 20)):  # 5 steps of 4 rounds, twice the calls with guidance
+        controls.do(f"$('complete-label').value = '{label}'; $('complete').click()")
+        completed = controls.states(label or 0, noise(), picture, ~erased, way=inpaint,
+                                    guidance=2.0 if label else 0)[-1]
+        alike(controls.numbers("result"), completed)
+        assert controls.browser.run("drawing.every((value, i) => hidden[i] || value === result[i])")
+        assert f"1 image: {calls} network calls, {calls} each" in controls.text("cost")
+    assert noises == sorted(set(noises)), "each asks for fresh noise"
+
+    # A pixel that is drawn on is no longer one to complete; nor is any of a new drawing.
+    controls.browser.run("document.querySelector('[value=pen]').click()")
+    controls.press("pad", "ArrowLeft")
+    drawn = dots(controls, [(start[0] - 2, start[1] - 2 - step / 2) for step in (1, 2)], 1.1) > 0
+    assert (erased & drawn).any()
+    assert torch.equal(controls.numbers("hidden") > 0, erased & ~drawn)
+    controls.do("$('borrow').click()")
+    alike(controls.numbers("drawing"), controls.numbers("images[0].states[5].x"))
+    assert not controls.numbers("hidden").any()
+    controls.browser.run("hidden.fill(1)")
+    controls.do("$('clear').click()")
+    assert (controls.numbers("drawing") == -1).all()
+    assert not controls.numbers("hidden").any()
+
+
+def test_the_page_speaks_two_languages_and_is_light_or_dark(controls):
     for name, value in {"lang": "zh", "data-theme": "dark"}.items():
         button = {"lang": "language", "data-theme": "theme"}[name]
-        browser.run(f"$('{button}').click()")
-        assert browser.run(f"document.documentElement.getAttribute('{name}')") == value
-    assert "网络调用" in browser.run("$('cost').textContent")
+        controls.browser.run(f"$('{button}').click()")
+        assert controls.browser.run(f"document.documentElement.getAttribute('{name}')") == value
+    assert "网络调用" in controls.text("cost")
+    controls.shows(tile(0), controls.numbers("images[0].states[5].x"))  # in the dark theme's colours
     # What needs a name for those who cannot see it has one.
-    assert not browser.run("[...document.querySelectorAll('button, input, select, canvas[role]')].filter(element => "
-                           "!element.textContent.trim() && !element.ariaLabel && !element.labels?.length && "
-                           "!element.getAttribute('aria-labelledby')).map(element => element.outerHTML).join()")
+    assert not controls.browser.run(
+        "[...document.querySelectorAll('button, input, select, canvas[role]')].filter(element => "
+        "!element.textContent.trim() && !element.ariaLabel && !element.labels?.length && "
+        "!element.getAttribute('aria-labelledby')).map(element => element.outerHTML).join()")
 
 
 def test_the_command_writes_the_page(call, tmp_path):
@@ -262,7 +543,7 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     model, out = tmp_path / "model.pth", tmp_path / "a.html"
     assert_refused(call(export, "--checkpoint", model, "--out", out), "there is no checkpoint")
     make_checkpoint(model, channels=4)
-    assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels of 8", "grey (1 channel)")
+    assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels of 12x6", "grey (1 channel)")
     make_checkpoint(model)
     assert_refused(call(export, "--checkpoint", model, "--out", tmp_path / "no" / "a.html"), "cannot be written")
     monkeypatch.setattr(export, "LARGEST", 50_000)
@@ -271,6 +552,44 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     content["ema"]["label_embedding.weight"][0, 0] = 1e5
     torch.save(content, model)
     assert_refused(call(export, "--checkpoint", model, "--out", out), "half precision")
+    assert not out.exists()
+
+
+def test_a_page_with_guidance_opens_with_enough_of_it(tmp_path):
+    for own, opened in ((0.5, 0.5), (1.0, 1.0), (1.1, 2.0), (3.0, 3.0)):
+        page = export.export(make_checkpoint(tmp_path / "model.pth", guidance=own))
+        model = json.loads(re.search('id="model">(.*?)</script>', page)[1])
+        assert (model["config"]["guidance"], model["reference"]["guidance"]) == (opened, own)
+
+
+def rms_norm(block, x, c, rotation=None):
+    """The forward pass of a DiTBlock with another norm, without weights."""
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.modulation(c).chunk(6, dim=1)
+    norm = functools.partial(torch.nn.functional.rms_norm, normalized_shape=x.shape[-1:])
+    x = dit_block.add_gated(x, gate_1, block.attention(dit_block.modulate(norm(x), shift_1, scale_1), rotation))
+    return dit_block.add_gated(x, gate_2, block.mlp(dit_block.modulate(norm(x), shift_2, scale_2)))
+
+
+class Renamed(dit_block.DiTBlock):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.feed_forward = self.mlp
+        del self.mlp
+
+    @property
+    def mlp(self):
+        return self.feed_forward
+
+
+@pytest.mark.parametrize("change", [
+    lambda patch: patch.setattr(dit_block.DiTBlock, "forward", rms_norm),
+    lambda patch: patch.setattr(dit, "DiTBlock", Renamed),
+    lambda patch: patch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.nn.functional.silu(x)),
+    lambda patch: patch.setattr(dit_block, "attend", lambda q, k, v: (q @ k.mT).softmax(dim=-1) @ v)])
+def test_a_network_that_the_page_does_not_know_is_refused(call, tmp_path, monkeypatch, change):
+    change(monkeypatch)
+    model, out = make_checkpoint(tmp_path / "model.pth"), tmp_path / "a.html"
+    assert_refused(call(export, "--checkpoint", model, "--out", out), "no longer the one that demo/dit.js computes")
     assert not out.exists()
 
 
