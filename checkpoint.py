@@ -151,8 +151,9 @@ def load_model(path, device="cpu", precision="auto"):
 def averaged_model(content, device="cpu", precision="auto"):
     """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
     dict, where their type and device can stay."""
+    config = content["config"]
     with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
-        model = build_model(config := content["config"])
+        model = build_model(config)
     model.load_state_dict(content["ema"], assign=True)
     model.patch_embedding.positions = sincos_positions(model.grid, config.hidden_size)
     if config.rope:

@@ -82,7 +82,7 @@ def make_batch(data, process, config, step, part=slice(None)):
     dropped = torch.rand(B, generator=generator, device=device) < config.label_dropout
     y = torch.where(dropped[part], config.num_classes, data.labels[index[part]])
     known = [given_frames(B, data.shape[1], config.given, generator)[part]] if config.given else []
-    return data.x_0(index, part, generator), y, t[part], noise[part], *known
+    return (data.x_0(index, part, generator), y, t[part], noise[part], *known)
 
 
 def given_frames(B, T, share, generator):

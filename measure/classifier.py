@@ -210,8 +210,8 @@ def load_parts(name, data_dir, image_size=(), channels=0):
         raise UserError(f"{data_dir} has no test/, and no class of 10 images or more of which to hold some out")
     print(f"{data_dir} has no test/: every tenth image of each class, {held_out.sum():,} in all, is held out to test "
           "on", file=sys.stderr)
-    return *(dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
-             for part in (~held_out, held_out)), fingerprint
+    return (*(dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
+              for part in (~held_out, held_out)), fingerprint)
 
 
 def every_tenth(labels):

@@ -7,6 +7,10 @@ imported, which takes a second or two.
 import os
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 -- older Pythons can read this file and every command
+    sys.exit(f"error: this needs Python 3.11 or newer, and this Python is {sys.version_info[0]}.{sys.version_info[1]}: "
+             "make the environment with a newer one, such as python3.12 -m venv .venv")
+
 # Threads that wait for work spin at first: another program's thread waits for them, and they for it. This is the
 # shortest spin that costs nothing where the machine is ours alone (EXPERIMENTS.md). OpenMP reads it as torch loads it.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -28,8 +32,8 @@ def report(kind, error, traceback, report_other=sys.excepthook):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     if issubclass(kind, ModuleNotFoundError):
-        print(f"error: {error}: pip install -r requirements.txt installs what is needed, and -r requirements-dev.txt "
-              "what tests and comparisons need", file=sys.stderr)
+        print(f"error: {error}: activate the environment (. .venv/bin/activate), or install into it: pip install -r "
+              "requirements.txt, or -r requirements-dev.txt for tests and comparisons", file=sys.stderr)
         sys.exit(1)
     report_other(kind, error, traceback)
 

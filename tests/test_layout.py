@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
 from conftest import REPOSITORY
@@ -124,3 +127,27 @@ def test_links_within_the_readme_lead_to_a_heading(name):
     places = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\(#(.*?)\)", readme)
     assert links and places.issuperset(links)
+
+
+def test_an_old_python_is_told_so_in_one_line():
+    """By the first import of every command, which the old Python must be able to read."""
+    minimum = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["requires-python"]
+    old = "import sys; sys.version_info = (3, 10, 4); import support; print('went on')"
+    done = subprocess.run([sys.executable, "-c", old], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and "this Python is 3.10:" in done.stderr
+    assert done.stderr.count("\n") == 1 and minimum.removeprefix(">=") in done.stderr
+    files = [REPOSITORY / "support/__init__.py"]
+    files += [path for pattern in ("*.py", "[!.]*/*.py") for path in REPOSITORY.glob(pattern)
+              if "\nif __name__ ==" in path.read_text()]
+    assert len(files) > 15
+    for path in files:
+        source = path.read_text()
+        tree = ast.parse(source, feature_version=(3, 7))
+        for node in ast.walk(tree):  # what `feature_version` does not know to be new: x[*a], return *a, b
+            part = {ast.Subscript: "slice", ast.Return: "value"}.get(type(node))
+            part = part and getattr(node, part)
+            if isinstance(part, ast.Tuple) and any(isinstance(element, ast.Starred) for element in part.elts):
+                assert ast.get_source_segment(source, part)[0] == "(", f"{path}, line {part.lineno}"
+        if path.name != "__init__.py":
+            ours = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            assert ours[0].module.startswith("support"), f"{path} does not begin with support"
