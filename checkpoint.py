@@ -10,21 +10,24 @@ To resume the run:
     model        the weights
     optimizers   the state of AdamW and of Muon: a dict for each, by the index of the weight
     window       the losses that are not in log.csv yet
-Weights to share (`python checkpoint.py run/model.pth shared.pth`) have only the first five.
+Weights to share (`python checkpoint.py run/model.pth shared.pth`) have only the first five. In shared.safetensors the
+weights are its tensors, and the other four are JSON in its metadata, under "checkpoint".
 """
 
 from support.commands import Parser, UserError, dtype_of, first_line, run, some_path
 from support.files import write_atomically
 from support.muon import split_parameters
 from support.run_log import NOISE_LEVELS
+from support.tensors import check_tensors, misfit, read_tensors
 
 import dataclasses
+import json
 import math
 import os
 import shlex
-import warnings
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from config import SAMPLING, Config, add_flags, check_eta, given_flags
@@ -39,9 +42,15 @@ OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's
 
 def save_checkpoint(path, config, step, seconds, ema, **to_resume):
     """Writes a checkpoint with the contents that the module's docstring lists. `to_resume` is all of `TO_RESUME` or
-    nothing. Raises `UserError` when the file cannot be written; what was there stays."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds, "ema": ema}
-    write_atomically(path, lambda file: torch.save(content | to_resume, file))
+    nothing, which it is of a path that ends in .safetensors. Raises `UserError` when the file cannot be written; what
+    was there stays."""
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds}
+    if Path(path).suffix == ".safetensors":
+        shared = safetensors.torch.save({name: weight.contiguous() for name, weight in ema.items()},
+                                        {"checkpoint": json.dumps(content)})
+        write_atomically(path, lambda file: file.write(shared))
+        return
+    write_atomically(path, lambda file: torch.save(content | {"ema": ema} | to_resume, file))
 
 
 def checkpoint_file(path):
@@ -63,43 +72,50 @@ def load_checkpoint(path):
     project.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train.py makes one") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is not a checkpoint, or is cut short "
-                        f"({type(error).__name__}: {first_line(error):.100})") from None
+                        f"({first_line(error)})") from None
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, *OLD_FORMATS):
         raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
     names = ["config", "step", "seconds", "ema"]
     if content["format"] == FORMAT and any(name in content for name in TO_RESUME):
         names += TO_RESUME
+    different = ""
     try:
         old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
-        settings = (OLD_SETTINGS if old else {}) | content["config"]
+        settings = (OLD_SETTINGS if old else {}) | {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content["config"].items()}
         strange = sorted(settings.keys() - Config.__dataclass_fields__.keys())
         if not strange:
             content["config"] = Config(**settings)
-            check_content(content, os.path.getsize(path))
+            with torch.device("meta"):  # shapes without memory, however large a size the file claims
+                network = build_model(content["config"])
+            shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+            different = misfit(content["ema"], shapes)
+        if not strange and not different:
+            check_content(content, network, shapes, os.path.getsize(path))
     except Exception as error:
-        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error):.150}") from None
+        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error, 150)}") from None
     if strange:
         raise UserError(f"{path} was made by another version of this code, and can be used with that one: its setting "
                         f"{strange[0]!r:.50} is not known here")
+    if different:
+        raise UserError(f"{path} holds the weights of another network than dit.py makes ({different}): use it with the "
+                        "code that made it, or train anew")
     return content
 
 
-def check_content(content, file_size):
-    """Raises an exception unless everything in `content` fits its configuration, and is no larger than its file."""
+def check_content(content, network, shapes, file_size):
+    """Raises an exception unless everything in `content` fits the `network` of its configuration, whose weights have
+    these `shapes`, and is no larger than its file."""
     if type(content["step"]) is not int or content["step"] < 0:
         raise UserError("its step is not a number of steps")
     if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
         raise UserError("its seconds are not a time")
-    with torch.device("meta"):  # shapes without memory, however large a size the file claims
-        network = build_model(content["config"])
-    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
     size = check_tensors("averaged weights", content["ema"], shapes, (torch.float32, torch.float16, torch.bfloat16))
     if "model" in content:
         if type(content["data"]) is not str:
@@ -122,24 +138,6 @@ def check_content(content, file_size):
     # Many tensors can share what is stored: loading them would fill the memory.
     if size > file_size:
         raise UserError("its weights claim more than the file holds")
-
-
-def check_tensors(what, tensors, shapes, dtypes=(torch.float32,)):
-    """Raises an exception unless `tensors` is a dict of finite dense tensors of just these names, shapes and dtypes.
-    Returns their size in bytes."""
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
-            name: tuple(shape) for name, shape in shapes.items()}:
-        raise UserError(f"its {what} do not fit its configuration")
-    size = 0
-    for tensor in tensors.values():
-        if tensor.layout != torch.strided or tensor.dtype not in dtypes or tensor.device.type != "cpu":
-            raise UserError(f"its {what} are not all plain tensors of floats")
-        if not tensor.is_contiguous():  # it may claim more elements than are stored
-            raise UserError(f"its {what} claim more than the file holds")
-        if not tensor.isfinite().all():
-            raise UserError(f"its {what} are not all finite numbers")
-        size += tensor.numel() * tensor.element_size()
-    return size
 
 
 def load_model(path, device="cpu", precision="auto"):
@@ -165,23 +163,31 @@ def main():
     parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
                                 "precision. How they draw when nothing else is asked for can be set anew.")
     parser.add_argument("checkpoint", type=some_path, help="a checkpoint that train.py wrote, or its run folder")
-    parser.add_argument("out", type=some_path, help="the file to write")
+    parser.add_argument("out", type=some_path, help="the file to write, .pth or .safetensors")
     add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
     args = parser.parse_args()
     args.checkpoint = checkpoint_file(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
         raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
-    ema = {name: tensor.half() for name, tensor in content["ema"].items()}
+    ema, wide = {}, 0
+    for name, weight in content["ema"].items():
+        half = weight.half()
+        fits = bool(half.isfinite().all())
+        ema[name], wide = (half, wide) if fits else (weight, wide + 1)
     config = content["config"]
     # A path of this machine concerns nobody. The folder of a VAE is looked for beside its checkpoint too
-    vae = Path(config.vae).resolve().name if os.path.isdir(config.vae) else config.vae
-    config = dataclasses.replace(config, data_dir=Config.data_dir, vae=vae, **given_flags(args))
+    places = (Path(config.vae), Path(args.checkpoint).parent / config.vae)
+    folder = next((place.resolve() for place in places if config.vae and place.is_dir()), None)
+    config = dataclasses.replace(config, data_dir=Config.data_dir, vae=folder.name if folder else config.vae,
+                                 **given_flags(args))
     check_eta(config, given_flags(args))
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
-    if os.path.isdir(content["config"].vae):
-        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(content['config'].vae)} "
+    if wide:
+        print(f"{wide} of {len(ema)} tensors hold numbers that half precision cannot, and stay as they are")
+    if folder and folder.parent != Path(args.out).resolve().parent:
+        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(str(folder))} "
               f"{shlex.quote(str(Path(args.out).parent))}/")
 
 

@@ -153,7 +153,7 @@ def open_array(path, size):
         if array.shape != size or array.dtype != np.float16:
             raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 {size}")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path / 'latents.npy'} is damaged or cut short ({first_line(error):.120}): remove {path} to "
+        raise UserError(f"{path / 'latents.npy'} is damaged or cut short ({first_line(error, 120)}): remove {path} to "
                         "have it encoded anew") from None
     return torch.from_numpy(array)
 

@@ -64,7 +64,7 @@ def read_official(path):
         raise UserError(f"there is no file {path}: download it as the README of facebookresearch/DiT says") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is no file of DiT's code, is cut short, or holds more than weights and flags "
-                        f"({type(error).__name__}: {first_line(error):.100})") from None
+                        f"({type(error).__name__}: {first_line(error, 100)})") from None
     if isinstance(content, dict) and "format" in content:
         raise UserError(f"{path} is a checkpoint of this project already, or of another one, but no file of DiT's code")
     flags = content.get("args") if isinstance(content, dict) else None
@@ -90,7 +90,7 @@ def read_sizes(weights):
         return dict(hidden_size=D, patch_size=p, depth=depth, mlp_ratio=hidden / D, num_classes=classes,
                     latent_shape=(C, side * p, side * p), variance="learned" if learned else "fixed")
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {first_line(error):.80}"
+        what = f"{type(error).__name__}: {first_line(error, 80)}"
         raise UserError(f"these are not the weights of a DiT ({what})") from None
 
 

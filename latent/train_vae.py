@@ -24,6 +24,7 @@ from support.muon import Muon
 from support.pictures import grid, psnr, save_picture
 from support.run_log import Bar, kept_rows, to_csv
 from support.sizes import as_size, show_size
+from support.tensors import check_tensors, read_tensors
 
 import argparse
 import copy
@@ -37,7 +38,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import check_tensors
 from config import Config, add_flags, check_value, flag, given_flags
 from dataset import load_dataset, to_float, to_uint8
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
@@ -357,13 +357,13 @@ def save_state(run, path, step, seconds, data, window):
 def load_state(path):
     """Reads what `save_state` wrote, with a `Recipe` under "recipe". Raises `UserError`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
     except FileNotFoundError:
         finished = (path.parent / CONFIG).is_file()
         raise UserError(f"{path.parent} holds no {STATE}: " + ("the VAE in it is finished" if finished else
                         "there is nothing to go on with")) from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
-        raise UserError(f"{path} is damaged or cut short ({type(error).__name__}): train a new VAE") from None
+        raise UserError(f"{path} is damaged or cut short ({first_line(error, 150)}): train a new VAE") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no state of a VAE in training (no format {FORMAT!r} in it)")
     try:
@@ -382,7 +382,7 @@ def load_state(path):
                 check_tensors("optimizers", state, {"momentum": weight.flatten(1).shape} if "momentum" in state else
                               {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape})
     except Exception as error:
-        raise UserError(f"{path} is damaged ({first_line(error):.150}): train a new VAE") from None
+        raise UserError(f"{path} is damaged ({first_line(error, 150)}): train a new VAE") from None
     return content
 
 

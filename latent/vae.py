@@ -359,7 +359,7 @@ def download(repository):
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries six times
         return [Path(hub.hf_hub_download(repository, file)) for file in (CONFIG, WEIGHTS)]
     except Exception as error:  # each of its layers fails in its own way
-        raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error):.100}): "
+        raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error, 100)}): "
                         f"point --vae at a folder that holds {CONFIG} and {WEIGHTS}") from None
 
 
@@ -370,7 +370,7 @@ def read_config(file):
             config = json.loads(opened.read(2**20))
         kind = config.get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {first_line(error):.100}") from None
+        raise UserError(f"{file} is damaged: {first_line(error, 100)}") from None
     if kind != "AutoencoderKL":
         raise UserError(f"{file} is the configuration of {kind!r:.60}, not of an AutoencoderKL")
     names = inspect.signature(VAE).parameters
@@ -433,7 +433,7 @@ def read_weights(file, vae):
     try:
         state = safetensors.torch.load_file(file)
     except Exception as error:  # SafetensorError, or what the system says
-        raise UserError(f"{file} is damaged or cut short ({first_line(error):.100})") from None
+        raise UserError(f"{file} is damaged or cut short ({first_line(error, 100)})") from None
     state = {re.sub(r"(attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{OLD_NAMES.get(m[2], m[2])}", name): weight
              for name, weight in state.items()}
     shapes = {name: weight.shape for name, weight in vae.state_dict().items()}

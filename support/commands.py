@@ -133,9 +133,11 @@ def end_stopped(done, number, *script):
     sys.exit(128 + number)
 
 
-def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error, most=150):
+    """The first line of an exception's message, or its type where it has none; cut between two words where it is longer
+    than `most` characters."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= most else line[:most - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def is_out_of_memory(error):

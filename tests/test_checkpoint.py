@@ -3,22 +3,27 @@ from support.files import write_atomically
 
 import copy
 import dataclasses
+import json
 import os
 import pickle
+import shlex
 import shutil
+import types
 import zipfile
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import TINY, assert_refused, same
+from conftest import REPOSITORY, TINY, assert_refused, same
 
 import checkpoint
+import dit_block
 import inference
 import measure.benchmark
 import measure.classifier
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import Config
+from config import SAMPLING, Config
 from dit import build_model
 
 CONFIG = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
@@ -95,13 +100,51 @@ def test_checkpoints_of_other_projects(tmp_path):
 @pytest.mark.parametrize("changes", [
     {"config": {}}, {"config": {"hidden_size": 16384, "depth": 256}}, {"config": 3},
     {"config": {**vars(CONFIG), "steps": "many"}}, {"config": {**vars(CONFIG), "lr": float("nan")}},
-    {"config": {**vars(CONFIG), "patch_size": 0}}, {"config": {**vars(CONFIG), "hidden_size": 64}},
-    {"ema": {}}, {"ema": None}, {"ema": {"weight": 1}}, {"model": {}}, {"optimizers": []},
+    {"config": {**vars(CONFIG), "patch_size": 0}}, {"ema": None}, {"model": {}}, {"optimizers": []},
     {"step": -1}, {"step": 1.5}, {"step": None}])
 def test_damaged_content(saved, changes):
     path, _ = saved
     change(path, **changes)
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    def __init__(self, size, eps, elementwise_affine):
+        super().__init__(size, eps)
+
+
+class SwiGLU(torch.nn.Sequential):
+    """In the place of the block's MLP; it has the same names, but twice the width."""
+
+    def __init__(self, first, _, last):
+        super().__init__(torch.nn.Linear(first.in_features, 2 * first.out_features), torch.nn.GLU(), last)
+
+
+@pytest.mark.parametrize(("name", "layer", "words"), [
+    ("LayerNorm", RMSNorm, "'blocks.0.norm_1.weight' is missing"),
+    ("Sequential", lambda *parts: (SwiGLU if len(parts) == 3 else torch.nn.Sequential)(*parts),
+     "blocks.0.mlp.0.weight is (512, 128), not (1024, 128)")])
+def test_weights_of_another_network(name, layer, words, call, monkeypatch, tmp_path):
+    """Whoever changes the block is told that the shipped weights are of the one before, and not that they are broken;
+    and both are to be had again."""
+    change = types.SimpleNamespace(**vars(torch.nn) | {name: layer})
+    monkeypatch.setattr(dit_block, "nn", change)
+    shipped = REPOSITORY / "weights" / "mnist.pth"
+    for result in (call(inference, "--checkpoint", shipped, "--out", tmp_path / "a.png"),
+                   call(checkpoint, shipped, tmp_path / "a.pth")):
+        assert_refused(result, shipped, "the weights of another network than dit.py makes", words)
+        assert "damaged" not in result[2]
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"config": {**vars(CONFIG), "hidden_size": 64}}, {"ema": {}},
+                                     {"ema": {"weight": torch.zeros(1)}}])
+def test_weights_that_do_not_fit_their_settings(saved, changes):
+    path, _ = saved
+    change(path, **changes)
+    with pytest.raises(UserError, match=r"another network than dit\.py makes") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
 
@@ -175,7 +218,6 @@ DAMAGES = {
     "average that is no number": (["ema", WEIGHT], lambda old: old * float("nan")),
     "complex average": (["ema", WEIGHT], lambda old: old.to(torch.complex64)),
     "average of whole numbers": (["ema", WEIGHT], lambda old: old.int()),
-    "transposed average": (["ema", WEIGHT], lambda old: old.T),
     "no fingerprint": (["data"], None), "seconds of yesterday": (["seconds"], -1.0),
     "classes that are too many": (["config", "classes"], ("a",) * 11),
     "classes that are numbers": (["config", "classes"], tuple(range(10))),
@@ -245,6 +287,150 @@ def test_weights_to_share_hold_the_average_alone(call, trained, tmp_path):
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path, "--resume"), "there is no checkpoint")
     (tmp_path / "small.pth").rename(tmp_path / "model.pth")
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path, "--resume"), "weights to draw with")
+
+
+def test_an_archive_that_grows(saved, call, tmp_path):
+    """What torch writes is as large as its file. A compressed one is not read: a few kilobytes may fill a memory."""
+    path, _ = saved
+    whole = zipfile.ZipFile(path)
+    entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in entries.items():
+            packed.writestr(name, data)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="its archive is compressed"):
+        patch.setattr(torch, "load", None)
+        load_checkpoint(tmp_path / "packed.pth")
+    assert_refused(call(inference, "--checkpoint", tmp_path / "packed.pth"), "packed.pth", "compressed")
+
+
+def test_a_named_pipe_is_no_checkpoint(call, tmp_path):
+    """To read it is to wait for ever."""
+    os.mkfifo(tmp_path / "model.pth")
+    assert_refused(call(inference, "--checkpoint", tmp_path / "model.pth"), "model.pth", "it is no file")
+
+
+# Weights as the field shares them
+
+
+def test_weights_as_safetensors(trained, call, tmp_path):
+    """The same settings, and the same pictures to the bit; other programs find the tensors by their names."""
+    for name in ("small.pth", "small.safetensors"):
+        assert call(checkpoint, trained, tmp_path / name, "--guidance", 1.25, "--sample-steps", 2)[0] == 0
+        flags = ["--count", 1, "--labels", 3, 7, "--device", "cpu", "--out", tmp_path / f"{name}.png"]
+        code, _, err = call(inference, "--checkpoint", tmp_path / name, *flags)
+        assert code == 0, err
+    assert (tmp_path / "small.pth.png").read_bytes() == (tmp_path / "small.safetensors.png").read_bytes()
+    pth, shared = (load_checkpoint(tmp_path / name) for name in ("small.pth", "small.safetensors"))
+    assert same(pth["ema"], shared["ema"]) and pth["config"] == shared["config"]
+    assert (pth["step"], pth["seconds"]) == (shared["step"], shared["seconds"]) and set(pth) == set(shared)
+    assert same(safetensors.torch.load_file(tmp_path / "small.safetensors"), pth["ema"])
+    # By whatever name; and made smaller again
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "small.safetensors", tmp_path / "run" / "model.pth")
+    assert call(checkpoint, tmp_path / "run", tmp_path / "again.pth")[0] == 0
+    assert same(load_checkpoint(tmp_path / "again.pth")["ema"], pth["ema"])
+    (tmp_path / "run" / "log.csv").write_text("")
+    assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path / "run", "--resume"), "weights to draw with")
+
+
+def test_settings_that_are_lists_of_numbers_and_names_survive_json(saved, tmp_path):
+    settings = {**vars(CONFIG), "num_classes": 2, "classes": ("a\ud800 \n", "ö"), "channels": 3, "vae": "x",
+                "latent_shape": (4, 8, 8), "latent_mean": (0.1, 0.2, 0.3, 1e-7), "latent_std": (1.0,), "clamp": False}
+    config = Config(**settings)
+    with torch.device("cpu"):
+        weights = build_model(config).state_dict()
+    save_checkpoint(tmp_path / "a.safetensors", config, 3, 0.0, weights)
+    assert load_checkpoint(tmp_path / "a.safetensors")["config"] == config
+
+
+SHARED = {
+    "cut": (lambda path: os.truncate(path, os.path.getsize(path) - 1), "not a checkpoint"),
+    "a long header": (lambda path: path.write_bytes(b"\xff" * 3 + bytes(5) + b"{" + bytes(2**24)), "not a checkpoint"),
+    "no metadata": (lambda path: rewrite(path, None), "not a checkpoint of this project"),
+    "of transformers": (lambda path: rewrite(path, {"format": "pt"}), "not a checkpoint of this project"),
+    "no JSON": (lambda path: rewrite(path, {"checkpoint": "hello"}), "not a checkpoint"),
+    "deep JSON": (lambda path: rewrite(path, {"checkpoint": "[" * 100_000}), "not a checkpoint"),
+    "a list": (lambda path: rewrite(path, {"checkpoint": "[1, 2]"}), "not a checkpoint"),
+    "an older format": (lambda path: rewrite(path, {"checkpoint": '{"format": "dit-checkpoint-0"}'}), "no format"),
+    "no settings": (lambda path: rewrite(path, {"checkpoint": json.dumps({"format": checkpoint.FORMAT})}), "damaged"),
+    "whole numbers": (lambda path: rewrite(path, ..., lambda w: w.int()), "not all plain tensors of floats"),
+    "fp8": (lambda path: rewrite(path, ..., lambda w: w.to(torch.float8_e4m3fn)), "not all plain tensors of floats"),
+    "nan": (lambda path: rewrite(path, ..., lambda w: w * float("nan")), "not all finite"),
+    "another shape": (lambda path: rewrite(path, ..., lambda w: w.flatten()), "another network"),
+}
+
+
+def rewrite(path, metadata, change=lambda weight: weight):
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() if metadata is ... else metadata
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: change(weight) for name, weight in weights.items()}, path, metadata)
+
+
+@pytest.mark.parametrize("damage", SHARED)
+def test_damaged_safetensors(damage, saved, call, tmp_path):
+    """Checked as strictly as what torch wrote."""
+    path = tmp_path / "shared.safetensors"
+    assert call(checkpoint, saved[0], path)[0] == 0
+    break_it, words = SHARED[damage]
+    break_it(path)
+    assert_refused(call(inference, "--checkpoint", path, "--out", tmp_path / "a.png"), path, words)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_weights_beyond_half_precision(saved, call, tmp_path):
+    """They stay as they are; the others are halved."""
+    path, model = saved
+    ema = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ema["blocks.0.mlp.0.weight"][0, 0] = 65_520.0  # which rounds to infinity
+    ema["blocks.0.mlp.2.weight"][0, 0] = 65_504.0
+    change(path, ema=ema)
+    code, out, _ = call(checkpoint, path, tmp_path / "small.pth")
+    assert code == 0 and f"1 of {len(ema)} tensors hold numbers that half precision cannot" in out
+    small = load_checkpoint(tmp_path / "small.pth")["ema"]
+    assert torch.equal(small["blocks.0.mlp.0.weight"], ema["blocks.0.mlp.0.weight"])
+    assert {name for name, weight in small.items() if weight.dtype != torch.float16} == {"blocks.0.mlp.0.weight"}
+    code, out, _ = call(checkpoint, path.with_name("small.pth"), tmp_path / "again.safetensors")
+    assert code == 0 and same(load_checkpoint(tmp_path / "again.safetensors")["ema"], small)
+
+
+@pytest.mark.parametrize("named", ["vae", "vae/", "link", "beside"])
+def test_the_vae_is_copied_beside_shared_weights(named, saved, call, tmp_path, monkeypatch):
+    """The command that it prints makes the folder that is then looked for, whatever the VAE was called."""
+    path, _ = saved
+    (tmp_path / "made" / "the vae").mkdir(parents=True)
+    (tmp_path / "made" / "link").symlink_to("the vae")
+    (tmp_path / "new place").mkdir()
+    monkeypatch.chdir(tmp_path / "made")
+    vae = {"vae": "the vae", "vae/": "the vae/", "link": str(tmp_path / "made" / "link"), "beside": "the vae"}[named]
+    if named == "beside":  # of the checkpoint, and not of where the command is called
+        monkeypatch.chdir(tmp_path)
+        path = shutil.move(path, tmp_path / "made" / "model.pth")
+    config = Config(**{**vars(CONFIG), "vae": vae, "latent_shape": (1, 8, 8), "latent_mean": (0.0,),
+                       "latent_std": (1.0,), "clamp": False})
+    change(path, config=vars(config))
+    code, out, _ = call(checkpoint, path, tmp_path / "new place" / "small.pth")
+    assert code == 0
+    hint = next(line for line in out.splitlines() if "cp -r" in line)
+    words = shlex.split(hint[hint.index("cp -r"):])
+    assert words == ["cp", "-r", str(tmp_path / "made" / "the vae"), f"{tmp_path / 'new place'}/"]
+    assert load_checkpoint(tmp_path / "new place" / "small.pth")["config"].vae == "the vae"
+    assert "cp -r" not in call(checkpoint, path, tmp_path / "made" / "small.pth")[1]  # where it is already
+
+
+def test_every_flag_of_weights_to_share(saved, call, tmp_path):
+    """Each changes its setting, and no other."""
+    path, _ = saved
+    values = {"sampler": "ddim", "sample_steps": 3, "guidance": 2.5, "eta": 0.25, "spacing": "linspace",
+              "guided_channels": 1, "clamp": False}
+    assert set(values) == set(SAMPLING) - {"seed", "precision"}
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        flags = [f"--no-{flag}"] if value is False else [f"--{flag}", value]
+        flags += ["--sampler", "ddim"] if name == "eta" else []
+        assert call(checkpoint, path, tmp_path / "small.pth", *flags)[0] == 0
+        expected = {name: value, **({"sampler": "ddim"} if name == "eta" else {})}
+        assert load_checkpoint(tmp_path / "small.pth")["config"] == dataclasses.replace(CONFIG, **expected), name
 
 
 def test_missing_checkpoint(tmp_path):
