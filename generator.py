@@ -24,6 +24,36 @@ from dataset import load_dataset
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, to_images
 
 
+def check_classes(config, data):
+    """Raises `UserError` unless the model of `config` knows as many classes as the images `data` (a `Dataset`) have;
+    other names for them are a warning."""
+    if config.num_classes != len(data.classes):
+        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} in "
+                        f"{config.data_dir} have {len(data.classes):,}: name its own with --dataset and --data-dir")
+    if config.classes and config.classes != tuple(data.classes) and not parallel.RANK:
+        one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
+        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in "
+              f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
+
+
+def class_weights(labels, num_classes, equal=False):
+    """How often each class is to be drawn, next to the others, int64 (num_classes,): as often as real images have these
+    labels (N,). Equally often with `equal`, and where no class is larger than another by more than a quarter, as in
+    MNIST, so that scores compare with others of such data."""
+    counts = labels.bincount(minlength=num_classes)
+    return torch.ones_like(counts) if equal or 4 * counts.max() <= 5 * counts.min() else counts
+
+
+def labels_by(weights, count):
+    """The labels of the images number 0 to `count` - 1, int64 (count,): whatever the count, each class has the share of
+    them that `weights` (num_classes,) say, rounded. Equal weights take turns."""
+    enough = (weights * ((count + len(weights)) / weights.sum()) + 1).long()  # of each class
+    labels = torch.arange(len(weights)).repeat_interleave(enough)
+    place = torch.arange(len(labels)) - (enough.cumsum(0) - enough)[labels]  # within its class
+    # Webster's method: it never takes back an image of a class when there are to be more of all
+    return labels[((2 * place + 1) / weights[labels].double()).argsort(stable=True)[:count]]
+
+
 def missing_indices(folder, count):
     """The indices below `count` that have no image {index:06d}_{label}.png in `folder` yet, ascending."""
     there = {path.name[:6] for path in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png")}
@@ -83,16 +113,15 @@ def fill_real(folder, data, todo, seed=0):
         write_image(folder / f"{index:06d}_{data.labels[k]}.png", data.images[k])
 
 
-def fill_fake(folder, model, config, todo, batch_size):
-    """Draws the images number `todo`, equally many of each label, each a function of the model, the settings and its
-    index."""
+def fill_fake(folder, model, config, labels, todo, batch_size):
+    """Draws the images number `todo`, each a function of the model, the settings, its index and its label, one of
+    `labels` (count,)."""
     device = next(model.parameters()).device
     with tqdm(total=len(todo), desc=f"fake images to {folder}", unit=" images", disable=parallel.RANK > 0) as bar:
         for start in range(0, len(todo), batch_size):
             indices = todo[start:start + batch_size]
-            labels = torch.tensor(indices) % config.num_classes
-            images = to_images(generate(model, config, labels.to(device), indices), config).cpu()
-            for index, label, image in zip(indices, labels, images, strict=True):
+            images = to_images(generate(model, config, labels[indices].to(device), indices), config).cpu()
+            for index, label, image in zip(indices, labels[indices], images, strict=True):
                 write_image(folder / f"{index:06d}_{label}.png", image)
             bar.update(len(indices))
 
@@ -107,6 +136,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=argparse.SUPPRESS, help="images drawn at once, which affects "
                         "the speed alone (default: as many as memory is estimated to hold, at most 4096 on a GPU and "
                         "500 elsewhere)")
+    parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as many as the "
+                        "data have, in proportion, but equally many where no class is larger than another by more than "
+                        "a quarter)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data set is (default: as in training)")
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
@@ -120,6 +152,12 @@ def main():
                         "are no picture")
     with parallel.rank_0_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+    check_classes(config, data)
+    weights = class_weights(data.labels, config.num_classes, args.equal)
+    unequal = weights.min() < weights.max()
+    if unequal and not parallel.RANK:
+        print(f"a class has {weights.min():,} to {weights.max():,} images: the fakes are as unequal (--equal draws "
+              "equally many of each)", file=sys.stderr)
     count = min(args.count, len(data.images))
     if count < args.count and not parallel.RANK:
         print(f"{config.dataset} has only {count:,} training images: {args.real} gets them all", file=sys.stderr)
@@ -129,9 +167,9 @@ def main():
     fake = open_folder(args.fake, args.count, {
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
         **({"vae": find_vae(config, args.device).hash_of("decoder", "post_quant_conv")} if config.latent_shape else {}),
-        **{name: getattr(config, name) for name in SAMPLING}})
+        "classes": weights.tolist() if unequal else None, **{name: getattr(config, name) for name in SAMPLING}})
     fill_real(args.real, data, real)
-    fill_fake(args.fake, model, config, fake,
+    fill_fake(args.fake, model, config, labels_by(weights, args.count), fake,
               config.batch_size if "batch_size" in args else batch_that_fits(config, args.device))
     parallel.wait()  # until the others' images are there too
     folders = [shlex.join([f"--{name}", str(getattr(args, name))]) for name in ("real", "fake")

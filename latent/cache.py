@@ -117,8 +117,7 @@ def kept_distance(name, vae, images):
     nothing, or it was of another VAE or of other images."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads((Path(name) / "round_trip.json").read_bytes())
-        if (kept["vae_hash"], kept["dataset"], kept["shape"]) == (
-                vae.hash_of(), images.name, list(images.shape)):
+        if (kept["vae_hash"], kept["data"]) == (vae.hash_of(), images.fingerprint):
             return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
     return ""
 

@@ -63,7 +63,7 @@ def samplers(args, judge, real):
     """The table of sampler x steps x guidance for one model."""
     content = load_checkpoint(args.paths[0])
     model, config = averaged_model(content, judge.device), content["config"]
-    rows = settings(args, config)
+    rows, labels = settings(args, config), judge.labels(args.count)
     print("read as asked, Fréchet distance\n")
     print("| sampler | steps |" + "".join(f" guidance {guidance:g} |" for guidance in args.guidance))
     print("|---|---|" + "---|" * len(args.guidance))
@@ -71,7 +71,7 @@ def samplers(args, judge, real):
     for row in rows:
         cells = []
         for i, setting in enumerate(row):
-            figures = judge.brief(*draw_fakes(model, setting, args.count))
+            figures = judge.brief(draw_fakes(model, setting, labels), labels)
             cells.append(f" {figures['accuracy']:.1%}, {figures['frechet']:.3f} |")
             line = {"ddpm": ":", "ddim": "--", "dpm": "-"}[setting.sampler]
             style = {"color": f"C{i}", "marker": ".", "linestyle": line}
@@ -85,11 +85,11 @@ def runs(args, judge, real):
     """Quality against training time, and images of the runs side by side."""
     from matplotlib.figure import Figure
 
-    alike = {}  # runs that differ in nothing but the seed
+    labels, alike = judge.labels(args.count), {}  # runs that differ in nothing but the seed
     for path in args.paths:
         content = load_checkpoint(path)
         config = dataclasses.replace(content["config"], seed=0)
-        fakes, labels = draw_fakes(averaged_model(content, judge.device), config, args.count)
+        fakes = draw_fakes(averaged_model(content, judge.device), config, labels)
         alike.setdefault(dataclasses.replace(config, data_dir="."), []).append(
             judge.brief(fakes, labels) | {"seconds": content["seconds"], "fakes": fakes[:40]})
 
@@ -179,7 +179,8 @@ def main():
     print(f"{args.count:,} images for each figure; {min(args.count, len(judge.train.images)):,} real ones: "
           f"{real['accuracy']:.1%}, {real['frechet']:.3f}")
     (samplers if args.what == "samplers" else runs)(args, judge, real)
-    print(*few(args.count), sep="\n", end="\n" if few(args.count) else "")
+    for line in few(args.count, len(judge.test.images)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -193,18 +193,19 @@ def forward_flops(config):
     return flops(lambda: network(x, zero, zero))
 
 
-def draw(model, count, device):
+def draw(model, labels, device):
     """What `draw_fakes` draws with the model's checkpoint, and the content of that."""
     content = load_checkpoint(model.file)
-    fakes = draw_fakes(averaged_model(content, device), dataclasses.replace(content["config"], seed=0), count)
+    fakes = draw_fakes(averaged_model(content, device), dataclasses.replace(content["config"], seed=0), labels)
     return fakes, content
 
 
 def score(model, judge, count):
     """Scores the model's checkpoint."""
     began = time.monotonic()
-    fakes, content = draw(model, count, judge.device)
-    model.scores.append({"step": content["step"], "seconds": content["seconds"], **judge.brief(*fakes),
+    labels = judge.labels(count)
+    fakes, content = draw(model, labels, judge.device)
+    model.scores.append({"step": content["step"], "seconds": content["seconds"], **judge.brief(fakes, labels),
                          "scoring": time.monotonic() - began})
     model.write()
 
@@ -391,7 +392,7 @@ def plot_training(models, real, path):
     plot("", ["training compute, TFLOP"], models, real, path, draw)
 
 
-def show_models(models, device, path):
+def show_models(models, num_classes, device, path):
     """The same ten images of every model of the first seed, sizes by patches (figure 7)."""
     from matplotlib.figure import Figure
 
@@ -400,7 +401,7 @@ def show_models(models, device, path):
     rows = len(models) // columns
     figure = Figure(figsize=(3.2 * columns, 1.7 * rows), layout="constrained")
     for axes, model in zip(figure.subplots(rows, columns, squeeze=False).flat, models, strict=True):
-        (fakes, _), _ = draw(model, 10, device)
+        fakes, _ = draw(model, torch.arange(10) % num_classes, device)
         axes.imshow(grid(fakes, columns=5), cmap="gray", vmin=0, vmax=255)
         axes.set_title(f"{model.size}, patch {model.patch}: {model.record['flops'] / 1e9:.3g} Gflops", fontsize=8)
         axes.axis("off")
@@ -417,10 +418,10 @@ def report(args, models, judge):
     if not args.rates:
         lines += ["", plot_law(models, results, real, args.out / "gflops.png"), "", *make_front(models)]
         plot_training(models, real, args.out / "training.png")
-        show_models(models, judge.device, args.out / "samples.png")
+        show_models(models, judge.num_classes, judge.device, args.out / "samples.png")
     path = args.out / ("rates.md" if args.rates else "scaling.md")
     write_atomically(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
-    print(f"-> {path}\n", *lines, *few(args.count), sep="\n", flush=True)
+    print(f"-> {path}\n", *lines, *few(args.count, len(judge.test.images)), sep="\n", flush=True)
 
 
 def parse_args():

@@ -10,6 +10,7 @@ draws latents, beside that of real images that went through its VAE: no fakes of
 
 from support.commands import UserError, pick_device, run, some_path
 from support.files import make_dir, write_atomically
+from support.folders import Folder
 from support.image_files import list_images, opened, read_image
 from support.labels import are_numbers
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
@@ -17,7 +18,6 @@ from support.pictures import LINE, check_picture, grid, psnr, save_picture, writ
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,10 @@ from tqdm import tqdm
 from config import Config, add_flags, given_flags
 from dataset import to_float, to_uint8
 from fid_computer import frechet_distance, statistics
+from generator import check_classes, class_weights, labels_by
 from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
 from latent.vae import check_shapes, load_vae
-from measure.classifier import DIGITS, find_classifier, load_parts
+from measure.classifier import DIGITS, FEATURES, find_classifier, load_parts
 
 FEW = 2000  # below this many images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
@@ -130,16 +131,21 @@ def nearest(images, train_images, size=500, device="cpu"):
 
 
 def pick_reference(labels, real_labels, count, generator, num_classes=10):
-    """Indices of `count` real images, picked at random. If `labels` were asked for in like numbers, there are as many
-    of each.
+    """Indices of `count` real images, picked at random. If `labels` were asked for about equally often, or as often as
+    the real images have them, there are as many of each; of all, fewer where a class has not so many.
 
     MNIST's classes differ in size (9 to 11 %): held against them, perfect fakes that are equally many of each digit
     would be at twice the distance of a random draw. But a class that is missing must not be missed here as well.
     """
     order = torch.randperm(len(real_labels), generator=generator)
     if labels is not None:
-        counts = labels.bincount(minlength=num_classes)
-        if counts.max() <= 2 * counts.min() and (counts <= real_labels.bincount(minlength=num_classes)).all():
+        counts, there = (some.bincount(minlength=num_classes) for some in (labels, real_labels))
+        usual = [weights * (len(labels) / weights.sum()) for weights in (torch.ones(num_classes), there)]
+        if any(((counts >= some / 2 - 1) & (counts <= 2 * some + 1)).all() for some in usual) and (
+                there[counts > 0] > 0).all():
+            scarce = torch.where(counts > 0, there / counts, math.inf).argmin()
+            if there[scarce] < counts[scarce]:
+                counts = counts * there[scarce] // counts[scarce]
             return torch.cat([order[real_labels[order] == label][:counts[label]] for label in range(num_classes)])
     return order[:count]
 
@@ -177,6 +183,9 @@ class Judge:
         self.train, self.test, self.classifier = train, test, classifier
         self.names, self.num_classes = tuple(train.classes), len(train.classes)
         self.device = next(classifier.parameters()).device
+        if len(test.images) <= K_COVERAGE:
+            raise UserError(f"{len(test.images)} test images are too few to hold others against: have more than "
+                            f"{FEATURES}, or {FEW:,} if you can")
         self.test_features, self.test_reads = self.read(test.images)
         self.test_labels = test.labels.to(self.device)
         self.around_test = neighbour_distances(self.test_features)
@@ -195,9 +204,9 @@ class Judge:
         features, reads = self.read(fakes)
         return self.compare(features) | {"accuracy": share(reads == labels.to(self.device))}
 
-    def labels(self, count):
-        """`count` labels to draw, equally many of each: int64 (count,)."""
-        return torch.arange(count) % self.num_classes
+    def labels(self, count, equal=False):
+        """`count` labels to draw, int64 (count,), in the proportions of `class_weights`."""
+        return labels_by(class_weights(self.train.labels, self.num_classes, equal), count)
 
     def pick(self, labels, count, seed=0):
         """Indices of the training images that stand in the place of `count` fakes; see `pick_reference`."""
@@ -222,11 +231,11 @@ class Judge:
         distance over that of real images."""
         labels = self.labels(count)
         picked = self.pick(labels, count)
-        if min(len(picked), len(self.test.images)) <= K_COVERAGE:
-            raise UserError(f"{min(len(picked), len(self.test.images))} images are too few to score: {FEW:,} or more "
-                            "would do")
+        if len(picked) <= K_COVERAGE:
+            raise UserError(f"{len(picked)} images are too few to score: {FEW:,} or more would do")
         vae, real = self.round_trip(vae, picked), self.brief_real(labels)
-        return {"count": len(picked), "reference": len(picked), "vae": vae, "real": real, "ratio": ratio(vae, real)}
+        return {"count": len(picked), "reference": len(picked), "test": len(self.test.images),
+                "vae": vae, "real": real, "ratio": ratio(vae, real)}
 
     def find_copies(self, fakes, fake_reads):
         """The distance of each fake to the nearest training image, and whether it is nearer than 99 % of the test
@@ -251,9 +260,9 @@ class Judge:
             unseen    share whose nearest real image is a test image, in all and not by class; real: the share of test
                       images among the real ones, to which fakes come that know no training image better
         With a `vae`, "vae" is the same of `round_trip`: of the training images of "real" that went through it.
-        And beside these are "count" (of fakes), "reference" (of training images in their place), "ratio" (fake over
-        real Fréchet distance) and "classes", a list of the same for each class, with its "name"; fakes without labels
-        count as what they are read as.
+        And beside these are "count" (of fakes), "reference" (of training images in their place), "test" (of test
+        images), "ratio" (fake over real Fréchet distance) and "classes", a list of the same for each class, with its
+        "name"; fakes without labels count as what they are read as.
         """
         if len(fakes) <= K_COVERAGE:
             raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
@@ -288,28 +297,26 @@ class Judge:
         from_test, _ = nearest(fakes, self.test.images, device=self.device)
         result["fake"]["unseen"] = share(from_test < fake_near)
         result["real"]["unseen"] = len(self.test.images) / (len(self.test.images) + len(self.train.images))
-        return result | {"classes": [of_class(label) for label in range(self.num_classes)]} | (
-            {"vae": self.round_trip(vae, picked)} if vae else {})
+        result |= {"test": len(self.test.images), "classes": [of_class(label) for label in range(self.num_classes)]}
+        return result | ({"vae": self.round_trip(vae, picked)} if vae else {})
 
 
 def open_judge(config, device):
     """The `Judge` of the images that a `Config` is of. Raises `UserError` when these or their classifier cannot be
     had, or the model knows other classes."""
     train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
-    if config.num_classes not in (0, len(train.classes)):
-        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} in "
-                        f"{config.data_dir} have {len(train.classes):,}: name its own with --dataset and --data-dir")
-    if config.classes and config.classes != tuple(train.classes):
-        one = next(i for i, name in enumerate(train.classes) if name != config.classes[i])
-        print(f"warning: what the model calls {config.classes[one]!r:.40} is {train.classes[one]!r:.40} in "
-              f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
+    if config.num_classes:
+        check_classes(config, train)
     return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
 
 
-def few(count):
-    """The warning that so many images are few, as a list of lines; empty where they are not."""
-    return [f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than about the "
-            f"model"] if count < FEW else []
+def few(count, test_count):
+    """The warnings that so many images, or test images, are few, as a list of lines; empty where they are not."""
+    lines = [f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than about the "
+             f"model"] if count < FEW else []
+    least, what = min((count, "images"), (test_count, "test images"))
+    return lines + ([f"warning: {least:,} {what} are too few for {FEATURES} features: the Fréchet distances mean "
+                     f"nothing, also those of real images; have more than {FEATURES}"] if least <= FEATURES else [])
 
 
 def cell(value, width=8, digits=3):
@@ -336,7 +343,7 @@ def report(result):
                  else "")]
     if "vae" in result:
         lines.append("vae:  the same training images through the VAE; what it makes of latents cannot be nearer")
-    return "\n".join([*lines, *few(result["count"])])
+    return "\n".join([*lines, *few(result["count"], result["test"])])
 
 
 def class_table(classes):
@@ -428,18 +435,17 @@ def read_fakes(folder, mode="L"):
     return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous(), labels
 
 
-def draw_fakes(model, config, count):
-    """The images number 0 to `count` - 1 that `config` draws with `model`, equally many of each class: uint8
-    (count, C, H, W) and their labels int64 (count,), both on the CPU."""
+def draw_fakes(model, config, labels):
+    """The images number 0, 1, ... that `config` draws with `model`, of these labels int64 (N,): uint8 (N, C, H, W), on
+    the CPU."""
     device = next(model.parameters()).device
-    labels = torch.arange(count) % config.num_classes
     fakes = []
-    with tqdm(total=count, desc="drawing", unit=" images", leave=False, disable=None) as bar:
-        for indices in torch.arange(count).split(batch_that_fits(config, device)):
+    with tqdm(total=len(labels), desc="drawing", unit=" images", leave=False, disable=None) as bar:
+        for indices in torch.arange(len(labels)).split(batch_that_fits(config, device)):
             x = generate(model, config, labels[indices].to(device), indices.tolist())
             fakes.append(to_images(x, config).cpu())
             bar.update(len(indices))
-    return torch.cat(fakes), labels
+    return torch.cat(fakes)
 
 
 def score_folder(args, device):
@@ -478,8 +484,9 @@ def score_vae(args, device):
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if Path(args.vae).is_dir():
-        result |= {"vae_hash": vae.hash_of(),
-                   "dataset": train.name, "data": fingerprint, "shape": list(train.shape)}
+        if train.name == "folder":  # as it is known by where its images are read one by one
+            fingerprint = Folder(config.data_dir, image_size=train.shape[1:], channels=train.shape[0]).fingerprint
+        result |= {"vae_hash": vae.hash_of(), "data": fingerprint}
         path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
@@ -493,8 +500,10 @@ def parse_args():
                              "what the VAE makes of real images, and keeps that in its folder as round_trip.json.")
     parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
                         "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
-    parser.add_argument("--count", type=int, help="how many to draw, equally many of each class (default: 10000, or as "
-                        "many as there are training images; scores of different counts do not compare)")
+    parser.add_argument("--count", type=int, help="how many to draw (default: 10000, or as many as there are training "
+                        "images; scores of different counts do not compare)")
+    parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as "
+                        "generator.py does)")
     add_flags(parser, ["dataset", "data_dir", "image_size", "channels"])
     say_default(parser, ["dataset", "data_dir"], "as in training; of --images, what their size says")
     say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
@@ -504,13 +513,13 @@ def parse_args():
     args.vae_alone = "vae" in args and args.checkpoint is None and not args.images
     if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
-    if args.images and (args.checkpoint is not None or args.count
+    if args.images and (args.checkpoint is not None or args.count or args.equal
                         or given_flags(args).keys() - {"dataset", "data_dir"}):
         raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
     if not args.vae_alone and given_flags(args).keys() & {"image_size", "channels"}:
         raise UserError("--image-size and --channels are for --vae alone: whatever else is scored has its own")
-    if args.vae_alone and (args.pictures or given_flags(args).keys() - {"vae", "dataset", "data_dir", "image_size",
-                                                                       "channels"}):
+    if args.vae_alone and (args.pictures or args.equal or given_flags(args).keys() - {
+            "vae", "dataset", "data_dir", "image_size", "channels"}):
         raise UserError("--vae without --checkpoint scores the VAE alone, which draws nothing: leave out the flags "
                         "that say how to draw, or name the model with --checkpoint")
     return args
@@ -532,7 +541,8 @@ def main():
         model, config = load_for_sampling(args)
         device = next(model.parameters()).device
         judge, vae = open_judge(config, device), find_vae(config, device) if config.latent_shape else None
-        fakes, labels = draw_fakes(model, config, args.count or min(10_000, len(judge.train.images)))
+        labels = judge.labels(args.count or min(10_000, len(judge.train.images)), args.equal)
+        fakes = draw_fakes(model, config, labels)
         print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "
               f"seed {config.seed}")
     print(report(judge.score(fakes, labels, vae=vae)))

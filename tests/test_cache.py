@@ -349,10 +349,10 @@ def test_processes_share_the_encoding_and_the_steps(command, flags, tmp_path):
 def test_a_run_says_what_its_vae_was_measured_at(tmp_path):
     """What measure.score has kept in its folder, as long as it is of this VAE and of these images."""
     vae, data = make_vae(), random_data()
-    kept = dict(vae_hash=vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"), dataset="random",
-                shape=[3, 8, 4], vae=dict(frechet=0.5), real=dict(frechet=0.25))
-    for change, said in (({}, True), (dict(vae_hash="0123456789abcdef"), False), (dict(shape=[3, 4, 8]), False),
-                         (dict(vae=None), False)):
+    kept = dict(vae_hash=vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
+                data=data.fingerprint, vae=dict(frechet=0.5), real=dict(frechet=0.25))
+    for change, said in (({}, True), (dict(vae_hash="0123456789abcdef"), False),
+                         (dict(data=random_data(21).fingerprint), False), (dict(vae=None), False)):
         (tmp_path / "round_trip.json").write_text(json.dumps(kept | change))
         summary = Latents(data, str(tmp_path), vae, False, tmp_path / "latents").load().summary
         assert ("Fréchet distance 0.500 (of real images 0.250)" in summary) == said

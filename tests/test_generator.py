@@ -8,10 +8,14 @@ import torch
 from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
+import fid_computer
 import generator
 import measure.score
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from dataset import load_dataset, to_uint8
+from config import Config
+from dataset import load_dataset, to_float, to_uint8
+from dit import build_model
+from generator import class_weights, labels_by
 from inference import generate
 from measure.classifier import load_classifier
 
@@ -41,6 +45,85 @@ def test_fills_both_folders(command, trained, tmp_path):
     drawn = to_uint8(generate(model, config, torch.arange(12) % 10))
     for i, image in enumerate(drawn):
         assert np.array_equal(Image.open(tmp_path / "fake" / f"{i:06d}_{i % 10}.png"), image[0])
+
+
+def test_labels_have_the_shares_of_their_weights():
+    """Rounded, however many they are: of fewer, they are the first of more."""
+    equal, unequal = torch.ones(3, dtype=torch.int64), torch.tensor([180, 20, 0])
+    assert labels_by(equal, 8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    for count, expected in ((1, [1, 0]), (10, [9, 1]), (26, [23, 3]), (200, [180, 20]), (2000, [1800, 200])):
+        labels = labels_by(unequal, count)
+        assert labels.bincount(minlength=3).tolist() == [*expected, 0]
+        assert torch.equal(labels, labels_by(unequal, 2000)[:count])
+    assert labels_by(torch.tensor([10**6] + 100 * [1]), 1000).tolist() == 1000 * [0]
+
+
+def test_classes_of_about_one_size_are_drawn_equally_often():
+    """MNIST's, and whatever differs by a quarter at most: their published scores are of such fakes."""
+    for sizes, expected in (([180, 20], [180, 20]), ([20, 25], [1, 1]), ([20, 26], [20, 26]), ([3, 0, 1], [3, 0, 1]),
+                            ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], 10 * [1])):
+        labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        assert class_weights(labels, len(sizes)).tolist() == expected
+        assert class_weights(labels, len(sizes), equal=True).tolist() == [1] * len(sizes)
+
+
+@pytest.fixture
+def unequal(tmp_path):
+    """The checkpoint of a model of 18 images of noise and 2 of another, darker kind."""
+    for name, count, top in (("noise", 18, 256), ("shade", 2, 100)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(count):
+            image = np.random.default_rng([top, i]).integers(0, top, (8, 8), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
+    config = Config(dataset="folder", data_dir=str(tmp_path / "data"), image_size=8, channels=1, num_classes=2,
+                    classes=("noise", "shade"), patch_size=4, hidden_size=8, depth=1, num_heads=2, sample_steps=1)
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    return tmp_path / "model.pth"
+
+
+def labels_in(folder):
+    return [int(name[7]) for name in sorted(read(folder))]
+
+
+def test_fakes_are_as_unequal_as_the_data(call, unequal, tmp_path, monkeypatch, weights):
+    """And so perfect fakes, the real images once more, are at no distance."""
+    data = load_dataset("folder", tmp_path / "data")
+
+    def perfect(model, config, labels, indices):
+        places = [labels_by(torch.tensor([18, 2]), 20)[:i].tolist().count(label) for i, label in zip(
+            indices, labels.tolist(), strict=True)]  # how many of its class came before
+        return torch.stack([to_float(data.images[data.labels == label][place])
+                            for label, place in zip(labels.tolist(), places, strict=True)])
+
+    monkeypatch.setattr(generator, "generate", perfect)
+    flags = ["--checkpoint", unequal, *folders(tmp_path)]
+    code, _, err = call(generator, *flags, "--count", 7)
+    assert code == 0 and "a class has 2 to 18 images: the fakes are as unequal (--equal" in err
+    first = read(tmp_path / "fake")
+    assert call(generator, *flags, "--count", 20, "--batch-size", 3)[0] == 0
+    assert first.items() <= read(tmp_path / "fake").items()
+    assert labels_in(tmp_path / "fake").count(1) == labels_in(tmp_path / "real").count(1) == 2
+    code, out, err = call(fid_computer, *folders(tmp_path), "--dims", 64, "--weights", weights, "--device", "cpu")
+    assert code == 0 and float(out.split()[1]) < 1e-3, out + err
+    assert_refused(call(generator, *flags, "--count", 20, "--equal"), "another classes", tmp_path / "fake")
+
+
+def test_equally_many_of_each_where_asked_for(call, unequal, tmp_path):
+    flags = ["--checkpoint", unequal, *folders(tmp_path), "--count", 9, "--equal"]
+    code, _, err = call(generator, *flags)
+    assert code == 0 and "unequal" not in err
+    assert labels_in(tmp_path / "fake") == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert_refused(call(generator, *flags[:-1]), "another classes", tmp_path / "fake")
+
+
+def test_data_of_other_classes(call, unequal, tmp_path):
+    flags = ["--checkpoint", unequal, *folders(tmp_path), "--count", 9]
+    (tmp_path / "data" / "noise").rename(tmp_path / "data" / "night")
+    code, _, err = call(generator, *flags)
+    assert code == 0 and "what the model calls 'noise' is 'night' in" in err
+    (tmp_path / "data" / "third").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "third" / "a.png")
+    assert_refused(call(generator, *flags), "the model knows 2 classes", "have 3")
 
 
 def test_goes_on_and_does_not_depend_on_the_batches(call, trained, tmp_path):

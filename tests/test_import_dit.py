@@ -409,7 +409,8 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path):
         assert np.array_equal(strip[2 + 66 * i:66 + 66 * i, -66:-2], expected)
     picture = inference.draw([0, 1], checkpoint=path, device="cpu", sample_steps=2, vae=str(vae))
     assert np.array_equal(np.asarray(picture), grid)
-    fakes, labels = draw_fakes(model, config, 2)
+    labels = torch.arange(2)
+    fakes = draw_fakes(model, config, labels)
     assert torch.equal(fakes, images) and labels.tolist() == [0, 1]
     # The grid that training draws; it is of ten classes in six rows
     train.draw_samples(train.Run(config, model, model, model, [], None), tmp_path / "d.png", "cpu", lambda: False)

@@ -44,8 +44,8 @@ def test_the_study(call, tmp_path):
     seeds, original = set(), scaling.draw_fakes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "save_figure", save_figure)
-        patch.setattr(scaling, "draw_fakes", lambda model, config, count: (
-            seeds.add(config.seed), original(model, config, count))[1])
+        patch.setattr(scaling, "draw_fakes", lambda model, config, labels: (
+            seeds.add(config.seed), original(model, config, labels))[1])
         check_the_study(call, tmp_path)
     assert seeds == {0}  # the same noise for all
     # Once more: nothing is left to do.

@@ -1,6 +1,7 @@
 """The ruler, tested: each way for fakes to be bad must move the figure that is there for it, and no other."""
 
 from support.commands import UserError
+from support.folders import Folder
 
 import dataclasses
 import json
@@ -22,6 +23,7 @@ from config import Config
 from dataset import CannotDownload, Dataset, load_dataset, to_uint8
 from dit import build_model
 from inference import generate
+from latent.cache import kept_distance
 from latent.vae import VAE, load_vae, save_vae
 from measure import classifier as classifier_script
 from measure.classifier import WEIGHTS, DigitClassifier, augment, load_classifier, train_classifier
@@ -211,6 +213,41 @@ def test_the_reference_is_drawn_as_the_fakes_were_asked_for():
     assert (few_classes % 3).bincount().tolist() == [10] * 3
 
 
+def test_the_reference_is_as_unequal_as_the_fakes():
+    real_labels = torch.tensor([0] * 180 + [1] * 20)
+
+    def drawn(*counts):
+        labels = torch.tensor([0] * counts[0] + [1] * counts[1])
+        index = pick_reference(labels, real_labels, len(labels), torch.Generator().manual_seed(0), 2)
+        assert len(set(index.tolist())) == len(index)
+        return real_labels[index].bincount(minlength=2).tolist()
+
+    assert drawn(90, 10) == [90, 10] and drawn(180, 20) == [180, 20]
+    assert drawn(15, 15) == [15, 15]                                   # asked for equally often
+    assert drawn(100, 100) == [20, 20] and drawn(360, 40) == [180, 20]   # of the larger class no more than fit
+    assert 80 < drawn(0, 100)[0] < 100                                   # a missing class is no excuse for itself
+
+
+def test_perfect_fakes_of_unequal_classes_have_a_ratio_of_one(classifier, parts):
+    """Drawn equally often, their distance would be that of other shares, and not of worse images."""
+    def unequal(data):
+        """All of five digits, and a dozen of each of the others."""
+        kept = torch.cat([(data.labels == digit).nonzero()[:, 0][:None if digit < 5 else 12] for digit in range(10)])
+        return dataclasses.replace(data, images=data.images[kept], labels=data.labels[kept])
+
+    train, test, fakes = map(unequal, parts)
+    judge = Judge(train, test, classifier)
+    labels = judge.labels(300)
+    assert (labels.bincount() - 300 * train.labels.bincount() / len(train.labels)).abs().max() < 1
+    assert judge.labels(30, equal=True).tolist() == 3 * [*range(10)]
+    images = [fakes.images[fakes.labels == label][labels[:k].tolist().count(label)]
+              for k, label in enumerate(labels.tolist())]
+    result = judge.score(torch.stack(images), labels)
+    assert [part["reference"] for part in result["classes"]] == labels.bincount().tolist()
+    assert 0.7 < result["ratio"] < 1.5
+    assert judge.brief_real(labels)["frechet"] == pytest.approx(result["real"]["frechet"])
+
+
 # The round trip of a VAE
 
 class Rounding(torch.nn.Module):
@@ -261,7 +298,8 @@ def test_a_perfect_vae_has_the_figures_of_real_images(classifier, parts):
     assert rows["distance to a training image"][2] == "-"
     alone = whole.score_vae(Rounding(std=0.4), 590)
     assert alone["ratio"] == pytest.approx(alone["vae"]["frechet"] / alone["real"]["frechet"])
-    assert report(alone).splitlines()[0].split() == ["590", "images", "real", "vae"]
+    fewest = parts[0].labels.bincount().min().item()  # of a class: 59 would be asked for
+    assert report(alone).splitlines()[0].split() == [str(10 * min(fewest, 59)), "images", "real", "vae"]
     with pytest.raises(UserError, match="5 images are too few"):
         whole.score_vae(Rounding(), 5)
 
@@ -298,7 +336,7 @@ def test_a_vae_alone(call, vae):
     assert code == 0, err
     kept = json.loads((vae / "round_trip.json").read_text())
     data = load_dataset("digits", "")
-    assert kept["data"] == data.fingerprint and kept["shape"] == [1, 8, 8] and kept["count"] == 200
+    assert kept["data"] == data.fingerprint and kept["count"] == 200
     loaded = load_vae(vae)
     assert kept["vae_hash"] == loaded.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv")
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
@@ -311,6 +349,21 @@ def test_a_vae_alone(call, vae):
     errors = (made.double() - images.double()).square().mean(dim=(1, 2, 3))
     assert kept["vae"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors)).mean().item(), rel=1e-5)
     assert call(measure.score, *flags)[1] == out
+
+
+def test_what_is_kept_of_a_vae_is_of_one_folder_of_images(call, vae, tmp_path):
+    """Another may be called alike, and have as many images of one size."""
+    data = load_dataset("digits", "")
+    for name, start in (("one", 0), ("other", 120)):
+        for i in range(start, start + 120):
+            (tmp_path / name / str(data.labels[i].item())).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.images[i, 0].numpy()).save(tmp_path / name / str(data.labels[i].item()) / f"{i}.png")
+    code, _, err = call(measure.score, "--vae", vae, "--dataset", "folder", "--data-dir", tmp_path / "one")
+    assert code == 0, err
+    kept = json.loads((vae / "round_trip.json").read_text())
+    said = f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
+    for name, words in (("one", said), ("other", "")):
+        assert kept_distance(str(vae), load_vae(vae), Folder(tmp_path / name)) == words
 
 
 def test_vaes_that_do_not_fit(call, vae, tmp_path):
@@ -441,6 +494,16 @@ def test_too_few_images_or_impossible_labels_are_refused(judge, parts):
             judge(parts[2].images[:8], labels)
 
 
+def test_test_images_that_are_too_few(classifier, parts):
+    """Of as many images as there are features, or fewer, the covariance says nothing."""
+    with pytest.raises(UserError, match="5 test images are too few"):
+        Judge(parts[0], few(parts[1], 5), classifier)
+    text = report(Judge(parts[0], few(parts[1], 8), classifier).score(parts[2].images, parts[2].labels))
+    assert "warning: 8 test images are too few for 64 features: the Fréchet distances mean nothing" in text
+    assert len(measure.score.few(2000, 64)) == 1 and measure.score.few(2000, 65) == []
+    assert "64 images are too few for 64" in measure.score.few(64, 500)[1] and len(measure.score.few(65, 500)) == 1
+
+
 def test_the_report_counts_and_warns(good):
     text = report(good)
     assert text.startswith("599 images") and "warning: 599 images are few" in text
@@ -488,7 +551,7 @@ def test_each_figure_of_the_report_is_in_its_own_column():
         return {"count": count, "reference": count, "ratio": 1000 * next(numbers),
                 "fake": {name: next(numbers) for name in names}, "real": {name: next(numbers) for name in names}}
 
-    result = figures(3000) | {"reference": 2999, "classes": [
+    result = figures(3000) | {"reference": 2999, "test": 500, "classes": [
         {"name": str(digit)} | figures(300 + digit) for digit in range(10)]}
     lines = report(result).splitlines()
     fake, real = result["fake"], result["real"]
@@ -672,16 +735,17 @@ def test_what_is_drawn_is_read_as_what_was_asked_for(call, mnist):
     assert code == 0, err
     assert out.startswith(f"{SHIPPED}: dpm, 8 steps, guidance 1.1, seed 0") and accuracy(out) > 0.96
     model, config = load_model(SHIPPED)
-    fakes, labels = measure.score.draw_fakes(model, config, 25)
-    assert labels.tolist() == [*range(10), *range(10), *range(5)]
+    labels = torch.arange(25) % 10
+    fakes = measure.score.draw_fakes(model, config, labels)
     assert torch.equal(fakes, to_uint8(generate(model, config, labels)))
 
 
 def test_fakes_do_not_depend_on_the_batch(monkeypatch):
     model, config = load_model(SHIPPED)
-    whole, _ = measure.score.draw_fakes(model, config, 20)
+    labels = torch.arange(20) % 7
+    whole = measure.score.draw_fakes(model, config, labels)
     monkeypatch.setattr(measure.score, "batch_that_fits", lambda config, device: 7)
-    assert torch.equal(measure.score.draw_fakes(model, config, 20)[0], whole)
+    assert torch.equal(measure.score.draw_fakes(model, config, labels), whole)
 
 
 def test_scores_a_checkpoint(call, mnist, tmp_path):
