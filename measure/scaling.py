@@ -36,7 +36,7 @@ from config import PAPER, PRESETS, Config, add_flags, given_flags
 from dit import build_model
 from measure.benchmark import flops
 from measure.results import network_calls, save_figure
-from measure.score import draw_fakes, few, open_judge
+from measure.score import METRICS, draw_fakes, few, open_judge
 from train import train
 
 HEAD = 32  # the width of a head, for sizes that are named by depth x width
@@ -52,6 +52,8 @@ STUDIES = {
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
 OWN = ("patch_size", "sizes", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
        "checkpoint_every", "shard")
+SCORE = ("step", "seconds", "scoring", "accuracy", *METRICS)  # what scores.json has of each score
+MEASURES = ("parameters", "tokens", "flops", "speed")  # ... and of a model of the first seed
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change
 
 
@@ -141,7 +143,7 @@ def read_record(folder, config, count):
         flops                of its `forward_flops`
         speed                the seconds of a step
 
-    Raises `UserError` when the file is damaged, or of another study."""
+    Raises `UserError` when the file is damaged or of another study, or its model is gone."""
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"count": count}))
     path = folder / "scores.json"
     if not path.exists():
@@ -149,10 +151,16 @@ def read_record(folder, config, count):
     try:
         record = json.loads(path.read_text())
         old = dict(record["settings"])
-        for score in record["scores"]:
-            score["step"], score["seconds"], score["scoring"], score["frechet"]
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = [score[name] for score in record["scores"] for name in SCORE]
+        if record.keys() & {*MEASURES}:
+            numbers += [record[name] for name in MEASURES]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: remove {folder}, and it is made anew") from None
+    if numbers and not (folder / "model.pth").is_file():
+        raise UserError(f"{folder / 'model.pth'} is gone, whose scores {path.name} beside it holds: bring it back, or "
+                        f"remove {folder}, and it is made anew")
     differences = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in old | settings
                    if old.get(name) != settings.get(name) and name not in MOVABLE]
     if differences:

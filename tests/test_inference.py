@@ -232,6 +232,20 @@ def test_draw_for_a_notebook():
             draw(**wrong)
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_lines_that_give_tensors_work_as_printed(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+    start = lines.index("    import torch")
+    found = {}
+    exec("\n".join(line.strip() for line in lines[start:lines.index("", start + 4)]), found)
+    x = found["x"]
+    assert x.shape == (3, 1, 28, 28) and x.dtype == torch.float32 and x.abs().max() <= 1 and x.max() - x.min() > 1.9
+    picture = np.asarray(draw([3, 1, 4], checkpoint=SHIPPED))
+    for column, image in enumerate(inference.to_images(x, found["config"])):
+        assert np.array_equal(tile(picture, 0, column, scale=2), image[0])
+
+
 def test_a_misspelt_setting_names_the_nearest():
     for wrong, right in (("guidanc", "guidance"), ("sample_step", "sample_steps"), ("labls", "labels"), ("vea", "vae")):
         with pytest.raises(UserError, match=f"'{wrong}' is no setting here: is '{right}' meant"):

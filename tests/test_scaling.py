@@ -245,6 +245,62 @@ def test_another_study_in_the_folder(call, tmp_path):
         assert_refused(call(scaling, *flags, *more), "1x32_patch8_seed0 was made with other settings", words)
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
     file = tmp_path / "1x32_patch8_seed0" / "scores.json"
-    for content in ("", "[]", '{"settings": {}}', '{"settings": 3, "scores": []}', file.read_text()[:-20]):
+    whole = json.loads(file.read_text())
+    damaged = [{key: value for key, value in whole.items() if key != gone} for gone in ("settings", "scores", "flops")]
+    damaged += [whole | {"speed": "0.1"}, whole | {"tokens": None}, whole | {"scores": 3}, whole | {"scores": ["step"]}]
+    for name, value in whole["scores"][0].items():
+        damaged += [whole | {"scores": [whole["scores"][0] | {name: str(value)}]},
+                    whole | {"scores": [{key: value for key, value in whole["scores"][0].items() if key != name}]}]
+    for content in ("", "[]", '{"settings": 3, "scores": []}', file.read_text()[:-20], "[" * 100_000,
+                    '{"settings": ' * 50_000, *map(json.dumps, damaged)):
         file.write_text(content)
         assert_refused(call(scaling, *flags), "scores.json is damaged: remove", "1x32_patch8_seed0")
+    assert len(damaged) > 20
+
+
+def test_a_scored_model_that_is_gone(call, tmp_path):
+    """It is not trained anew: its scores would be of another."""
+    flags = [*FLAGS, "--models", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
+    assert call(scaling, *flags)[0] == 0
+    model = tmp_path / "1x32_patch8_seed0" / "model.pth"
+    model.unlink()
+    assert_refused(call(scaling, *flags), model, "is gone", f"remove {model.parent}, and it is made anew")
+    assert not model.exists()
+
+
+def test_the_table_by_hand(made):
+    """Two sizes of two seeds, of known figures; the larger one, which comes first, is named last."""
+    models, _ = made("--models", "2x64", "1x32", "--patches", 7, "--batch-size", 10, "--seeds", 0, 1)
+    known = {("2x64", 0): (4e9, [2.0]), ("2x64", 1): (4e9, [3.0]), ("1x32", 0): (1e9, [6.0]), ("1x32", 1): (1e9, [6.5])}
+    for model in models:
+        flops, distances = known[model.size, model.seed]
+        model.record |= {"flops": flops, "parameters": int(flops / 1000), "tokens": 16, "scores": [
+            dict(step=500, seconds=90.0 + 20 * model.seed, accuracy=0.5, frechet=distance, recall=0.25)
+            for distance in distances]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scaling.make_table(
+        models, collect(models), {"accuracy": 0.995, "frechet": 0.5, "recall": 0.875})]
+    assert rows[0] == ["size", "patch", "tokens", "parameters", "Gflops", "training, TFLOP", "training, s",
+                       "read as asked", "Fréchet", "to real", "recall"]
+    assert rows[2:] == [
+        ["1x32", "7", "16", "1,000,000", "1", "15", "100 ± 14", "50.0% ± 0.0%", "6.250 ± 0.354", "12.5 ± 0.7",
+         "0.25 ± 0.00"],
+        ["2x64", "7", "16", "4,000,000", "4", "60", "100 ± 14", "50.0% ± 0.0%", "2.500 ± 0.707", "5.0 ± 1.4",
+         "0.25 ± 0.00"],
+        ["real images", "", "", "", "", "", "", "99.5%", "0.500", "1.0", "0.88"]]
+
+
+def test_times_in_words():
+    assert [scaling.show_time(seconds) for seconds in (0, 39.6, 89, 91, 5940, 6000, 7500, 36_000)] == [
+        "0 s", "40 s", "89 s", "2 min", "99 min", "1 h 40 min", "2 h 05 min", "10 h 00 min"]
+
+
+def test_what_a_study_says_on_the_way(call, tmp_path, monkeypatch):
+    """What is to do, how long all that is left will take, and what came out."""
+    monkeypatch.setattr(scaling, "seconds_left", lambda todo, models: 3600.0 * len(todo))
+    code, out, err = call(scaling, *FLAGS, "--models", "1x32", "--patches", 8, "--marks", 2, "--out", tmp_path)
+    assert code == 0, err
+    first, last = read(tmp_path)["1x32_patch8_seed0"]["scores"]
+    lines = out.splitlines()
+    for place, (score, step, left) in enumerate(((first, 4, "2 h 00 min"), (last, 8, "60 min"))):
+        line = lines.index(f"{place + 1} of 2: 1x32_patch8_seed0 to step {step}; about {left} left in all")
+        assert lines[line + 1] == f"  Fréchet distance {score['frechet']:.3f}, {score['accuracy']:.1%} read as asked"
