@@ -35,6 +35,7 @@ class Config:
     sizes: tuple = flag((), "of clips: more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or "
                         "image_size", 1, 1024)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
+    ground: str = flag("black", "what transparent images of your own are laid on", choices=("black", "white"))
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers

@@ -99,7 +99,7 @@ class Dataset(Images):
         return x
 
 
-def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
+def load_dataset(name, data_dir, train=True, image_size=(), channels=0, ground="black"):
     """Reads the training or the test part of a data set.
 
     name: mnist or sprites (downloaded into `data_dir` when they are not there), digits, folder, or auto: mnist, and
@@ -107,6 +107,7 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
         names another one wants what is in it, and when that is not MNIST, auto is a `UserError`.
     image_size: (height, width) to resize the images to, or a number for a square; () or 0 = as they are.
     channels: 1 (grey), 3 (RGB), or 0 = as they are.
+    ground: black or white, on which transparent images in folders are laid.
 
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, is damaged or does not fit into memory.
     """
@@ -127,7 +128,7 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0):
             print(f"{str(error).partition(';')[0]}: using scikit-learn's 8x8 digits instead", file=sys.stderr)
             name = "digits"
     if name == "folder":
-        folder = Folder(data_dir, train, image_size, channels)
+        folder = Folder(data_dir, train, image_size, channels, ground)
         return Dataset(name, folder.read_all(), folder.labels, folder.classes)
     if name == "sprites":
         frames = read_sprites(Path(data_dir), train, image_size, channels)
@@ -154,7 +155,7 @@ def check_data_dir(name, data_dir):
         raise UserError(f"{data_dir} is not a folder: point --data-dir at the folder that holds MNIST/raw")
     classes = []
     with contextlib.suppress(UserError):
-        classes = list(find_classes(training_part(data_dir)))
+        classes = list(find_classes(training_part(data_dir))[0])
     if classes:
         raise UserError(f"{data_dir} holds no MNIST/raw, but folders of images ({', '.join(classes[:3])}"
                         f"{' ...' if len(classes) > 3 else ''}): --dataset folder trains on those")

@@ -151,7 +151,8 @@ def main():
         raise UserError(f"{args.checkpoint} draws {config.channels} channels of {show_size(config.image_size)}, which "
                         "are no picture")
     with parallel.rank_0_first():
-        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels)
+        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
+                            ground=config.ground)
     check_classes(config, data)
     weights = class_weights(data.labels, config.num_classes, args.equal)
     unequal = weights.min() < weights.max()

@@ -2,10 +2,10 @@
 completes them, leads from one label or seed to another, and makes clips longer."""
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run
-from support.image_files import fit, name_of, read_frames, read_image, to_tensor
+from support.image_files import fit, name_of, read_clip, read_image, to_tensor
 from support.labels import are_numbers, parse_labels, parse_morph
 from support.pictures import check_picture, frames_of, grid, save_animation
-from support.sizes import as_size, show_size
+from support.sizes import as_size, demand_memory, show_size
 
 import argparse
 import dataclasses
@@ -263,7 +263,7 @@ def read_picture(path, config, mask=None):
     Raises `UserError`.
     """
     *frames, height, width = config.image_size
-    (clip, size), count = read_clip(path, config), math.prod(frames)
+    (clip, size), count = read_given(path, config, still=not frames), math.prod(frames)
     if clip.shape[2] < count:
         raise UserError(f"{name_of(path)} has {clip.shape[2]} frames, but the model draws clips of {count}")
     picture = clip[:, :, :count].reshape(1, -1, *config.image_size)
@@ -278,15 +278,15 @@ def read_picture(path, config, mask=None):
     return picture, known
 
 
-def read_clip(path, config):
-    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and their
-    size in the file, (width, height). Raises `UserError`."""
+def read_given(path, config, still=False):
+    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and the
+    first one's size in the file, (width, height); still: the first frame alone. Raises `UserError`."""
     if config.channels not in (1, 3):
         raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which "
                         "are no picture")
-    images = read_frames(path, "L" if config.channels == 1 else "RGB")
-    frames = [to_tensor(fit(image, config.image_size[-2:])) for image in images]
-    return to_float(torch.stack(frames, dim=1))[None], images[0].size
+    mode = "L" if config.channels == 1 else "RGB"
+    clip, size = read_clip(path, config.image_size[-2:], mode, config.ground, still)
+    return to_float(clip.movedim(0, 1))[None], size
 
 
 def add_labels_between(model, first, last, count):
@@ -345,9 +345,15 @@ def draw_longer(model, config, labels, count, args):
     y = torch.tensor(labels * count, device=device)
     if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
         raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+
+    def ask(frames):
+        demand_memory(len(y) * frames, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
+
+    ask(args.frames or config.image_size[0])
     paths = [args.extend, args.before, *(args.between or ()), args.loop]
-    clips = [from_images(read_clip(path, config)[0].to(device), config).expand(len(y), -1, -1, -1, -1)
+    clips = [from_images(read_given(path, config)[0].to(device), config).expand(len(y), -1, -1, -1, -1)
              for path in paths if path is not None] or [generate(model, config, y)]
+    ask(sum(clip.shape[2] for clip in clips) + config.image_size[0])
     x, none = clips[0], clips[0][:, :, :0]
     if args.between or args.loop:
         middle = draw_window(model, config, y, x, clips[-1])

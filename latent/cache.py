@@ -46,7 +46,7 @@ def open_data(config, device, folder="latents", images=None):
     if config.flips and config.dataset != "folder":
         raise UserError(f"--flips is for photographs (--dataset folder): what {config.dataset} shows would mean "
                         "something else in a mirror")
-    of = dict(image_size=config.image_size, channels=config.channels)
+    of = dict(image_size=config.image_size, channels=config.channels, ground=config.ground)
     with parallel.rank_0_first():  # it may download them
         if not config.vae:
             images = images or load_dataset(config.dataset, config.data_dir, **of)
@@ -56,8 +56,10 @@ def open_data(config, device, folder="latents", images=None):
             check_same(config.vae, vae, config.vae_hash)
             vae.normalize_by(config.latent_mean, config.latent_std)
         of["channels"] = of["channels"] or vae.image_channels
-        images = images or (Folder(config.data_dir, **of) if config.dataset == "folder" else
-                            load_dataset(config.dataset, config.data_dir, **of))
+        if not images and config.dataset == "folder":
+            images = Folder(config.data_dir, **of)
+            images.check()
+        images = images or load_dataset(config.dataset, config.data_dir, **of)
     check_shapes(config.vae, vae, images.shape)
     return Latents(images, config.vae, vae, config.flips, Path(folder))
 

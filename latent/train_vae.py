@@ -78,6 +78,7 @@ class Recipe:
     data_dir: str = like("data_dir")
     image_size: tuple = like("image_size")
     channels: int = like("channels")
+    ground: str = like("ground")
 
     # Network
     factor: int = flag(0, "a latent stands for factor x factor pixels; 0 = 4 for images of up to 32 pixels, else 8", 0,
@@ -310,7 +311,7 @@ def split(recipe, data):
         images, tests = data.images[~apart], data.images[apart]
     else:
         images, tests = data.images, load_dataset(data.name, recipe.data_dir, False, recipe.image_size,
-                                                  recipe.channels).images
+                                                  recipe.channels, recipe.ground).images
     return images, some(tests, HELD_OUT)
 
 
@@ -403,7 +404,8 @@ def train_vae(settings, out="vae", resume=False, device=None):
         check_folder(out)
     make_dir(out)
     with lock_dir(out):
-        data = load_dataset(recipe.dataset, recipe.data_dir, image_size=recipe.image_size, channels=recipe.channels)
+        data = load_dataset(recipe.dataset, recipe.data_dir, image_size=recipe.image_size, channels=recipe.channels,
+                            ground=recipe.ground)
         fingerprint = data.fingerprint
         if saved and saved["data"] != fingerprint:
             raise UserError(f"{out / STATE} was trained on other data: images, labels or names of classes have changed "

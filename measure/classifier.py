@@ -194,17 +194,18 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
     return classifier.half().float().eval()  # what is measured now is what the file will hold
 
 
-def load_parts(name, data_dir, image_size=(), channels=0):
+def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
     """The training part and the test part of a data set, and the fingerprint of all that there is to train on.
 
     Where a folder has no test/, every tenth image of each class is held out to test on, and a line on standard error
     says so. Raises `UserError` as `load_dataset`, and where there are too few images for that.
     """
-    data = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels)
+    data = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
     fingerprint = data.fingerprint
     if has_test_part(data.name, data_dir):
         C, *size = data.images.shape[1:]
-        return data, load_dataset(data.name, data_dir, train=False, image_size=tuple(size), channels=C), fingerprint
+        test = load_dataset(data.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
+        return data, test, fingerprint
     held_out = every_tenth(data.labels)
     if not held_out.any():
         raise UserError(f"{data_dir} has no test/, and no class of 10 images or more of which to hold some out")
@@ -299,7 +300,7 @@ def accuracy_on(classifier, data):
 def main():
     parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
                                 "of any labelled data set.")
-    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "flips", "seed"])
+    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "ground", "flips", "seed"])
     parser.set_defaults(dataset="mnist")
     say_default(parser, ["dataset"], "mnist")
     parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
@@ -314,7 +315,8 @@ def main():
     if args.out:
         check_file(args.out)
     device = pick_device(args.device)
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
+                                          config.ground)
     if len(train.classes) < 2:
         raise UserError(f"{config.data_dir} holds one class, {train.classes[0]!r:.40}: a network learns by telling "
                         "classes apart. FID needs none: fid_computer.py")

@@ -304,7 +304,8 @@ class Judge:
 def open_judge(config, device):
     """The `Judge` of the images that a `Config` is of. Raises `UserError` when these or their classifier cannot be
     had, or the model knows other classes."""
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
+                                          config.ground)
     if config.num_classes:
         check_classes(config, train)
     return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
@@ -477,8 +478,9 @@ def score_vae(args, device):
     vae = load_vae(args.vae, device)
     C = vae.image_channels
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
-        "dataset", "data_dir", "image_size", "channels") if name in flags})
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels)
+        "dataset", "data_dir", "image_size", "channels", "ground") if name in flags})
+    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
+                                          config.ground)
     check_shapes(args.vae, vae, train.shape)
     judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
@@ -504,7 +506,7 @@ def parse_args():
                         "images; scores of different counts do not compare)")
     parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as "
                         "generator.py does)")
-    add_flags(parser, ["dataset", "data_dir", "image_size", "channels"])
+    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "ground"])
     say_default(parser, ["dataset", "data_dir"], "as in training; of --images, what their size says")
     say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
     parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
@@ -516,10 +518,11 @@ def parse_args():
     if args.images and (args.checkpoint is not None or args.count or args.equal
                         or given_flags(args).keys() - {"dataset", "data_dir"}):
         raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
-    if not args.vae_alone and given_flags(args).keys() & {"image_size", "channels"}:
-        raise UserError("--image-size and --channels are for --vae alone: whatever else is scored has its own")
+    if not args.vae_alone and given_flags(args).keys() & {"image_size", "channels", "ground"}:
+        raise UserError("--image-size, --channels and --ground are for --vae alone: whatever else is scored has its "
+                        "own")
     if args.vae_alone and (args.pictures or args.equal or given_flags(args).keys() - {
-            "vae", "dataset", "data_dir", "image_size", "channels"}):
+            "vae", "dataset", "data_dir", "image_size", "channels", "ground"}):
         raise UserError("--vae without --checkpoint scores the VAE alone, which draws nothing: leave out the flags "
                         "that say how to draw, or name the model with --checkpoint")
     return args

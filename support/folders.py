@@ -1,15 +1,35 @@
 """Folders of images, one folder per class."""
 
+from support import parallel
 from support.commands import UserError
-from support.image_files import fit, is_grey, list_images, opened, read_image, to_tensor, visible
+from support.image_files import (
+    fit,
+    is_grey,
+    is_image,
+    list_files,
+    opened,
+    read_image,
+    say_left_out,
+    show_left_out,
+    to_tensor,
+    walk,
+)
 from support.sizes import as_size, demand_memory
 
+import collections
 import hashlib
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+TESTS = ("test", "val", "valid", "validation")  # folders of images to test on, beside train/
+ONE = "all"  # the class of images that lie in no class's folder
+LOOKED_AT = 16  # images, spread over all, that show whether what is read is any good
+NARROW = 64  # levels of 256 that images should have more of
 
 
 class Images:
@@ -32,8 +52,9 @@ class Images:
         """What they are, in one line."""
         C, height, width = self.shape
         colour = {1: "grey", 3: "colour"}.get(C, f"{C} channels")
-        return (f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, classes "
-                f"{', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
+        classes = "one class: unconditional" if len(self.classes) == 1 else (
+            f"classes {', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
+        return f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, {classes}"
 
     def at(self, size):
         """The same in another size, where there are several."""
@@ -44,13 +65,14 @@ class Folder(Images):
     """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.
 
     Every image is brought to one size ((): a square, the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if all images are grey, else 3). Raises `UserError`.
+    `channels` channels (0: 1 if all images are grey, else 3), transparency laid on the colour `ground`. Raises
+    `UserError`.
     """
 
     name = "folder"
 
-    def __init__(self, root, train=True, image_size=(), channels=0):
-        self.root = Path(root)
+    def __init__(self, root, train=True, image_size=(), channels=0, ground="black"):
+        self.root, self.ground = Path(root), ground
         found, self.classes = list_classes(self.root, train)
         labelled = [(file, label) for label, name in enumerate(self.classes) for file in found.get(name, ())]
         self.files, labels = zip(*labelled, strict=True)
@@ -58,13 +80,14 @@ class Folder(Images):
         if not image_size:
             with opened(self.files[0]) as image:
                 image_size = as_size(min(image.size))
-        channels = channels or (1 if all(map(is_grey, self.files)) else 3)
+        channels = channels or (1 if all(is_grey(file, ground) for file in self.files) else 3)
         self.shape = (channels, *image_size)
 
     @property
     def fingerprint(self):
         """A hash, 16 hexadecimal digits, of the files' names, sizes and times, and of the images' shape."""
         digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
+        digest.update(b"" if self.ground == "black" else self.ground.encode())
         for file in self.files:
             state = file.stat()
             digest.update(repr((file.relative_to(self.root).as_posix(), state.st_size, state.st_mtime_ns)).encode())
@@ -74,13 +97,19 @@ class Folder(Images):
         """The images in this slice, uint8 (n, C, H, W)."""
         C, *size = self.shape
         with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-            return torch.stack(list(pool.map(
-                lambda file: to_tensor(fit(read_image(file, "L" if C == 1 else "RGB"), size)), self.files[rows])))
+            return torch.stack(list(pool.map(lambda file: to_tensor(fit(
+                read_image(file, "L" if C == 1 else "RGB", self.ground), size)), self.files[rows])))
+
+    def check(self):
+        """Warns when the images are nothing to learn from; see `warn_of_alike`."""
+        step = -(-len(self.files) // LOOKED_AT)
+        warn_of_alike(torch.cat([self.read(slice(i, i + 1)) for i in range(0, len(self.files), step)]), self.root)
 
     def read_all(self):
         """All images, uint8 (N, C, H, W)."""
         N, block = len(self.files), 256
         demand_memory(N, self.shape[0], self.shape[1:])
+        self.check()
         images = torch.empty(N, *self.shape, dtype=torch.uint8)
         with tqdm(total=N, desc=f"reading {self.root}", leave=False, disable=None) as bar:
             for start in range(0, N, block):
@@ -89,53 +118,106 @@ class Folder(Images):
         return images
 
 
-def list_classes(root, train):
-    """The images of a part of `root`, which holds train/<class>/* and test/<class>/*, as in the article, or <class>/*:
-    a dict from the names of classes to lists of files, and the names of all classes. Raises `UserError`."""
-    part = training_part(root)
-    found = find_classes(part)
+def warn_of_alike(images, root):
+    """Warns on standard error when images uint8 (N, C, H, W), some of those in `root`, are all alike, or have few of
+    the 256 levels."""
+    low, high = images.min().item(), images.max().item()
+    if high - low < NARROW:
+        trouble = (f"have levels from {low} to {high} alone, of 0 to 255. Drawings on transparency may need --ground "
+                   "white, and files of 16 bits a pixel are read as if they used all of 0 to 65,535")
+    elif len(images) > 1 and (images == images[:1]).all():
+        trouble = "are all the same"
+    else:
+        return
+    if not parallel.RANK:
+        print(f"warning: {len(images):,} of the images of {root}, spread over all, {trouble}", file=sys.stderr)
+
+
+def list_classes(root, train=True, wanted=is_image, whole=None):
+    """What there is of each class in a part of `root`: a dict from the names of classes to lists of files, and the
+    names of all classes. What is left out is said on standard error. Raises `UserError`.
+
+    `root` holds a folder for each class, to which all below it belongs, as torchvision's ImageFolder has it; or files
+    alone, which are then of one class; or in its folders train and test (`TESTS`) what it would hold itself.
+    wanted, whole: as of `walk`.
+    """
+    part = training_part(root, wanted)
+    found, *rest = find_classes(part, wanted, whole)
     names = list(found)
     if not train and part != root:
-        part = root / "test"
-        if not part.is_dir():
-            raise UserError(f"{root} holds train/ but no test/: put the images to test on into {part}/<class>/")
-        found = find_classes(part)
-        strange = [name for name in found if name not in names]
-        if strange:
-            raise UserError(f"{part / strange[0]} has no counterpart in {root / 'train'}: both need the same classes")
+        parts = [root / name for name in TESTS if (root / name).is_dir()]
+        if not parts:
+            raise UserError(f"{root} holds train/ but no test/: put the images to test on into "
+                            f"{root / 'test'}/<class>/")
+        for part in parts:
+            found, *rest = find_classes(part, wanted, whole)
+            if found.keys() <= set(names):
+                break
+        else:
+            raise UserError(f"{part / next(name for name in found if name not in names)} has no counterpart in "
+                            f"{root / 'train'}: both need the same classes; or move {part} away")
+    left_out, empty = rest
+    if part != root:
+        left_out["classless file"] += len(list_files(root, wanted, left_out)[0])
+    say_left_out(part, +left_out, empty)
+    for name, files in found.items():
+        places = {place(file).parent for file in files}
+        if len(places) > 1 and not parallel.RANK:
+            print(f"{part / name}: what lies in its {len(places):,} folders, such as {max(places)}, is all of class "
+                  f"{name}", file=sys.stderr)
+            break
     return found, names
+
+
+def place(found):
+    """Where what `walk` yields lies: a file, or the folder of a list of files."""
+    return found[0].parent if isinstance(found, list) else found
 
 
 def has_test_part(name, data_dir):
     """Whether the data set called `name` has images to test on: all have, but folders without train/ and test/."""
-    return name != "folder" or all((Path(data_dir) / part).is_dir() for part in ("train", "test"))
+    root = Path(data_dir)
+    return name != "folder" or (training_part(root) != root and any((root / part).is_dir() for part in TESTS))
 
 
-def training_part(root):
-    """What holds the folders of the classes to learn from: `root`, or its train/. Raises `UserError`."""
+def training_part(root, wanted=is_image):
+    """What holds the folders of the classes to learn from: `root`, or its train/. Raises `UserError`.
+
+    A class may be called train: train/ is a part where no other folder of `root` but those of `TESTS` holds any file
+    that is `wanted`.
+    """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    return root / "train" if (root / "train").is_dir() else root
+    if not (root / "train").is_dir():
+        return root
+    others = [folder for folder in list_files(root, wanted, collections.Counter())[1]
+              if folder.name not in ("train", *TESTS)]
+    taken = (walk(folder, wanted, collections.Counter(), above=[os.path.realpath(root)]) for folder in others)
+    return root if any(next(files, None) for files in taken) else root / "train"
 
 
-def in_order(found):
-    """The classes of `found`, a dict from names to lists of files, that have any: numbers in order, then words."""
-    names = sorted((name for name, files in found.items() if files),
-                   key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    return {name: found[name] for name in names}
-
-
-def find_classes(folder):
-    """The images of each class: a dict from the names of the folders in `folder` that hold any, `in_order`, to lists of
-    files. Raises `UserError` when there are none, or images lie deeper."""
-    found = {path.name: list_images(path) for path in visible(folder) if path.is_dir()}
-    for name, images in found.items():
-        for deeper in () if images else visible(folder / name):
-            if deeper.is_dir() and list_images(deeper):
-                raise UserError(f"{deeper} holds images, but {folder / name} does not: move them up into {folder}"
-                                f"/<class>/, or point --data-dir at {folder / name}")
-    found = in_order(found)
+def find_classes(folder, wanted=is_image, whole=None):
+    """What there is of each class in `folder`: a dict from the names of the folders in it that hold any, in natural
+    order, to lists of files; a Counter of the files that are left out; and the names of the other folders. A name that
+    is no text is spelt in bytes, such as \\xc4. Raises `UserError` when there is nothing, or all lies deeper."""
+    left_out = collections.Counter()
+    own, folders = list_files(folder, wanted, left_out)
+    above = [os.path.realpath(folder)]
+    found = {os.fsencode(path.name).decode(errors="backslashreplace"): list(walk(path, wanted, left_out, whole, above))
+             for path in folders}
+    empty = [name for name, files in found.items() if not files]
+    found = {name: files for name, files in found.items() if files}
+    if not found and own:
+        return {ONE: own}, left_out, empty
+    left_out.update({"classless file": len(own)} if own else {})
     if not found:
-        raise UserError(f"no images in {folder}/<class>/: it must hold one folder per class, with images in each"
-                        + (f"; those in {folder} itself have no class" if list_images(folder) else ""))
-    return found
+        raise UserError(f"no {'clips' if whole else 'images'} in {folder}/<class>/: it must hold one folder per class, "
+                        f"with {'videos, animations or folders of images' if whole else 'images'} in each"
+                        + (f"; it holds {show_left_out(left_out)}" if left_out else ""))
+    if len(found) == 1:
+        (name, files), = found.items()
+        inner = [place(file).relative_to(folder).parts for file in files]
+        if all(len(parts) > 2 for parts in inner) and len({parts[1] for parts in inner}) > 1:
+            raise UserError(f"all that {folder} holds lies in {folder / name}, in several folders: if these are the "
+                            f"classes, point --data-dir at {folder / name}")
+    return found, left_out, empty

@@ -1,52 +1,156 @@
 """Image files of any kind and origin, read as people mean them."""
 
+from support import parallel
 from support.commands import UserError
+from support.sizes import demand_memory
 
+import collections
 import contextlib
+import functools
 import os
+import re
+import stat
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+TINT = 1  # level by which the channels of a grey pixel may differ: lossy formats round them
 LONGEST = 10_000  # frames of a clip
-SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing, and what is taken of a video
+# Pillow recognizes these formats, but leaves the reading to other programs
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+ONE_PICTURE = ("MPO", "PSD")  # what Pillow calls their frames are previews and layers
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
+VIDEO_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,ogg"  # FFmpeg's; a playlist, which names other files, is none
+# Files that systems leave everywhere, and generator.py's note
+UNSAID = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "settings.json")
+
+
+@functools.cache
+def image_formats():
+    """The formats that the installed Pillow reads by itself, a list."""
+    Image.init()
+    return [kind for kind in Image.OPEN if kind not in NOT_READ]
+
+
+def is_image(path):
+    """Whether a file's name ends as those of images do that Pillow reads."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in image_formats() or kind == "MPO"  # which Pillow opens as JPEG
+
+
+def is_video(path):
+    """Whether a file's name ends as a video's does."""
+    return Path(path).suffix.lower() in VIDEO_ENDINGS
+
+
+def natural(path):
+    """The key that sorts paths by their names as people count: 1, 2, 10 instead of 1, 10, 2."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))], path.name
 
 
 def visible(folder):
-    """What lies in `folder`, sorted by name, but for what systems and tools hide there. Raises `UserError`."""
+    """What lies in `folder`, in natural order, but for what systems and tools hide there. Raises `UserError`."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+        return sorted((path for path in Path(folder).iterdir()
+                       if not path.name.startswith(".") and path.name.lower() not in UNSAID), key=natural)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
+def list_files(folder, wanted, left_out):
+    """The files directly in `folder` that are `wanted` (a function of a path), and the folders: two lists in natural
+    order. The other files are counted by kind in the Counter `left_out`. None is opened."""
+    files, folders = [], []
+    for path in visible(folder):
+        if path.is_file() and wanted(path):
+            files.append(path)
+        elif path.is_dir():
+            folders.append(path)
+        else:
+            left_out["broken link" if not path.exists() else "special file" if not path.is_file() else
+                     path.suffix.lower()[:20] or "file without an ending"] += 1
+    return files, folders
+
+
+def walk(folder, wanted, left_out, whole=None, above=()):
+    """Yields all files in and below `folder` as `list_files` does, a folder's own before those in its folders. Links
+    back to `folder`, to a folder on the way to it or to one in `above` are left out.
+
+    whole: a function of a folder and `left_out` that may return what is yielded in its place.
+    """
+    here = os.path.realpath(folder)
+    if any(Path(other).is_relative_to(here) for other in above):
+        left_out["circular link"] += 1
+        return
+    files, folders = list_files(folder, wanted, left_out)
+    yield from files
+    for inner in folders:
+        found = whole and whole(inner, left_out)
+        if found:
+            yield found
+        else:
+            yield from walk(inner, wanted, left_out, whole, (*above, here))
+
+
+def show_left_out(left_out):
+    """Of a Counter: 16 files: 12 .heic, 3 broken links, 1 .txt"""
+    kinds = [f"{count:,} {kind}{'s' if count > 1 and kind[0] != '.' else ''}" for kind, count in left_out.most_common()]
+    return (f"{left_out.total():,} file{'s' if left_out.total() > 1 else ''}: {', '.join(kinds[:8])}"
+            f"{' ...' if len(kinds) > 8 else ''}")
+
+
+def say_left_out(where, left_out, folders=()):
+    """Says on standard error what a reader left out: the files that the Counter `left_out` counts, and folders, by
+    name."""
+    parts = [show_left_out(left_out)] if left_out else []
+    if folders:
+        parts.append(f"{len(folders):,} folder{'s' if len(folders) > 1 else ''}, in which it found nothing to read: "
+                     f"{', '.join(folders[:8])}{' ...' if len(folders) > 8 else ''}")
+    if parts and not parallel.RANK:
+        print(f"{where}: left out {'; and '.join(parts)}", file=sys.stderr)
+
+
 def list_images(folder):
-    """The image files directly in `folder`, sorted by name. Raises `UserError` when there is no such folder."""
-    folder = Path(folder)
+    """The image files directly in `folder`, in natural order; what else lies there is said on standard error. Raises
+    `UserError` when there is no such folder."""
+    folder, left_out = Path(folder), collections.Counter()
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
-    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+    files, folders = list_files(folder, is_image, left_out)
+    left_out.update({"folder": len(folders)} if folders else {})
+    say_left_out(folder, left_out)
+    return files
+
+
+@contextlib.contextmanager
+def named(path, kind):
+    """Whatever goes wrong within the block is a `UserError` that names the file at `path`, which is read as `kind`."""
+    try:
+        if isinstance(path, (str, os.PathLike)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")  # a named pipe would be waited for
+        yield
+    except (MemoryError, UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # a damaged file fails in too many ways to list
+        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
+        raise UserError(f"{name_of(path)} cannot be read as {kind} ({reason:.100}): mend it or remove it") from None
 
 
 @contextlib.contextmanager
 def opened(path):
     """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
     names the file. path: or a picture from Python, a PIL image or an array uint8 (H, W) or (H, W, 3)."""
-    try:
+    with named(path, "an image"):
         if isinstance(path, (Image.Image, np.ndarray)):
             yield path.copy() if isinstance(path, Image.Image) else Image.fromarray(path)
             return
-        with Image.open(path) as image:
+        with Image.open(path, formats=image_formats()) as image:
             yield image
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails in too many ways to list
-        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
-        raise UserError(f"{name_of(path)} cannot be read as an image ({reason:.100}): mend it or remove it") from None
 
 
 def name_of(path):
@@ -54,15 +158,20 @@ def name_of(path):
     return os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the picture"
 
 
-def is_grey(path):
-    """Whether an image file is of greys, as its header says. Raises `UserError` as `opened` does."""
+def is_grey(path, ground="black"):
+    """Whether an image file is of greys: its header says so, or the channels of no pixel differ by more than `TINT`.
+    Raises `UserError` as `opened` does."""
     with opened(path) as image:
-        return image.mode in GREY_MODES
+        if image.mode in GREY_MODES:
+            return True
+    red, green, blue = read_image(path, "RGB", ground).split()
+    return all(ImageChops.difference(*pair).getextrema()[1] <= TINT
+               for pair in ((red, green), (green, blue), (blue, red)))
 
 
-def read_image(path, mode=None):
+def read_image(path, mode=None, ground="black"):
     """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), turned as its EXIF data says,
-    transparency laid on black.
+    transparency laid on the colour `ground`.
 
     Greys deeper than a byte are scaled: 16 bits from 0..65535; 32 bits too, unless none is above 255; floats from 0..1,
     unless one lies outside, when they are taken to be 0..255. What lies outside is cut off.
@@ -70,10 +179,10 @@ def read_image(path, mode=None):
     """
     with opened(path) as image:
         image.filename = ""  # else Pillow maps plain TIFFs into memory, and shears those that it has to turn
-        return convert(image, mode)
+        return convert(image, mode, ground)
 
 
-def convert(image, mode):
+def convert(image, mode, ground):
     """What `read_image` makes of an open image, or of the frame of it that was sought."""
     image.load()
     mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
@@ -90,43 +199,112 @@ def convert(image, mode):
         image = Image.fromarray((array * scale).clip(0, 255).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba)
     return image.convert(mode)
 
 
-def read_frames(path, mode=None):
-    """The frames of a clip, a list of PIL images, each as `read_image` reads it: of a GIF, a WebP or an APNG, or the
-    images in a folder, in the order of their names. A picture is a clip of one frame.
+def read_clip(source, size=(), mode="RGB", ground="black", still=False, held=0):
+    """The frames of a clip, uint8 (T, C, H, W), each read as by `read_image`, brought to `size` (H, W; (): a square,
+    the first one's shorter side) and cropped at its centre; and the first one's size in the file, (width, height).
 
-    An animation may show its frames for different times, as GIFs do that show a frame longer instead of twice. Each is
-    repeated as often as the shortest of these times goes into its own; what is shown for longer than `SLOWEST`
-    milliseconds is taken for several frames. Raises `UserError` that names the file.
+    source: a video; a GIF, a WebP or an APNG; a picture, which is a clip of one frame, or one from Python; a folder of
+    images, or a list of them. still: reads the first frame alone. held: frames of this size that are in memory already.
+
+    Of a video ten frames a second are taken. An animation may show its frames for different times, as GIFs do that show
+    a frame longer instead of twice. Each is repeated as often as the shortest of these times goes into its own; what is
+    shown for longer than `SLOWEST` milliseconds is taken for several frames, and 10 milliseconds or less are `SLOWEST`,
+    as in browsers. Raises `UserError` that names the file, or says that the frames do not fit into memory.
     """
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
-        return [read_image(file, mode) for file in list_images(path)]
-    with opened(path) as image:
-        count = getattr(image, "n_frames", 1)
-        if count > 1 or image.info.get("duration"):
-            return expand(*read_animation(image, count, mode))
-    return [read_image(path, mode)]
-
-
-def read_animation(image, count, mode):
-    """The `count` frames of an open image, and for how long it shows each, milliseconds: two lists."""
-    frames, times = [], []
-    for i in range(count):
-        image.seek(i)
-        frames.append(convert(image.copy(), mode))
-        times.append(image.info.get("duration") or SLOWEST)
-    return frames, times
-
-
-def expand(frames, times):
-    """The frames, each as often as the shortest of the times, or SLOWEST, goes into its own."""
+    frames, times, name = [], [], name_of(source)
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        source = list_images(source)
+        if not source:
+            raise UserError(f"{name} holds no images")
+    channels = 1 if mode == "L" else 3
+    read = read_stills if isinstance(source, list) else read_video if (
+        isinstance(source, (str, os.PathLike)) and is_video(source)) else read_animation
+    with contextlib.closing(read(source, mode, ground)) as found:
+        for image, time, count in found:
+            if not frames:
+                own, size = image.size, size or (min(image.size),) * 2
+                demand_memory(held + (1 if still else count), channels, size)
+            frames.append(to_tensor(fit(image, size)))
+            times.append(time)
+            if still:
+                break
+    if not frames:
+        raise UserError(f"{name} holds no frames")
     shortest = min(*times, SLOWEST)
-    if sum(times) > LONGEST * shortest:
-        raise ValueError(f"it is longer than {LONGEST:,} frames of its shortest, {shortest:g} milliseconds")
-    return [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]
+    total = len(frames) if still else sum(round(time / shortest) for time in times)
+    if total > LONGEST:
+        raise UserError(f"{name} is longer than {LONGEST:,} frames, {shortest:g} milliseconds each: cut it into parts")
+    demand_memory(held + total, channels, size)
+    if not still:
+        frames = [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]
+    return torch.stack(frames), own
+
+
+def frame_count(image):
+    """How many frames an open image has."""
+    return 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
+
+
+def is_animation(path):
+    """Whether an image file has several frames. Raises `UserError` as `opened` does."""
+    with opened(path) as image:
+        return frame_count(image) > 1
+
+
+def read_stills(files, mode, ground):
+    """Yields each image, for how long it is shown, milliseconds, and how many there are."""
+    for file in files:
+        with opened(file) as image:
+            if frame_count(image) > 1:
+                raise UserError(f"{file} has {image.n_frames:,} frames, and is no frame of a clip: if {file.parent} "
+                                "is a class of clips, name the folder above it")
+        yield read_image(file, mode, ground), SLOWEST, len(files)
+
+
+def read_animation(path, mode, ground):
+    """Yields the frames of an animation as `read_stills` does; of a picture, the one."""
+    with opened(path) as image:
+        count = frame_count(image)
+        if count == 1 and not image.info.get("duration"):
+            yield read_image(path, mode, ground), SLOWEST, 1
+            return
+        for i in range(count):
+            image.seek(i)
+            frame = convert(image.copy(), mode, ground)
+            time = image.info.get("duration") or 0  # WebP says it once the frame is read
+            yield frame, time if time > 10 else SLOWEST, count
+
+
+def read_video(path, mode, ground):
+    """Yields the frames that a video shows after 0, 1, 2 ... times `SLOWEST` milliseconds, as `read_stills` does."""
+    import av  # here: none but videos need it
+
+    with named(path, "a video"), open(path, "rb") as file, av.open(
+            file, options={"format_whitelist": VIDEO_FORMATS}) as video:
+        stream, first, shown, done = video.streams.video[0], None, None, 0
+        count = int((video.duration or 0) / 1000 / SLOWEST) + 1  # as its header says
+        if count > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST:,} frames, ten a second: cut it into parts")
+        ends = 1000 / float(stream.average_rate or 10)
+        for frame in video.decode(stream):
+            first = frame.time if first is None else first
+            while shown and done * SLOWEST < (frame.time - first) * 1000 - 0.5:
+                yield video_frame(shown, mode), SLOWEST, count
+                done += 1
+            shown = frame
+        while shown and done * SLOWEST < (shown.time - first) * 1000 + ends - 0.5:
+            yield video_frame(shown, mode), SLOWEST, count
+            done += 1
+
+
+def video_frame(frame, mode):
+    """A frame of PyAV's as a PIL image, upright."""
+    image = frame.to_image()
+    return (image.rotate(frame.rotation, expand=True) if frame.rotation else image).convert(mode)
 
 
 def fit(image, size, resample=Image.Resampling.BICUBIC):

@@ -43,16 +43,16 @@ def show_size(size):
     return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
 
 
-def demand_memory(count, channels, size):
+def demand_memory(count, channels, size, remedy=""):
     """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
-    training needs some as well."""
+    training needs some as well. remedy: what to do, where it is not a smaller --image-size."""
     needed, free = count * channels * math.prod(size), available_memory()
     if max(size) > LARGEST or needed > free / 2:
         limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
             f"more than half of the {free / 1e9:.3g} GB that are free")
         smaller = show_size([max(1, side * min(64, max(size) // 2) // max(size)) for side in size])
         raise UserError(f"{count:,} images of {size[0]} x {size[1]} pixels would take {needed / 1e9:.3g} GB of memory, "
-                        f"and {limit}: make them smaller, for example with --image-size {smaller}")
+                        f"and {limit}: {remedy or f'make them smaller, for example with --image-size {smaller}'}")
 
 
 def available_memory():

@@ -1,7 +1,6 @@
 from support.commands import UserError
-from support.image_files import read_frames
+from support.image_files import read_clip
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_refused, same, train_until
@@ -27,8 +26,8 @@ def save(path, frames, **options):
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
 
 
-def greys(images):
-    return [np.asarray(image.convert("L")).max() for image in images]
+def greys(path, mode="L"):
+    return read_clip(path, mode=mode)[0].amax((1, 2, 3)).tolist()
 
 
 @pytest.mark.parametrize(("name", "options"), [("a.gif", {}), ("a.webp", dict(lossless=True)), ("a.png", {}),
@@ -36,26 +35,26 @@ def greys(images):
 def test_frames_of_animations(tmp_path, name, options):
     """A frame that is shown for longer counts as several: encoders merge frames that are alike."""
     save(tmp_path / name, frames_of(0, 50, 50, 50, 100, 200), duration=40, **options)
-    assert greys(read_frames(tmp_path / name)) == [0, 50, 50, 50, 100, 200]
+    assert greys(tmp_path / name) == [0, 50, 50, 50, 100, 200]
     save(tmp_path / name, frames_of(0, 50, 100), duration=[80, 240, 120], **options)
-    assert greys(read_frames(tmp_path / name)) == [0, *[50] * 3, *[100] * 2]
+    assert greys(tmp_path / name) == [0, *[50] * 3, *[100] * 2]
     save(tmp_path / name, frames_of(0, 50, 100), duration=500, **options)  # slow: ten frames a second
-    assert greys(read_frames(tmp_path / name)) == [0] * 5 + [50] * 5 + [100] * 5
+    assert greys(tmp_path / name) == [0] * 5 + [50] * 5 + [100] * 5
 
 
 def test_clips_without_times(tmp_path):
     frames = frames_of(10, 20, 30)
     save(tmp_path / "a.gif", frames)
-    assert greys(read_frames(tmp_path / "a.gif")) == [10, 20, 30]
+    assert greys(tmp_path / "a.gif") == [10, 20, 30]
     frames[0].save(tmp_path / "one.png")
-    assert greys(read_frames(tmp_path / "one.png")) == [10]
+    assert greys(tmp_path / "one.png") == [10]
     (tmp_path / "folder").mkdir()
     for i, frame in enumerate(frames):
         frame.save(tmp_path / "folder" / f"{i}.png")
-    assert greys(read_frames(tmp_path / "folder")) == [10, 20, 30]
+    assert greys(tmp_path / "folder") == [10, 20, 30]
     save(tmp_path / "rgba.png", [frame.convert("RGBA") for frame in frames], duration=10)
-    assert [image.mode for image in read_frames(tmp_path / "rgba.png")] == ["RGB"] * 3
-    assert {image.mode for image in read_frames(tmp_path / "rgba.png", "L")} == {"L"}
+    assert read_clip(tmp_path / "rgba.png")[0].shape == (3, 3, 8, 8)
+    assert read_clip(tmp_path / "rgba.png", mode="L")[0].shape == (3, 1, 8, 8)
 
 
 def test_broken_clips(tmp_path):
@@ -63,10 +62,10 @@ def test_broken_clips(tmp_path):
     whole = (tmp_path / "a.gif").read_bytes()
     (tmp_path / "b.gif").write_bytes(whole[:30])
     (tmp_path / "c.gif").write_bytes(b"GIF89a no clip")
-    save(tmp_path / "d.png", frames_of(0, 50, 100), duration=[1, 60_000, 1])  # a minute in milliseconds
+    save(tmp_path / "d.png", frames_of(*[0, 50, 100] * 4), duration=[20, 60_000, 20] * 4)  # steps of 20 ms
     for name in ("b.gif", "c.gif", "d.png"):
         with pytest.raises(UserError, match=name):
-            read_frames(tmp_path / name)
+            read_clip(tmp_path / name)
 
 
 @pytest.fixture
@@ -132,9 +131,13 @@ def test_other_clips_have_another_fingerprint(folder):
 
 
 def test_folders_that_are_none(tmp_path, folder):
-    for path, words in ((tmp_path / "no", "is not a folder"), (folder / "left", "no clips in")):
+    (tmp_path / "empty").mkdir()
+    for path, words in ((tmp_path / "no", "is not a folder"), (tmp_path / "empty", "no clips in"),
+                        (tmp_path, f"lies in {folder}, .*, point --data-dir at {folder}"),
+                        (folder / "right" / "d", "have one frame each")):
         with pytest.raises(UserError, match=words):
             read(path)
+    assert read(folder / "left").classes == ["all"]
     (folder / "left" / "a.gif").write_bytes(b"GIF89a")
     with pytest.raises(UserError, match=r"a\.gif cannot be read"):
         read(folder)
@@ -144,8 +147,9 @@ def test_classes_are_in_order_and_those_of_train_where_there_is_one(folder):
     for path in ("9/a.gif", "10/b.gif"):
         save(folder / path, frames_of(1, 2, 3, 4), duration=50)
     assert read(folder).classes == ["9", "10", "left", "right"]
-    save(folder / "train" / "up" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
-    assert read(folder).classes == ["up"]
+    save(folder / "split" / "train" / "up" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
+    save(folder / "split" / "test" / "down" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
+    assert read(folder / "split").classes == ["up"]
 
 
 FLAGS = [*TINY, "--dataset", "clips", "--image-size", "4x8x8", "--patch-size", "2x4x4", "--steps", 6]

@@ -28,7 +28,8 @@ def test_every_preset_is_valid():
 def test_defaults_are_those_that_were_measured():
     """The README's figures are of these: whoever changes one measures anew."""
     assert dataclasses.asdict(Config()) == dict(
-        dataset="auto", data_dir=".", digits=1, speeds=False, image_size=(), sizes=(), channels=0, num_classes=0,
+        dataset="auto", data_dir=".", digits=1, speeds=False, image_size=(), sizes=(), channels=0, ground="black",
+        num_classes=0,
         classes=(), flips=False, vae="",
         vae_hash="", latent_shape=(), latent_mean=(), latent_std=(), patch_size=(), variance="fixed",
         hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", rope=False, T=1000, process="flow",

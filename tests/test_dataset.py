@@ -1,6 +1,7 @@
 from support import folders, sizes
 from support.commands import UserError
-from support.image_files import fit, is_grey, list_images, read_image
+from support.folders import has_test_part
+from support.image_files import fit, is_grey, list_images, read_clip, read_image
 from support.sizes import available_memory
 
 import dataclasses
@@ -326,16 +327,165 @@ def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
             load_dataset("folder", tmp_path / "own")
 
 
-def test_images_that_lie_too_deep_or_too_high(tmp_path):
-    """No class is left out, or made up, without a word."""
+def test_a_folder_one_level_too_high_is_noticed(tmp_path):
     write_classes(tmp_path / "zip" / "own")
-    with pytest.raises(UserError, match=f"own/a holds images, .* point --data-dir at {tmp_path}/zip/own"):
+    with pytest.raises(UserError, match=f"lies in {tmp_path}/zip/own, .*: .* point --data-dir at {tmp_path}/zip/own$"):
         load_dataset("folder", tmp_path / "zip")
-    write_classes(tmp_path / "zip", names=("others",))
-    with pytest.raises(UserError, match=r"own/a holds images, .* move them up"):
-        load_dataset("folder", tmp_path / "zip")
-    with pytest.raises(UserError, match=r"those in .*own/a itself have no class"):
-        load_dataset("folder", tmp_path / "zip/own/a")
+
+
+def test_a_class_is_all_that_lies_below_its_folder(tmp_path, capsys):
+    """As torchvision's ImageFolder has it: Tiny ImageNet's class/images/*, Places365's folders of folders."""
+    for name, count in (("own/n01/images", 3), ("own/n02/images", 2)):
+        write_classes(tmp_path / name, names=("",), count=count)
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.classes == ["n01", "n02"] and data.labels.tolist() == [0, 0, 0, 1, 1]
+    assert capsys.readouterr().err.count("\n") == 1  # the greys: a warning of its own
+    write_classes(tmp_path / "own" / "n02", names=("inner/deep",), count=4)
+    data = load_dataset("folder", tmp_path / "own")
+    assert data.labels.tolist() == [0] * 3 + [1] * 6
+    twin = torchvision.datasets.ImageFolder(tmp_path / "own")
+    assert [*data.labels.bincount()] == [*torch.tensor(twin.targets).bincount()]
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/own/n02: what lies in its 2 folders, such as" in said and "is all of class n02" in said
+
+
+def test_a_flat_folder_is_one_class(tmp_path, capsys):
+    for k in (1, 2, 10):
+        Image.new("L", (9, 7), 20 * k).save(tmp_path / f"{k}.png")
+    data = load_dataset("folder", tmp_path)
+    assert data.classes == ["all"] and data.labels.tolist() == [0] * 3
+    assert data.images[:, 0, 0, 0].tolist() == [20, 40, 200]
+    assert data.summary.endswith("grey, one class: unconditional") and data.settings["num_classes"] == 1
+    assert capsys.readouterr().err == ""
+    write_classes(tmp_path, names=("b",))
+    assert load_dataset("folder", tmp_path).classes == ["b"]
+    assert f"{tmp_path}: left out 3 files: 3 classless files" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    """Each kind, and the classes that would vanish; the systems' own files and hidden ones are not counted."""
+    own = write_classes(tmp_path / "own")
+    for name in ("a/1.heic", "a/2.HEIC", "b/3.heic", "b/notes.txt", "b/LICENSE", "a/Thumbs.db", "a/.DS_Store",
+                 "b/desktop.ini", "c/4.heic", "a/._0.png", "__MACOSX/a.heic"):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).touch()
+    for name in ("a/broken.png", "b/broken.jpg", "b/broken.txt"):
+        (own / name).symlink_to("nowhere")
+    os.mkfifo(own / "a" / "pipe.png")
+    (own / "d").mkdir()
+    assert load_dataset("folder", own).classes == ["a", "b"]
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == (f"{own}: left out 10 files: 4 .heic, 3 broken links, 1 special file, 1 file without an ending, 1 "
+                    ".txt; and 2 folders, in which it found nothing to read: c, d")
+    for name in ("a", "b"):
+        for path in (own / name).glob("[0-9].png"):
+            path.unlink()
+    with pytest.raises(UserError, match=r"no images in .*; it holds 10 files: 4 \.heic, 3 broken links"):
+        load_dataset("folder", own)
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "avif", "tga", "jp2", "ico", "dib", "pbm", "qoi", "pcx", "apng",
+                                    "AVIF", "mpo"])
+def test_whatever_pillow_reads_is_read(tmp_path, ending):
+    (tmp_path / "a").mkdir()
+    kind = {"mpo": "MPO"}.get(ending)
+    Image.new("L", (16, 16), 255).save(tmp_path / "x.png")
+    Image.open(tmp_path / "x.png").convert("1" if ending == "pbm" else "RGB").save(tmp_path / "a" / f"x.{ending}", kind)
+    data = load_dataset("folder", tmp_path)
+    assert data.images.shape == (1, 1, 16, 16) and data.images.min() > 250
+
+
+def test_what_pillow_hands_to_other_programs_is_not_read(tmp_path, monkeypatch):
+    """An EPS file would be run by Ghostscript, whatever it is called."""
+    from PIL import EpsImagePlugin
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+    assert list_images(tmp_path) == []
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png cannot be read as an image \(cannot identify"):
+        read_image(tmp_path / "x.png")
+
+
+def test_files_and_classes_are_in_natural_order(tmp_path):
+    names = ["class 1", "class 2", "class 10"]
+    for i, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for k in (1, 2, 10, 9):
+            Image.new("L", (4, 4), 80 * i + k).save(tmp_path / name / f"img{k}.png")
+    data = load_dataset("folder", tmp_path)
+    assert data.classes == names
+    assert data.images[:, 0, 0, 0].tolist() == [80 * i + k for i in range(3) for k in (1, 2, 9, 10)]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """train/ is a part only where nothing but other parts lies beside it."""
+    own = write_classes(tmp_path / "own", names=("plane", "test", "train"))
+    assert load_dataset("folder", own).classes == ["plane", "test", "train"] and not has_test_part("folder", own)
+    split = write_classes(tmp_path / "split" / "train", names=("plane", "train"))
+    (tmp_path / "split" / "notes").mkdir()
+    (tmp_path / "split" / "notes" / "x.txt").touch()
+    assert load_dataset("folder", tmp_path / "split").classes == ["plane", "train"]
+    assert not has_test_part("folder", tmp_path / "split")
+    write_classes(tmp_path / "split" / "val", names=("train",), count=2)
+    assert load_dataset("folder", tmp_path / "split", train=False).labels.tolist() == [1, 1]
+    assert has_test_part("folder", tmp_path / "split") and not has_test_part("folder", split)
+    write_classes(tmp_path / "split" / "test", names=("unsorted",))  # as ImageNet's test images, which have no labels
+    assert load_dataset("folder", tmp_path / "split", train=False).labels.tolist() == [1, 1]
+
+
+def test_the_ground_of_transparent_drawings(tmp_path, capsys):
+    """Black drawings on transparency are all black on black, which is said."""
+    for i, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+            image.putpixel((i, k), (0, 0, 0, 255))
+            image.save(tmp_path / name / f"{k}.png")
+    black = load_dataset("folder", tmp_path)
+    said = capsys.readouterr().err
+    assert not black.images.any() and "6 of the images" in said and "levels from 0 to 0" in said
+    assert "--ground white" in said
+    white = load_dataset("folder", tmp_path, ground="white")
+    assert capsys.readouterr().err == "" and white.images.shape == (6, 1, 8, 8)
+    assert (white.images == 0).sum() == 6 and white.images[4, 0, 1, 1] == 0 and white.images[4, 0, 0, 0] == 255
+    assert len({folders.Folder(tmp_path, ground=ground).fingerprint for ground in ("black", "white")}) == 2
+
+
+def test_twelve_bits_in_files_of_sixteen_are_noticed(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    values = np.random.default_rng(0).integers(0, 4096, (3, 8, 8), dtype=np.uint16)
+    for k in range(3):
+        Image.fromarray(values[k]).save(tmp_path / "a" / f"{k}.png")
+    load_dataset("folder", tmp_path)
+    said = capsys.readouterr().err
+    assert "levels from 0 to 16 alone" in said and "16 bits" in said
+
+
+def test_images_that_are_all_the_same_are_noticed(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for k in range(3):
+        Image.linear_gradient("L").save(tmp_path / "a" / f"{k}.png")
+    load_dataset("folder", tmp_path)
+    assert "3 of the images" in (said := capsys.readouterr().err) and "are all the same" in said
+    Image.radial_gradient("L").save(tmp_path / "a" / "1.png")
+    load_dataset("folder", tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_names_that_are_no_text_are_spelt_in_bytes(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xc4\xe3"  # GBK
+    os.mkdir(folder)
+    Image.linear_gradient("L").save(os.fsdecode(folder) + "/x.png")
+    (name,) = load_dataset("folder", tmp_path).classes
+    assert name == r"\xc4\xe3" and name.encode()
+
+
+def test_a_named_pipe_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (read_image, is_grey, read_clip):
+        with pytest.raises(UserError, match=r"x\.png cannot be read as an image \(it is no file"):
+            read(tmp_path / "x.png")
 
 
 def test_folders_and_files_that_are_hidden_or_empty(tmp_path):
@@ -349,7 +499,7 @@ def test_folders_and_files_that_are_hidden_or_empty(tmp_path):
     assert [path.name for path in list_images(tmp_path / "own" / "b")] == ["0.png", "1.png", "2.png"]
 
 
-def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
+def test_links_that_lead_nowhere_or_round_in_circles(tmp_path, capsys):
     """They are no images and no classes; and a folder may have any name."""
     write_classes(tmp_path / "own", names=("10", "\u00b2", "\u0663"))  # a superscript two, an Arabic three
     folder = tmp_path / "own" / "10"
@@ -359,9 +509,14 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path):
     (tmp_path / "own" / "circle").symlink_to(tmp_path / "own" / "circle")
     data = load_dataset("folder", tmp_path / "own")
     assert len(data.images) == 9 and data.classes == ["\u0663", "10", "\u00b2"]
+    capsys.readouterr()
     (tmp_path / "own" / "self").symlink_to(tmp_path / "own")
-    with pytest.raises(UserError, match="own/self does not"):
-        load_dataset("folder", tmp_path / "own")
+    (tmp_path / "own" / "10" / "other").symlink_to(tmp_path / "own" / "\u00b2")
+    (tmp_path / "own" / "\u00b2" / "back").symlink_to(tmp_path / "own" / "10")
+    (tmp_path / "own" / "above").symlink_to(tmp_path)
+    data = load_dataset("folder", tmp_path / "own")
+    assert len(data.images) == 9 + 6 and data.classes == ["\u0663", "10", "\u00b2"]
+    assert "6 circular links, 5 broken links; and 2 folders, in which it found nothing" in capsys.readouterr().err
 
 
 def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
@@ -447,9 +602,21 @@ def test_kinds_of_images(tmp_path):
     ("x.png", "1", True), ("x.png", "L", True), ("x.png", "LA", True), ("x.png", "I;16", True), ("x.tif", "I", True),
     ("x.tif", "F", True), ("x.tif", "I;16B", True), ("x.png", "RGB", False), ("x.png", "RGBA", False),
     ("x.png", "P", False), ("x.jpg", "CMYK", False)])
-def test_what_is_grey(tmp_path, name, mode, grey):
+def test_what_is_grey_as_the_header_says(tmp_path, name, mode, grey):
     Image.new(mode, (4, 4)).save(tmp_path / name)
-    assert is_grey(tmp_path / name) == grey and read_image(tmp_path / name).mode == ("L" if grey else "RGB")
+    assert read_image(tmp_path / name).mode == ("L" if grey else "RGB")
+    assert is_grey(tmp_path / name)  # by its content
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.jpg", "x.avif", "x.png"])
+def test_what_is_grey_by_content(tmp_path, name):
+    """Where the header says colour: GIFs and WebPs have no grey, and lossy formats round a level away."""
+    grey = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
+    grey.save(tmp_path / name)
+    assert is_grey(tmp_path / name) and np.asarray(read_image(tmp_path / name)).ndim == 3
+    grey.paste((200, 100, 100), (0, 0, 8, 8))
+    grey.save(tmp_path / name)
+    assert not is_grey(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])

@@ -39,7 +39,7 @@ CHANGEABLE = dict(steps=4, data_dir="elsewhere", log_every=1, sample_every=1, ch
                   sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1, clamp=False,
                   compile=True, recompute=True, shard=True)
 NOT_CHANGEABLE = dict(
-    dataset="folder", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
+    dataset="folder", ground="white", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
     flips=True, num_classes=11, classes=("cat",), patch_size=4,
     hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", rope=True, T=500, process="ddpm",
     beta_start=1e-3, beta_end=0.01, shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0",

@@ -2,10 +2,11 @@
 
 from support import parallel
 from support.commands import UserError
-from support.folders import in_order, training_part
-from support.image_files import IMAGE_ENDINGS, fit, list_images, read_frames, to_tensor, visible
-from support.sizes import demand_memory, show_size
+from support.folders import LOOKED_AT, list_classes, place, warn_of_alike
+from support.image_files import SLOWEST, TINT, is_animation, is_image, is_video, list_files, read_clip
+from support.sizes import show_size
 
+import collections
 import hashlib
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from latent.cache import open_data
 from video.moving import load_moving
 
 MOST = 16  # frames of a clip, where the user says nothing and none is shorter
-ENDINGS = (*IMAGE_ENDINGS, ".apng")
 
 
 class Clips:
@@ -89,59 +89,65 @@ class Clips:
         return x.unflatten(0, (-1, self.T)).movedim(1, 2)
 
 
-def list_clips(root):
-    """The clips to learn from in `root`, which holds <class>/*, or train/<class>/*: a dict from the names of the
-    classes to the files, and folders of images, in each. Raises `UserError`."""
-    part = training_part(Path(root))
-    found = in_order({folder.name: [path for path in visible(folder) if (path.is_dir() and list_images(path))
-                                    or (path.is_file() and path.suffix.lower() in ENDINGS)]
-                      for folder in visible(part) if folder.is_dir()})
-    if not found:
-        raise UserError(f"no clips in {part}/<class>/: it must hold one folder per class, with GIF, WebP or APNG files "
-                        "or folders of images in each")
-    return found
+def is_clip(path):
+    """Whether a file's name ends as those of clips do: images and videos."""
+    return is_image(path) or is_video(path)
 
 
-def read_clip(path, size, channels):
-    """A clip as uint8 (T, C, H, W), each frame brought to `size` (H, W; (): a square, the first one's shorter side),
-    cropped at its centre. channels: 1, 3, or 0: as many as it needs."""
-    frames = read_frames(path, "L" if channels == 1 else "RGB")
-    size = size or (min(frames[0].size),) * 2
-    clip = torch.stack([to_tensor(fit(frame, size)) for frame in frames])
-    return clip[:, :1] if channels == 0 and (clip == clip[:, :1]).all() else clip
+def find_frames(folder, left_out):
+    """The images in a folder that is a clip, a list; None where the folder is none: it holds no image, or clips."""
+    counted = collections.Counter()
+    files, folders = list_files(folder, is_image, counted)
+    if not files or is_animation(files[0]):
+        return None
+    left_out.update(counted + collections.Counter({"folder beside frames": len(folders)}))
+    return files
 
 
 def read_clips(config):
     """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths and the
     labels of `Clips`, and T.
 
-    T and the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most
-    MOST, and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard
-    error. All are grey if each is, unless `config.channels` says otherwise. Raises `UserError`.
+    The clips lie in the folders of their classes, see `list_classes`: videos, animations and folders of images. T and
+    the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most MOST,
+    and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard error.
+    All are grey if each is, unless `config.channels` says otherwise. Raises `UserError`.
     """
     if len(config.image_size) == 2:
         raise UserError(f"image_size {show_size(config.image_size)} has no frames: clips have frames x height x width, "
                         f"such as --image-size {MOST}x{'x'.join(map(str, config.image_size))}")
-    found, size, clips, count = list_clips(config.data_dir), config.image_size[1:], [], 0
+    found, names = list_classes(Path(config.data_dir), wanted=is_clip, whole=find_frames)
+    size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
+    videos = sum(is_video(path) for path, _ in listed if not isinstance(path, list))
+    if videos and not parallel.RANK:
+        print(f"{config.data_dir}: {1000 // SLOWEST} frames a second are taken of the {videos:,} videos",
+              file=sys.stderr)
     for path, label in tqdm(listed, desc=f"reading {config.data_dir}", leave=False, disable=None):
-        clips.append((read_clip(path, size, config.channels), label, path))
-        size, count = tuple(clips[0][0].shape[2:]), count + len(clips[-1][0])
-        demand_memory(count, clips[-1][0].shape[1], size)
+        clip, _ = read_clip(path, size, mode, config.ground, held=held)
+        if config.channels == 0 and (clip.amax(1) - clip.amin(1)).max() <= TINT:
+            clip = clip[:, :1]
+        clips.append((clip, label, place(path)))
+        size = tuple(clip.shape[2:])
+        held = sum(clip.shape[0] * clip.shape[1] for clip, *_ in clips) // len(mode)
+    if not config.image_size and max(len(clip) for clip, *_ in clips) == 1:
+        raise UserError(f"the clips in {config.data_dir} have one frame each: if its folders are clips, and not "
+                        "classes, put them into the folder of a class")
     T = config.image_size[0] if config.image_size else min(MOST, *(len(clip) for clip, *_ in clips))
     short = [path for clip, _, path in clips if len(clip) < T]
     if short:
         print(f"{len(short):,} of {len(clips):,} clips have fewer than {T} frames and are left out, such as {short[0]}",
               file=sys.stderr)
     kept = [(clip, label) for clip, label, _ in clips if len(clip) >= T]
-    for label, name in enumerate(found):
+    for label, name in enumerate(names):
         if not any(label == other for _, other in kept):
             raise UserError(f"class {name} has no clip of {T} frames: set --image-size to fewer, such as "
                             f"{max(1, T // 2)}x{'x'.join(map(str, size))}")
     channels = max(clip.shape[1] for clip, _ in kept)
     lengths, labels = torch.tensor([(len(clip), label) for clip, label in kept]).T.contiguous()
     images = torch.cat([clip.expand(-1, channels, -1, -1) for clip, _ in kept])
-    frames = Dataset("clips", images, labels.repeat_interleave(lengths), list(found))
+    frames = Dataset("clips", images, labels.repeat_interleave(lengths), names)
+    warn_of_alike(images[::-(-len(images) // LOOKED_AT)], config.data_dir)
     return frames, lengths.cumsum(0) - lengths, lengths, labels, T
 
 

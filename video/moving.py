@@ -2,7 +2,7 @@
 
 from support.commands import UserError
 from support.folders import Images
-from support.sizes import show_size
+from support.sizes import demand_memory, show_size
 
 import dataclasses
 import hashlib
@@ -122,6 +122,7 @@ def load_moving(config, train=True):
     scikit-learn's digits: a `Moving`. Raises `UserError`."""
     size = config.image_size or SIZE
     check_size(size)
+    demand_memory(config.batch_size * size[0], 4, size[1:], "lower --image-size or --batch-size")  # a batch of floats
     data = load_dataset("auto", config.data_dir, train)
     images = data.images[:, 0]
     if images.shape[-1] < 28:  # scikit-learn's digits, as large as MNIST's
