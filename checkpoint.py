@@ -116,6 +116,8 @@ def check_content(content, network, shapes, file_size):
         raise UserError("its step is not a number of steps")
     if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
         raise UserError("its seconds are not a time")
+    if not content["config"].num_classes:
+        raise UserError("it knows no class that could be asked for")
     size = check_tensors("averaged weights", content["ema"], shapes, (torch.float32, torch.float16, torch.bfloat16))
     if "model" in content:
         if type(content["data"]) is not str:

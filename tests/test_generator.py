@@ -8,8 +8,11 @@ import torch
 from conftest import REPOSITORY, assert_refused
 from PIL import Image
 
+import few.distill
 import fid_computer
 import generator
+import inference
+import measure.results
 import measure.score
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
@@ -124,6 +127,16 @@ def test_data_of_other_classes(call, unequal, tmp_path):
     (tmp_path / "data" / "third").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "data" / "third" / "a.png")
     assert_refused(call(generator, *flags), "the model knows 2 classes", "have 3")
+
+
+def test_a_model_of_no_classes(call, tmp_path):
+    config = Config(image_size=8, channels=1, patch_size=4, hidden_size=8, depth=1, num_heads=2)
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    flags = ["--checkpoint", tmp_path / "model.pth"]
+    for command, *more in ((generator, *folders(tmp_path)), (measure.score,), (inference,),
+                           (few.distill, "--run-dir", tmp_path),
+                           (measure.results, "samplers", "--out", tmp_path)):
+        assert_refused(call(command, *more, *flags), "model.pth", "it knows no class that could be asked for")
 
 
 def test_goes_on_and_does_not_depend_on_the_batches(call, trained, tmp_path):
