@@ -98,6 +98,30 @@ def test_the_table_holds_the_middle_of_the_turns(call, tmp_path, monkeypatch):
     assert [row["images/s"] for row in content["rows"]] == [110, 6, 44]
 
 
+def test_each_flag_reaches_the_turns(call, monkeypatch):
+    """Rounds by presets by kinds; each turn is a process with the same flags, which measures what they say."""
+    words, seen = [], []
+    part = dict(images=1, flops=1, matrix_rate=1, memory=None, precision="float32", count=4)
+
+    def run(command, **_):
+        words.append(command[3:])
+        return SimpleNamespace(returncode=0, stdout=json.dumps(part), stderr="")
+
+    monkeypatch.setattr(benchmark, "cold_start", lambda device: 1.0)
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    flags = ["--presets", "default", "S", "--rounds", 2, "--seconds", 0.5, "--batch-size", 3, "--precision", "bf16",
+             "--compile", "--sample-steps", 4, "--guidance", 2, "--device", "cpu"]
+    assert call(benchmark, *flags)[0] == 0
+    assert [(turn[-1], turn[-3]) for turn in words] == 2 * [(preset, kind) for preset in ("default", "S")
+                                                            for kind in ("train", "draw")]
+    monkeypatch.setattr(benchmark, "measure", lambda *args: seen.append(args) or {})
+    assert call(benchmark, *words[-1])[0] == 0
+    (kind, config, device, seconds), = seen
+    assert (kind, device, seconds, config.channels, config.depth) == ("draw", CPU, 0.5, 4, 12)
+    assert (config.batch_size, config.precision, config.compile, config.sample_steps, config.guidance) == (
+        3, "bf16", True, 4, 2.0)
+
+
 def test_operations_are_counted():
     """Of a matrix product 2 M N K; of a whole step more than three times what the forward pass has."""
     a, b = torch.randn(3, 5), torch.randn(5, 7)

@@ -197,6 +197,28 @@ def test_it_is_trained_and_found_again(command, call, here):
     assert_refused(call(measure.score, "--images", "fakes", *FOLDER), other, "cut short")
 
 
+def test_each_flag_reaches_the_training(call, here, monkeypatch):
+    seen = {}
+
+    def watched(data, epochs, **options):
+        seen.update(options, data=data, epochs=epochs)
+        return Classifier(data.shape, 3).eval()
+
+    monkeypatch.setattr(module, "train_classifier", watched)
+    code, out, err = call(module, *FOLDER, "--image-size", "6x8", "--channels", 1, "--flips", "--seed", 5, "--epochs",
+                          2, "--device", "cpu", "--out", "x.pth")
+    assert code == 0 and out.startswith("x.pth: reads"), err
+    assert seen.pop("data").shape == (1, 6, 8) and not (here / "classifiers").exists()
+    assert seen == dict(epochs=2, flips=True, seed=5, device=torch.device("cpu"), leave=True)
+    assert torch.load("x.pth", weights_only=True)["shape"] == [1, 6, 8]
+
+
+def test_what_is_random_follows_from_the_seed():
+    data = Dataset("folder", torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 2, ["a", "b"])
+    first, again, other = (train_classifier(data, epochs=1, seed=seed).head[1].weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_a_label_that_is_none(call, here):
     save_classifier(here / "x.pth", Classifier((3, 12, 12), 3), load_dataset("folder", "mine"), "", 0.0)
     (here / "classifiers").mkdir()

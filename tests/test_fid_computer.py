@@ -373,6 +373,29 @@ def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
     assert out.split()[:2] == ["FID", score] and f"6 images in {fake} against 7 in {stats})" in out
 
 
+@pytest.mark.parametrize("count", [64, 65])
+def test_as_many_images_as_features_are_too_few(count, stats, tmp_path, call):
+    """Their mean takes one away: so many differences from it are singular."""
+    few = tmp_path / "few.npz"
+    fid_computer.save_stats(few, np.zeros(64), np.eye(64), count)
+    err = call("--fake", few, "--real", stats, "--dims", 64)[1]
+    assert err.startswith(f"warning: 64 images in {few} are too few for 64 features") if count == 64 else not err
+
+
+def test_each_flag_reaches_the_network(fake, real, weights, call, monkeypatch, capsys):
+    seen, sizes = [], []
+
+    def extractor(*args):
+        seen.append(args)
+        return lambda images: (sizes.append(len(images)), torch.randn(len(images), args[0]))[1]
+
+    monkeypatch.setattr(fid_computer, "inception_extractor", extractor)
+    out, _ = call("--fake", fake, "--real", real, "--dims", 192, "--weights", weights, "--device", "cpu",
+                  "--batch-size", 4)
+    assert seen == [(192, weights, CPU)] and sizes == [4, 3, 4, 1]  # 7 real ones and 5 fakes
+    assert f"(192 Inception features; 5 images in {fake} against 7 in {real})" in out
+
+
 def test_distance_of_a_folder_to_itself(fake, weights, call):
     out, err = call("--fake", fake, "--real", fake, "--dims", 64, "--weights", weights)
     assert out.startswith("FID 0.0000 ") and f"warning: --real and --fake are both {fake}" in err

@@ -269,6 +269,28 @@ def test_the_batch_is_as_large_as_memory_allows(call, trained, tmp_path, monkeyp
     assert sizes == [4, 4, 2, 7, 3]
 
 
+def test_each_flag_reaches_the_drawing(call, unequal, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(model, config, labels, indices):
+        seen.append((config, next(model.parameters()).dtype))
+        return torch.zeros(len(labels), *config.input_shape)
+
+    monkeypatch.setattr(generator, "generate", watched)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    code, _, err = call(generator, "--checkpoint", unequal, *folders(tmp_path), "--count", 3, "--data-dir",
+                        tmp_path / "moved", "--sampler", "ddim", "--sample-steps", 4, "--guidance", 3, "--eta", 0.5,
+                        "--spacing", "linspace", "--guided-channels", 1, "--no-clamp", "--seed", 7, "--precision",
+                        "bf16", "--device", "cpu")
+    assert code == 0, err
+    config, dtype = seen[0]
+    assert config == dataclasses.replace(
+        load_checkpoint(unequal)["config"], data_dir=str(tmp_path / "moved"), sampler="ddim", sample_steps=4, eta=0.5,
+        guidance=3.0, spacing="linspace", guided_channels=1, clamp=False, seed=7, precision="bf16")
+    assert dtype == torch.bfloat16
+    assert len(read(tmp_path / "real")) == 3
+
+
 def test_bad_flags(call, trained, tmp_path):
     flags = ["--checkpoint", trained / "model.pth", *folders(tmp_path)]
     assert_refused(call(generator, *flags, "--count", 0), "--count 0")

@@ -1,3 +1,5 @@
+from support.commands import UserError
+
 import dataclasses
 import re
 
@@ -89,6 +91,17 @@ def test_runs(call, checkpoint, tmp_path):
     for name in ("runs.png", "runs_digits.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 500
+
+
+def test_the_data_may_have_moved(call, checkpoint, tmp_path, monkeypatch):
+    def watched(config, device):
+        raise UserError(f"the images are in {config.data_dir}, to be read by {device}")
+
+    path = checkpoint("run", 1.0, data_dir="before")
+    monkeypatch.setattr(results, "open_judge", watched)
+    flags = ["--count", 10, "--out", tmp_path, "--data-dir", "now", "--device", "cpu"]
+    for what in (["samplers", "--checkpoint", path], ["runs", path]):
+        assert_refused(call(results, *what, *flags), "the images are in now, to be read by cpu")
 
 
 def test_mistakes(call, checkpoint, tmp_path, monkeypatch):

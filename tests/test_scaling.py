@@ -1,3 +1,5 @@
+from support.commands import UserError
+
 import itertools
 import json
 import signal
@@ -287,6 +289,23 @@ def test_the_table_by_hand(made):
         ["2x64", "7", "16", "4,000,000", "4", "60", "100 ± 14", "50.0% ± 0.0%", "2.500 ± 0.707", "5.0 ± 1.4",
          "0.25 ± 0.00"],
         ["real images", "", "", "", "", "", "", "99.5%", "0.500", "1.0", "0.88"]]
+
+
+def test_each_flag_reaches_the_training(call, tmp_path, monkeypatch):
+    def watched(*args):
+        seen.append(args)
+        raise UserError("that will do")
+
+    seen = []
+    monkeypatch.setattr(scaling, "train", watched)
+    assert_refused(call(scaling, *FLAGS, "--models", "2x64", "--patches", 4, "--seeds", 3, "--latents", tmp_path / "z",
+                        "--marks", 1, "--lr-decay", "linear", "--label-dropout", 0.3, "--out", tmp_path),
+                   "2x64_patch4_seed3: that will do")
+    (settings, folder, resume, device, latents, until), = seen
+    assert (folder, resume, device, latents, until) == (tmp_path / "2x64_patch4_seed3", False, "cpu", tmp_path / "z", 8)
+    config = Config(**settings)
+    assert (config.depth, config.hidden_size, config.num_heads, config.patch_size, config.seed) == (2, 64, 2, (4, 4), 3)
+    assert (config.lr_decay, config.label_dropout, config.steps, config.guidance) == ("linear", 0.3, 8, 1.0)
 
 
 def test_times_in_words():

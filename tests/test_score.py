@@ -740,6 +740,53 @@ def test_what_is_drawn_is_read_as_what_was_asked_for(call, mnist):
     assert torch.equal(fakes, to_uint8(generate(model, config, labels)))
 
 
+def test_each_flag_reaches_the_drawing(call, mnist, monkeypatch, parts):
+    seen = []
+
+    def watched(model, config, labels):
+        seen.append((config, next(model.parameters()).dtype, labels))
+        return parts[2].images[:len(labels)]
+
+    monkeypatch.setattr(measure.score, "draw_fakes", watched)
+    code, out, err = call(measure.score, "--checkpoint", SHIPPED, "--count", 33, "--sampler", "ddim", "--sample-steps",
+                          4, "--guidance", 3, "--eta", 0.5, "--spacing", "linspace", "--guided-channels", 1,
+                          "--no-clamp", "--seed", 7, "--precision", "bf16", "--device", "cpu")
+    assert code == 0, err
+    config, dtype, labels = seen[0]
+    assert config == dataclasses.replace(
+        load_model(SHIPPED)[1], sampler="ddim", sample_steps=4, guidance=3.0, eta=0.5, spacing="linspace",
+        guided_channels=1, clamp=False, seed=7, precision="bf16") and dtype == torch.bfloat16
+    assert labels.tolist() == [*range(10), *range(10), *range(10), 0, 1, 2]
+    assert f"{SHIPPED}: ddim, 4 steps, guidance 3, seed 7" in out and "33 images" in out
+    for flags in (["--images", "x", "--equal"], ["--vae", "x", "--dataset", "digits", "--equal"]):
+        assert_refused(call(measure.score, *flags), "leave out the flags")
+
+
+def test_equally_many_where_asked_for(call, mnist, monkeypatch, parts):
+    one = parts[0].labels > 0
+    one[(parts[0].labels == 0).nonzero()[:20]] = True  # a third of the zeros
+    monkeypatch.setitem(parts_of := {}, 0, dataclasses.replace(parts[0], images=parts[0].images[one],
+                                                               labels=parts[0].labels[one]))
+    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: (
+        parts_of[0] if train else parts[1]))
+    counts = []
+    monkeypatch.setattr(measure.score, "draw_fakes", lambda model, config, labels: (
+        counts.append(labels.bincount().tolist()), parts[2].images[:len(labels)])[1])
+    for flags in ([], ["--equal"]):
+        assert call(measure.score, "--checkpoint", SHIPPED, "--count", 100, *flags)[0] == 0
+    assert counts[0][0] == 4 and min(counts[0][1:]) >= 10 and counts[1] == 10 * [10]
+
+
+def test_distances_of_the_report_by_hand(classifier, parts):
+    """The middle one of the fakes' distances, and not their mean: four copies, and five a known way off."""
+    train, fakes = parts[0], parts[0].images[:9].clone()
+    for i, amount in zip(range(4, 9), (51, 102, 153, 204, 255), strict=True):
+        fakes[i, 0, 0, 0] = amount  # a corner that is black in all
+    result = Judge(train, parts[1], classifier).score(fakes, None)
+    assert train.images[:, 0, 0, 0].max() == 0
+    assert result["fake"]["nearest"] == pytest.approx(0.2)
+
+
 def test_fakes_do_not_depend_on_the_batch(monkeypatch):
     model, config = load_model(SHIPPED)
     labels = torch.arange(20) % 7
