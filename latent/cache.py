@@ -36,6 +36,7 @@ from latent.vae import check_same, check_shapes, load_vae
 BLOCK = 256     # images between two notes
 MARK = 16       # bytes of a note: a hash of the block's pixels
 SEEN = 500      # images that the round trip is measured on
+LOOKED_AT = 2**26  # bytes of the latents, at the most, that are held against what was written before they are used
 FORMAT = "latents-1"
 
 
@@ -89,7 +90,10 @@ class Latents:
                         image_shape=list(images.shape))
         path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{hash_of(identity)[:12]}"
         note = read_note(path, identity) or encode(images, vae, path, identity)
-        self.rows, self.fingerprint = open_array(path, size), note["fingerprint"]
+        self.rows, self.fingerprint = torch.from_numpy(open_array(path, size)), note["fingerprint"]
+        if note.get("check", there := check_of(self.rows)) != there:
+            raise UserError(f"{path / 'latents.npy'} has changed since it was written: remove {path} to have it "
+                            "encoded anew")
         fewer = math.prod(images.shape) / math.prod(self.shape)
         self.summary = (f"{images.summary}\nlatents   {' x '.join(map(str, self.shape))} of {self.settings['vae']}, "
                         f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB"
@@ -118,7 +122,8 @@ def kept_distance(name, vae, images):
     """What `python -m measure.score --vae` has found out about the VAE called `name`, and kept in its folder: "" where
     nothing, or it was of another VAE or of other images."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        kept = json.loads((Path(name) / "round_trip.json").read_bytes())
+        kept = Path(name) / "round_trip.json"
+        kept = json.loads(kept.read_bytes() if kept.is_file() else "{}")
         if (kept["vae_hash"], kept["data"]) == (vae.hash_of(), images.fingerprint):
             return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
     return ""
@@ -138,6 +143,8 @@ def read_note(path, identity):
     if not note.exists():
         return None
     try:
+        if not note.is_file():  # to read a named pipe is to wait for ever
+            raise ValueError
         content = json.loads(note.read_bytes())
         if {name: content[name] for name in identity} == identity and type(content["fingerprint"]) is str:
             return content | {"psnr": float(content["psnr"])}
@@ -148,15 +155,26 @@ def read_note(path, identity):
 
 
 def open_array(path, size):
-    """The latents, float16 of this size, mapped into memory. Raises `UserError` unless the file holds them all."""
+    """The latents, a numpy array of float16 of this size, mapped into memory. Raises `UserError` unless the file holds
+    them all."""
+    file = path / "latents.npy"
     try:
-        array = np.load(path / "latents.npy", mmap_mode="c")  # c: what torch takes for writable; none of it is written
-        if array.shape != size or array.dtype != np.float16:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
+        array = np.lib.format.open_memmap(file, "c")  # c: what torch takes for writable; none of it is written
+        if array.shape != size or array.dtype != np.float16 or not array.flags.c_contiguous:
             raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 {size}")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path / 'latents.npy'} is damaged or cut short ({first_line(error, 120)}): remove {path} to "
-                        "have it encoded anew") from None
-    return torch.from_numpy(array)
+    except Exception as error:  # numpy raises nearly anything when a file is not its own
+        raise UserError(f"{file} is damaged or cut short ({first_line(error, 120)}): remove {path} to have it encoded "
+                        "anew") from None
+    return array
+
+
+def check_of(rows):
+    """A hash of the latents, or of as many of them, evenly spaced, as `LOOKED_AT` allows."""
+    count = max(1, min(len(rows), LOOKED_AT // rows[0].nbytes))
+    picked = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
+    return hash_of(count, *(rows[i].numpy() for i in picked.tolist()))
 
 
 def encode(images, vae, path, identity):
@@ -184,9 +202,10 @@ def encode(images, vae, path, identity):
             raise
         parallel.wait()
         if not parallel.RANK:
+            rows = torch.from_numpy(open_array(path, size))
             content = identity | {"fingerprint": hash_of([identity["vae"], images.classes, identity["size"]],
                                                          images.labels.numpy(), *read_marks(path, blocks)),
-                                  "psnr": round_trip(images, vae, open_array(path, size))}
+                                  "psnr": round_trip(images, vae, rows), "check": check_of(rows)}
             write_atomically(path / "latents.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
             (path / "encoded").unlink()
         parallel.wait()
@@ -233,7 +252,7 @@ def show_bytes(count):
 def encode_blocks(images, vae, path, size, todo):
     """Encodes these blocks. One is noted as encoded when it is on disk."""
     total = sum(min(BLOCK, size[0] - BLOCK * block) for block in todo)
-    offset = np.load(path / "latents.npy", mmap_mode="r").offset
+    offset = open_array(path, size).offset
     with (path / "latents.npy").open("r+b", 0) as latents, (path / "encoded").open("r+b", 0) as marks, \
             tqdm(total=total, desc="encoding", unit=" images", disable=parallel.RANK > 0 or None) as bar:
         for block in todo:

@@ -1,21 +1,25 @@
 """The autoencoder of latent diffusion (2112.10752, section 3.1): an image as a small grid of latents, and back.
 
 Names of weights and the format of its folder (config.json, diffusion_pytorch_model.safetensors) are those of diffusers'
-AutoencoderKL: a folder that either has written, the other reads. The letters: B batch, C channels, H W pixels, h w
-latents, f = H / h.
+AutoencoderKL: a folder that either has written, the other reads. With a patch_size above 1, as latent.train_vae makes
+them by default, it is to diffusers the VAE of such patches: images go through torch's pixel_unshuffle on the way in and
+pixel_shuffle on the way out. AutoencoderKL cannot do that itself: its decoder doubles an image by repeating each value
+and convolves it with the same kernel everywhere, so that it cannot put different channels into neighbouring pixels.
+The letters: B batch, C channels, H W pixels, h w latents, f = H / h.
 
 The root reads this file, so it imports `support` alone.
 """
 
 from support.commands import UserError, first_line
 from support.files import make_dir, write_atomically
+from support.tensors import misfit, read_tensors
 
 import contextlib
 import functools
 import hashlib
 import inspect
 import json
-import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,6 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# What else diffusers and older programs call the weights, or the list of the files that they are in
+OTHER_WEIGHTS = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+                 "diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.bin",
+                 "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.bin.index.json")
+STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sdxl-vae")  # names that need no owner's
 SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
 # How many images go through at once, at most, and how many pixels: 16 of 64 x 64, or one of 256 x 256; on a GPU 32
@@ -284,8 +293,9 @@ def save_vae(vae, folder):
 
 
 def load_vae(name, device="cpu"):
-    """Reads a VAE, in float32: a folder that diffusers or `save_vae` wrote, or one on the Hugging Face hub by its name
-    (stabilityai/sd-vae-ft-ema; stabilityai/ may be left out). Nothing in it can run code. Raises `UserError`."""
+    """Reads a VAE, in float32: a folder that diffusers or `save_vae` wrote, a pipeline's that holds such a folder vae/,
+    or one on the Hugging Face hub by its name (somebody/vae; the owner of `STABILITY`'s may be left out). Nothing in it
+    can run code. Raises `UserError`."""
     config_file, weights_file = find_files(name)
     settings, mean, std = read_config(config_file)
     with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
@@ -295,13 +305,19 @@ def load_vae(name, device="cpu"):
     return vae.to(device).eval().requires_grad_(False)
 
 
-@functools.lru_cache(maxsize=1)
-def open_vae(name, fingerprint, shape, latent_shape, mean, std, device):
-    """`load_vae` for a model that has learned on its latents: images of `shape` (C, H, W), latents of `latent_shape`,
-    normalized by `mean` and `std`. The last one stays in memory. fingerprint: of the VAE; "" = not known. Raises
-    `UserError` when it is another one."""
+def open_vae(name, *asked):
+    """`load_vae` for a model that has learned on its latents. asked: `fingerprint` of the VAE, "" = not known; shapes
+    of the images (C, H, W) and of the latents, whose mean and standard deviation normalize them; the device. The last
+    one stays in memory while its files are the same. Raises `UserError` when it is another one."""
     if not name:
         raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
+    files = find_files(name) if Path(name).is_dir() else []
+    states = [os.stat(file) for file in files]
+    return open_again(name, *asked, tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
+
+
+@functools.lru_cache(maxsize=1)
+def open_again(name, fingerprint, shape, latent_shape, mean, std, device, _):
     vae = load_vae(name, device)
     made = (vae.image_channels, *(side * vae.factor for side in latent_shape[1:]))
     if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
@@ -335,16 +351,21 @@ def find_files(name):
     """The paths of config.json and of the weights of the VAE called `name`; see `load_vae`."""
     folder = Path(name)
     if folder.is_dir():
-        files = [folder / CONFIG, folder / WEIGHTS]
-        missing = next((file.name for file in files if not file.is_file()), None)
+        if not (folder / CONFIG).is_file() and (folder / "vae" / CONFIG).is_file():  # of a pipeline
+            folder = folder / "vae"
+        weights = next((folder / file for file in (WEIGHTS, *OTHER_WEIGHTS) if (folder / file).is_file()), None)
+        missing = CONFIG if not (folder / CONFIG).is_file() else "" if weights else WEIGHTS
         if missing:
             raise UserError(f"{folder} holds no {missing}: a VAE is a folder of diffusers' AutoencoderKL, with "
                             f"{CONFIG} and {WEIGHTS}")
-        return files
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        return [folder / CONFIG, weights]
+    if str(name) in STABILITY:
+        return download(f"stabilityai/{name}")
+    # The hub knows a VAE as owner/name. Where there is a folder of the owner's name, a path is meant
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or folder.parent.is_dir():
         raise UserError(f"there is no folder {str(name)!r:.200}: a VAE is a folder of diffusers' AutoencoderKL, or the "
-                        "name of one on the Hugging Face hub")
-    return download(name if "/" in name else f"stabilityai/{name}")
+                        "name of one on the Hugging Face hub, with its owner's: somebody/vae")
+    return download(str(name))
 
 
 def download(repository):
@@ -359,8 +380,8 @@ def download(repository):
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries six times
         return [Path(hub.hf_hub_download(repository, file)) for file in (CONFIG, WEIGHTS)]
     except Exception as error:  # each of its layers fails in its own way
-        raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error, 100)}): "
-                        f"point --vae at a folder that holds {CONFIG} and {WEIGHTS}") from None
+        raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error, 100)}), and "
+                        f"is no folder here: point --vae at a folder that holds {CONFIG} and {WEIGHTS}") from None
 
 
 def read_config(file):
@@ -392,8 +413,9 @@ def check_settings(settings, config):
         if name.startswith(("use_", "mid_")):
             sound = type(value) is bool
         else:
-            values = value if name == "block_out_channels" and isinstance(value, (list, tuple)) else [value]
-            sound = 0 < len(values) <= 8 and all(type(n) is int and 0 < n <= high for n in values)
+            values = value if name == "block_out_channels" else [value]
+            sound = isinstance(values, (list, tuple)) and 0 < len(values) <= 8 and all(
+                type(n) is int and 0 < n <= high for n in values)
         if not sound:
             raise UserError(f"{name} is {value!r:.60}")
     if any(settings[f"{side}_channels"] % settings["patch_size"] ** 2 for side in ("in", "out")):
@@ -415,35 +437,49 @@ def read_statistics(config, channels):
     scale = config.get("scaling_factor", 0.18215)
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
     std = config.get("latents_std") or [1.0]
-    if not is_number(scale) or scale <= 0:
+    if not is_number(scale) or scale < 1e-15:
         raise UserError(f"scaling_factor is {scale!r:.60}")
     for name, numbers in (("latents_mean or shift_factor", mean), ("latents_std", std)):
         if not isinstance(numbers, list) or len(numbers) not in (1, channels) or not all(map(is_number, numbers)) or (
-                name == "latents_std" and min(numbers) <= 0):
+                name == "latents_std" and min(numbers) < 1e-15):
             raise UserError(f"{name} is {numbers!r:.60}, with {channels} latent channels")
     return tuple(map(float, mean)), tuple(number / scale for number in std)
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether this is a number that float32 holds, whatever it is multiplied with here."""
+    return type(value) in (int, float) and abs(value) < 1e15  # NaN is below nothing
 
 
 def read_weights(file, vae):
     """The weights of a `VAE` in float32, by their present names. Raises `UserError` unless they are those of `vae`."""
     try:
-        state = safetensors.torch.load_file(file)
-    except Exception as error:  # SafetensorError, or what the system says
+        state = {name: weight for part in parts_of(file) for name, weight in weights_in(part).items()}
+        state = {re.sub(r"(attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{OLD_NAMES.get(m[2], m[2])}", name): weight
+                 for name, weight in state.items()}
+    except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{file} is damaged or cut short ({first_line(error, 100)})") from None
-    state = {re.sub(r"(attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{OLD_NAMES.get(m[2], m[2])}", name): weight
-             for name, weight in state.items()}
-    shapes = {name: weight.shape for name, weight in vae.state_dict().items()}
-    for name in [*(shapes.keys() - state.keys()), *(state.keys() - shapes.keys())]:
-        raise UserError(f"{file} does not fit its {CONFIG}: {name} is "
-                        + ("missing" if name in shapes else "not a part of it"))
+    if wrong := misfit(state, {name: weight.shape for name, weight in vae.state_dict().items()}):
+        raise UserError(f"{file} does not fit its {CONFIG}: {wrong}")
     for name, weight in state.items():
-        if weight.shape != shapes[name]:
-            raise UserError(f"{file} does not fit its {CONFIG}: {name} is {tuple(weight.shape)}, not "
-                            f"{tuple(shapes[name])}")
-        if not weight.is_floating_point() or not weight.isfinite().all():
+        if not weight.is_floating_point() or weight.layout != torch.strided or not weight.is_contiguous():
             raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
-    return {name: weight.to(torch.float32, copy=True) for name, weight in state.items()}
+        state[name] = weight.to(torch.float32, copy=True)  # float8 knows no isfinite
+        if not state[name].isfinite().all():
+            raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
+    return state
+
+
+def parts_of(file):
+    """The files that the weights are in: `file`, or those that it lists."""
+    if file.suffix != ".json":
+        return [file]
+    names = sorted(set(json.loads(file.open("rb").read(2**24))["weight_map"].values()))
+    if not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
+        raise UserError(f"it lists {names!r:.80}")
+    return [file.with_name(name) for name in names]
+
+
+def weights_in(file):
+    """What is in one file of weights, a dict of tensors."""
+    return safetensors.torch.load_file(file) if file.suffix == ".safetensors" else read_tensors(file)

@@ -39,7 +39,7 @@ def read_tensors(path, known=(), mmap=False):
         with torch.serialization.safe_globals([*known]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as error:  # torch says what is wrong at the end of a long text
-        found = re.search(r"Unsupported \w+: (?:GLOBAL )?([\w.]+)", str(error))
+        found = re.search(r"(?i:unsupported)(?: \w+:)? (?:GLOBAL )?([\w.]+)", str(error))
         if found:
             raise UserError(f"it holds {found[1]:.80}, which is neither a tensor nor a plain value") from None
         raise

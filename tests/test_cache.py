@@ -1,13 +1,16 @@
 from support.commands import UserError
 from support.folders import Folder
 
+import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -232,7 +235,31 @@ def test_a_damaged_cache(tmp_path):
         refused("damaged or cut short")
     np.save(file, np.zeros((20, 1, 2, 2, 4, 2), np.float32))
     refused("float32")
+    np.save(file, np.asfortranarray(np.load(io.BytesIO(content))))
+    refused("damaged or cut short")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("latents.npy", content)
+    refused("damaged or cut short")
+    for garbage in (bytes(len(content)), os.urandom(len(content)), b"PK\x03\x04" + bytes(len(content) - 4),
+                    content[:10] + b"(" * 118 + content[128:]):
+        file.write_bytes(garbage)
+        refused("damaged or cut short")
+    file.unlink()
+    os.mkfifo(file)
+    refused("it is no file")
+    file.unlink()
+    # Whole, but of other numbers than were written: a round trip that was measured is not theirs
+    first = len(content) - 20 * 32 * 2
+    for numbers in (np.zeros(640, np.float16), np.full(640, np.nan, np.float16)):
+        file.write_bytes(content[:first] + numbers.tobytes())
+        refused("has changed since it was written")
+    file.write_bytes(content[:-2] + b"\0\x3c")
+    refused("has changed since it was written")
     file.write_bytes(content)
+    note.unlink()
+    os.mkfifo(note)
+    refused("damaged")
+    note.unlink()
     for damage in ("", "[]", "{}", text[:-5], text.replace('"psnr": ', '"psnr": []+'), "[" * 100_000):
         note.write_text(damage)
         refused("damaged")
@@ -240,6 +267,55 @@ def test_a_damaged_cache(tmp_path):
     refused("another VAE")
     note.write_text(text)
     Latents(data, "here", vae, False, tmp_path).load()
+
+
+def test_an_unfinished_encoding_that_is_damaged(tmp_path, blocks, monkeypatch):
+    """Before it goes on, the file is looked at; what was encoded is not written over."""
+    vae, data = make_vae(), random_data()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "round_trip", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        Latents(data, "here", vae, False, tmp_path).load()
+    file = only_folder(tmp_path) / "latents.npy"
+    content = file.read_bytes()
+    marks = bytearray((only_folder(tmp_path) / "encoded").read_bytes())
+    marks[-cache.MARK:] = bytes(cache.MARK)  # the last block is not done
+    (only_folder(tmp_path) / "encoded").write_bytes(marks)
+    for damage in (bytes(128) + content[128:], os.urandom(len(content))):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=r"latents.npy is damaged.*remove .* to have it encoded anew"):
+            Latents(data, "here", vae, False, tmp_path).load()
+        assert file.read_bytes() == damage
+    file.write_bytes(content)
+    assert len(Latents(data, "here", vae, False, tmp_path).load().rows) == 20
+
+
+def test_a_large_cache_is_looked_at_in_part(tmp_path, monkeypatch):
+    """Its first and its last image are among the images that are."""
+    monkeypatch.setattr(cache, "LOOKED_AT", 5 * 64)
+    rows = torch.randn(20, 1, 2, 2, 4, 2).half()
+    seen = []
+    for i in range(20):
+        changed = rows.clone()
+        changed[i] = 0
+        if cache.check_of(changed) != cache.check_of(rows):
+            seen.append(i)
+    assert len(seen) == 5 and seen[0] == 0 and seen[-1] == 19
+
+
+def test_other_labels_go_on_with_no_run(call, flags, tmp_path, monkeypatch):
+    """The latents would be the same, and the run another one."""
+    data, run = load_dataset("digits", "."), tmp_path / "run"
+    fingerprints = []
+    for labels in (data.labels, data.labels.roll(1)):
+        changed = dataclasses.replace(data, labels=labels)
+        monkeypatch.setattr(cache, "load_dataset", lambda *_, changed=changed, **__: changed)
+        latents = open_data(Config(dataset="digits", vae=str(flags[-3])), torch.device("cpu"), flags[-1]).load()
+        fingerprints.append(latents.fingerprint)
+        result = call(train, *flags, "--steps", 2 * len(fingerprints), "--run-dir", run,
+                      *(["--resume"] if len(fingerprints) == 2 else []))
+        assert len(fingerprints) == 2 or result[0] == 0
+    assert fingerprints[0] != fingerprints[1]
+    assert_refused(result, "other data")
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
@@ -352,8 +428,12 @@ def test_a_run_says_what_its_vae_was_measured_at(tmp_path):
     kept = dict(vae_hash=vae.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv"),
                 data=data.fingerprint, vae=dict(frechet=0.5), real=dict(frechet=0.25))
     for change, said in (({}, True), (dict(vae_hash="0123456789abcdef"), False),
-                         (dict(data=random_data(21).fingerprint), False), (dict(vae=None), False)):
-        (tmp_path / "round_trip.json").write_text(json.dumps(kept | change))
+                         (dict(data=random_data().fingerprint), False), (dict(vae=None), False), (None, False)):
+        (tmp_path / "round_trip.json").unlink(missing_ok=True)
+        if change is None:
+            os.mkfifo(tmp_path / "round_trip.json")  # to read which is to wait for ever
+        else:
+            (tmp_path / "round_trip.json").write_text(json.dumps(kept | change))
         summary = Latents(data, str(tmp_path), vae, False, tmp_path / "latents").load().summary
         assert ("Fréchet distance 0.500 (of real images 0.250)" in summary) == said
     assert "2 x 4 x 2 of" in summary and "6 times fewer numbers" in summary

@@ -349,14 +349,12 @@ def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
     before = (tmp_path / "a.png").read_bytes()
     # What the folder says of statistics is not what the model has learned with
     (vae / "config.json").write_text(json.dumps(config | statistics | dict(scaling_factor=9.0)))
-    inference.open_vae.cache_clear()
     assert call(inference, *flags)[0] == 0 and (tmp_path / "a.png").read_bytes() == before
 
     (tmp_path / "a.png").unlink()
     other = VAE(**load_vae(vae).settings)
     save_vae(other, tmp_path / "other")
     assert_refused(call(inference, *flags, "--vae", tmp_path / "other"), "is another VAE", made.vae_hash)
-    inference.open_vae.cache_clear()
     shutil.move(vae, tmp_path / "moved")
     assert_refused(call(inference, *flags), f"there is no folder {str(vae)!r}")
     assert not (tmp_path / "a.png").exists()

@@ -783,7 +783,6 @@ def latent(tmp_path, call):
     save_vae(vae, tmp_path / "vae")
 
     def latent(**fields):
-        inference.open_vae.cache_clear()
         config = Config(**dict(
             dataset="digits", image_size=8, channels=1, num_classes=2, patch_size=2, hidden_size=16, depth=1,
             num_heads=2, sample_steps=1, clamp=False, latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,),

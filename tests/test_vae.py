@@ -199,6 +199,13 @@ FOLDERS = {
     "channels": (lambda folder: change_config(folder, latent_channels=8), "does not fit its config.json"),
     "widths": (lambda folder: change_config(folder, block_out_channels=[8, 24]), "does not fit its config.json"),
     "layers": (lambda folder: change_config(folder, layers_per_block=2), "is missing"),
+    "a number for a list": (lambda folder: change_config(folder, block_out_channels=8), "block_out_channels is 8"),
+    "a number for blocks": (lambda folder: change_config(folder, down_block_types=2), "down_block_types is 2"),
+    "a huge scale": (lambda folder: change_config(folder, scaling_factor=10**400), "scaling_factor is 1000"),
+    "a tiny scale": (lambda folder: change_config(folder, scaling_factor=1e-300), "scaling_factor is 1e-300"),
+    "a huge mean": (lambda folder: change_config(folder, latents_mean=[0, 0, 0, 10**400]), "latents_mean or shift"),
+    "a huge shift": (lambda folder: change_config(folder, shift_factor=-10**400), "latents_mean or shift_factor"),
+    "a huge std": (lambda folder: change_config(folder, latents_std=[1, 1, 1, 1e300]), "latents_std is"),
     "no attention": (lambda folder: change_config(folder, mid_block_add_attention=False), "is not a part of it"),
     "cut": (lambda folder: os.truncate(folder / WEIGHTS, 9000), "is damaged or cut short"),
     "no tensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"hello"), "is damaged or cut short"),
@@ -210,6 +217,73 @@ FOLDERS = {
 }
 
 
+@pytest.mark.parametrize(("options", "first"), [
+    (dict(variant="fp16"), "diffusion_pytorch_model.fp16.safetensors"),
+    (dict(max_shard_size="20KB"), "diffusion_pytorch_model.safetensors.index.json"),
+    (dict(max_shard_size="20KB", variant="fp16"), "diffusion_pytorch_model.safetensors.index.fp16.json"),
+    (dict(safe_serialization=False), "diffusion_pytorch_model.bin"),
+    (dict(safe_serialization=False, variant="fp16"), "diffusion_pytorch_model.fp16.bin"),
+    (dict(safe_serialization=False, max_shard_size="20KB"), "diffusion_pytorch_model.bin.index.json")])
+def test_other_files_that_diffusers_writes(options, first, folder, tmp_path):
+    """Also in a pipeline's folder; and where there are several, the first one is what it was."""
+    theirs, expected = AutoencoderKL.from_pretrained(folder), load_vae(folder).state_dict()
+    pipeline = tmp_path / "pipeline"
+    theirs.save_pretrained(pipeline / "vae", **options)
+    (pipeline / "model_index.json").write_text("{}")
+    assert (pipeline / "vae" / first).is_file() and not (pipeline / "vae" / WEIGHTS).exists()
+    if "max_shard_size" in options:
+        assert len([*(pipeline / "vae").glob("*-of-*")]) > 2
+    for place in (pipeline, pipeline / "vae"):
+        for name, weight in load_vae(place).state_dict().items():
+            assert torch.equal(weight, expected[name]), name
+    shutil.copy(folder / WEIGHTS, pipeline / "vae")
+    (pipeline / "vae" / first).write_bytes(b"")
+    load_vae(pipeline)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+BIN, INDEX = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors.index.json"
+OTHER_FOLDERS = {
+    "executes": (lambda folder: torch.save({"a": Malicious()}, folder / BIN), "it holds posix"),
+    "no weights": (lambda folder: torch.save([1], folder / BIN), "is damaged or cut short"),
+    "numbers": (lambda folder: torch.save({"a": 1}, folder / BIN), "does not fit"),
+    "not an index": (lambda folder: (folder / INDEX).write_text("[]"), "is damaged or cut short"),
+    "a deep index": (lambda folder: (folder / INDEX).write_text("[" * 10**5), "is damaged or cut short"),
+    "a missing shard": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b.bin"}}'), "No such"),
+    "another folder": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../x.bin"}}'), "it lists"),
+    "no names": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 3}}'), "is damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("damage", OTHER_FOLDERS)
+def test_other_files_that_are_damaged(damage, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / WEIGHTS).unlink()
+    break_it, words = OTHER_FOLDERS[damage]
+    break_it(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        load_vae(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value) and not (tmp_path / "hacked").exists()
+
+
+def test_a_vae_that_was_replaced_is_read_again(folder):
+    """At the same place, with the same encoder: a better decoder, say. While it stays, it is read once."""
+    asked = (str(folder), "", (3, 8, 8), (4, 4, 4), (0.0,), (2.0,), "cpu")
+    vae = module.open_vae(*asked)
+    assert module.open_vae(*asked) is vae
+    z = torch.randn(1, 4, 4, 4)
+    before = vae.decode(z)
+    change_weights(folder, lambda state: state | {"decoder.conv_out.bias": torch.full((3,), 5.0)})
+    assert (module.open_vae(*asked).decode(z) - before).abs().min() > 4
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="there is no folder"):
+        module.open_vae(*asked)
+
+
 @pytest.mark.parametrize("damage", FOLDERS)
 def test_folders_that_are_no_vae(damage, folder):
     break_it, words = FOLDERS[damage]
@@ -219,23 +293,31 @@ def test_folders_that_are_no_vae(damage, folder):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_half_precision_is_read_as_float32(folder):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_half_precision_is_read_as_float32(dtype, folder):
+    """And a quarter of it, which PyTorch can hold, and little more."""
     full = load_vae(folder).state_dict()
-    change_weights(folder, lambda state: {name: weight.half() for name, weight in state.items()})
+    change_weights(folder, lambda state: {name: weight.to(dtype) for name, weight in state.items()})
     for name, weight in load_vae(folder).state_dict().items():
-        assert weight.dtype == torch.float32 and torch.equal(weight, full[name].half().float())
+        assert weight.dtype == torch.float32 and torch.equal(weight, full[name].to(dtype).float())
+    change_weights(folder, lambda state: state | {"quant_conv.bias": torch.full((8,), float("nan")).to(dtype)})
+    with pytest.raises(UserError, match=r"quant_conv\.bias holds what are no finite numbers"):
+        load_vae(folder)
 
 
-@pytest.mark.parametrize("name", ["", "no/such/folder", "../vae", "/no/vae", "a b", "a/b/", "-x"])
+@pytest.mark.parametrize("name", ["", "no/such/folder", "../vae", "/no/vae", "a b", "a/b/", "-x", "vae_sprites",
+                                  "run/vae", "./vae"])
 def test_names_that_are_no_folder_and_no_name_of_a_hub(name, tmp_path, monkeypatch):
+    """A path that has been moved among them: its last folder is gone, or the command is called elsewhere."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(module, "download", None)  # it is not even asked
     with pytest.raises(UserError) as caught:
         load_vae(name)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a..b", "a--b", "x" * 200])
+@pytest.mark.parametrize("name", ["a/a..b", "a/a--b", "a/" + "x" * 200])
 def test_names_that_the_hub_refuses(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="cannot be had from the Hugging Face hub") as caught:
