@@ -371,7 +371,8 @@ def test_a_vae_that_does_not_fit(weights, bring, vae, call, tmp_path):
         save_vae(VAE(**settings), tmp_path / name)
         assert_refused(call(inference, *flags, "--vae", tmp_path / name), tmp_path / name, "(4, 8, 8)", "(3, 64, 64)")
     assert_refused(call(inference, *flags, "--vae", ""), "draws latents", "--vae FOLDER")
-    assert_refused(call(inference, *flags, "--vae", tmp_path), "holds no config.json")
+    (tmp_path / "empty").mkdir()
+    assert_refused(call(inference, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
     flags[1] = REPOSITORY / "weights" / "mnist.pth"
     assert_refused(call(inference, *flags, "--vae", vae), "mnist.pth draws images without a VAE: leave --vae out")
     assert not (tmp_path / "a.png").exists()
