@@ -15,11 +15,12 @@ weights are its tensors, and the other four are JSON in its metadata, under "che
 """
 
 from support.commands import Parser, UserError, dtype_of, first_line, run, some_path
-from support.files import write_atomically
+from support.files import check_output, write_atomically
 from support.muon import split_parameters
 from support.run_log import NOISE_LEVELS
 from support.tensors import check_tensors, misfit, read_tensors
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -51,6 +52,15 @@ def save_checkpoint(path, config, step, seconds, ema, **to_resume):
         write_atomically(path, lambda file: file.write(shared))
         return
     write_atomically(path, lambda file: torch.save(content | {"ema": ema} | to_resume, file))
+
+
+def check_out(path, source):
+    """Finds out before the work whether weights to draw with, made of the file `source`, may be written to `path`: else
+    `UserError`. They replace others of their kind, and never what a run goes on from."""
+    own = b""
+    with contextlib.suppress(UserError):
+        own = b"" if "optimizers" in load_checkpoint(path) else b"dit-checkpoint-"
+    check_output(path, own, [source])
 
 
 def checkpoint_file(path):
@@ -169,9 +179,8 @@ def main():
     add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
     args = parser.parse_args()
     args.checkpoint = checkpoint_file(args.checkpoint)
+    check_out(args.out, args.checkpoint)
     content = load_checkpoint(args.checkpoint)
-    if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
-        raise UserError(f"{args.out} is the checkpoint itself, which training needs whole: choose another name")
     ema, wide = {}, 0
     for name, weight in content["ema"].items():
         half = weight.half()

@@ -2,7 +2,7 @@
 
 from support import parallel
 from support.commands import Parser, UserError, add_device_flag, run, some_path
-from support.files import check_file, write_atomically
+from support.files import check_output, write_atomically
 from support.image_files import list_images, read_image
 
 import argparse
@@ -232,7 +232,7 @@ def main():
     if target and target.suffix != ".npz":
         raise UserError(f"--save-stats {target} cannot be written: it must end in .npz")
     if target:
-        check_file(target)
+        check_output(target, b"dims.npy", [args.fake])
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)

@@ -488,7 +488,8 @@ def main():
     animated = args.gif or (count > 1 and not args.strip)
     if args.out is None:
         args.out = "samples.gif" if animated else "strip.png" if args.strip or args.morph else "samples.png"
-    check_picture(args.out, animated)
+    check_picture(args.out, animated, [args.checkpoint, args.edit, args.inpaint, args.mask, args.extend, args.before,
+                                       *(args.between or ()), args.loop])
     if any(getattr(args, name) is not None for name in LONGER):
         labels = parse_labels(args.labels, config.class_names)
         states = draw_longer(model, config, labels, args.count, args)[None]

@@ -4,6 +4,7 @@
 """
 
 from support.commands import run
+from support.pictures import check_picture, write_figure
 
 import math
 
@@ -44,7 +45,8 @@ def main():
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="t", ylabel="sinusoid (above cosines, below sines)")
     axes.imshow(waves.T, aspect="auto", cmap="coolwarm", origin="lower")
-    figure.savefig("time_emb.png", dpi=120)
+    check_picture("time_emb.png")
+    write_figure(figure, "time_emb.png")
     print(f"t (B,) -> sinusoids (B, 256) -> embedding {tuple(TimeEmbedding(128)(torch.tensor([0, 500])).shape)}")
     for a, b in ((500, 501), (500, 510), (500, 900)):
         print(f"t = {a} and {b}: their sinusoids have the cosine similarity "

@@ -13,10 +13,10 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import lock_dir, make_dir
+from support.files import MARK, check_output, lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import frames_of, grid, save_animation
-from support.run_log import RunLog, plot_loss
+from support.run_log import LOG, RunLog, plot_loss
 from support.run_page import write_page
 from support.sizes import show_divisors, show_size, show_sizes
 
@@ -306,10 +306,20 @@ def change_settings(config, settings, path, changeable, automatic):
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
 
 
-def refuse_to_overwrite(path):
-    """Raises `UserError` when a run has left a checkpoint at `path`."""
+def open_run(run_dir):
+    """Makes a folder ready for a new run. Raises `UserError` when a run has left a checkpoint there, or another program
+    a file where the run will write. The grids of an earlier run without a checkpoint go: a page shows one run's."""
+    path = run_dir / "model.pth"
+    grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
     if path.exists():
         raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+    for file, own in ((run_dir / "log.csv", LOG), *((file, MARK) for file in (
+            run_dir / "loss.png", run_dir / "index.html", *grids))):
+        check_output(file, own)
+    if grids:
+        print(f"{len(grids)} sample grids of an earlier run, whose checkpoint is gone, are removed from {run_dir}")
+    for file in grids:
+        file.unlink()
 
 
 def configure(settings, path, resume, changeable=CHANGEABLE):
@@ -369,7 +379,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     make_dir(run_dir)
     with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
         if not resume:
-            refuse_to_overwrite(path)
+            open_run(run_dir)
         data = CLIPS.get(config.dataset, open_data)(config, device, latents)
         config = resolve(config, data, device)
         data = data.load()

@@ -5,7 +5,7 @@
 """
 
 from support.commands import Parser, UserError, run
-from support.files import check_file, write_atomically
+from support.files import check_output, write_atomically
 from support.sizes import show_size
 
 import base64
@@ -123,8 +123,8 @@ def main():
                         "else weights/mnist.pth)")
     parser.add_argument("--out", default="dit.html", help="the page to write (default: dit.html)")
     args = parser.parse_args()
-    check_file(args.out)
     checkpoint = find_checkpoint(args.checkpoint)
+    check_output(args.out, inputs=[checkpoint])
     page = export(checkpoint).encode()
     write_atomically(args.out, lambda file: file.write(page))
     print(f"{args.out}: {len(page) / 1e6:.1f} MB, draws with {checkpoint}; open it in a browser")

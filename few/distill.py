@@ -10,6 +10,7 @@ from support import parallel
 from support.commands import UserError, dtype_of, resolve_precision, run, some_path
 from support.files import lock_dir, make_dir
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -28,7 +29,7 @@ from train import (
     configure,
     descend,
     loop,
-    refuse_to_overwrite,
+    open_run,
     round_weights,
     save,
     say_end,
@@ -90,15 +91,28 @@ def fake_path(run_dir, step):
     return run_dir / f"fake_{step:06d}.pth"
 
 
+def find_fakes(run_dir, data):
+    """The files that the fake of this run, or of another of its teacher, was saved in. data: the fingerprint of the
+    teacher."""
+    found = []
+    for path in run_dir.glob("fake_*.pth"):
+        with contextlib.suppress(UserError):
+            content = load_checkpoint(path)
+            if content.get("data") == data and path == fake_path(run_dir, content["step"]):
+                found.append(path)
+    return found
+
+
 def saver(fake):
     """`train.save` for the student, which saves the fake first: beside any checkpoint lies the fake of its step,
     whenever the process is killed."""
-    def save_both(run, path, step, *rest):
+    def save_both(run, path, step, seconds, data, window):
         own = fake_path(path.parent, step)
-        save(fake, own, step, *rest)
-        save(run, path, step, *rest)
-        for old in set(path.parent.glob("fake_*.pth")) - {own}:
-            old.unlink()
+        save(fake, own, step, seconds, data, window)
+        save(run, path, step, seconds, data, window)
+        for old in find_fakes(path.parent, data):
+            if old != own:
+                old.unlink()
 
     return save_both
 
@@ -110,7 +124,9 @@ def start(config, settings, data, run_dir, resume):
     """
     path = run_dir / "model.pth"
     if not resume:
-        refuse_to_overwrite(path)
+        open_run(run_dir)
+        for other in set(run_dir.glob("fake_*.pth")) - set(find_fakes(run_dir, data)):
+            raise UserError(f"{other} is no fake of this teacher's: choose another --run-dir, or remove it")
         unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
         config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
         return config, None, None

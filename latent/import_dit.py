@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import check_tensors, save_checkpoint
+from checkpoint import check_out, check_tensors, save_checkpoint
 from config import PAPER, PRESETS, Config
 from dit import build_model, sincos_positions
 from latent.vae import load_vae
@@ -174,8 +174,7 @@ def main():
     parser.add_argument("--vae", help="the VAE that it was trained with, a folder or a name on the Hugging Face hub, "
                         f"if that is not Stability's (default: {VAE})")
     args = parser.parse_args()
-    if args.out.exists() and args.official.exists() and args.out.samefile(args.official):
-        raise UserError(f"{args.out} is the official file itself: choose another name")
+    check_out(args.out, args.official)
     weights, flags = read_official(args.official)
     try:
         config = make_config(weights, flags, args.num_heads, args.vae)

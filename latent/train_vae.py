@@ -18,7 +18,7 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import lock_dir, make_dir, write_atomically
+from support.files import MARK, check_output, lock_dir, make_dir, write_atomically
 from support.folders import has_test_part
 from support.muon import Muon
 from support.pictures import grid, psnr, save_picture
@@ -342,6 +342,9 @@ def check_folder(out):
     if STATE in names:
         raise UserError(f"{out} holds a VAE in training: go on with it (--resume), choose another --out, or remove it")
     others = [name for name in names if name not in (LOG, PICTURE, ".lock") and not name.endswith(".tmp")]
+    for name, own in ((LOG, b"step,loss,"), (PICTURE, MARK)):
+        if name in names:
+            check_output(out / name, own)
     if others:
         raise UserError(f"{out} holds other things ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): a VAE "
                         "needs a folder of its own, choose another --out")

@@ -17,7 +17,7 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import check_file, write_atomically
+from support.files import check_output, write_atomically
 from support.sizes import as_size
 
 import argparse
@@ -189,7 +189,7 @@ def parse_args():
     if clips:
         raise UserError(f"--presets {clips[0]}: it is of clips, and images alone are measured here")
     if args.json:
-        check_file(args.json)
+        check_output(args.json, b'"cold_start"')
     return args
 
 

@@ -17,7 +17,7 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import check_file, make_dir, write_atomically
+from support.files import check_output, make_dir, write_atomically
 from support.folders import has_test_part
 from support.run_log import Bar
 from support.sizes import show_size
@@ -313,7 +313,7 @@ def main():
     if args.epochs is not None and not 1 <= args.epochs <= 10_000:
         raise UserError(f"--epochs {args.epochs}: must lie between 1 and 10,000")
     if args.out:
-        check_file(args.out)
+        check_output(args.out, FORMAT.encode())
     device = pick_device(args.device)
     train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
                                           config.ground)
@@ -323,7 +323,7 @@ def main():
     path = args.out or where_kept(train.name, train.images.shape[1:], fingerprint)
     if path.parent == KEPT:
         make_dir(KEPT)
-    check_file(path)
+    check_output(path, FORMAT.encode())
     classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device, leave=True)
     accuracy = accuracy_on(classifier, test)
     save_classifier(path, classifier, train, fingerprint, accuracy)

@@ -6,8 +6,8 @@
 """
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
-from support.files import make_dir, write_atomically
-from support.pictures import check_picture, grid
+from support.files import make_dir
+from support.pictures import check_picture, grid, write_figure
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ def network_calls(config):
 
 
 def save_figure(figure, path):
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_figure(figure, path)
     print(f"-> {path}")
 
 

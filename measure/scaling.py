@@ -11,8 +11,8 @@ work in one --out, each on seeds of its own; one with all the seeds then only re
 """
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
-from support.files import make_dir, write_atomically
-from support.pictures import grid
+from support.files import check_output, make_dir, write_atomically
+from support.pictures import check_picture, grid
 from support.sizes import as_size
 
 import contextlib
@@ -468,6 +468,9 @@ def main():
     args = parse_args()
     models = plan(args)
     make_dir(args.out)
+    for name in () if args.rates else ("gflops.png", "training.png", "samples.png"):
+        check_picture(args.out / name)
+    check_output(args.out / ("rates.md" if args.rates else "scaling.md"), b" images for each figure, seeds: ")
     try:
         stopped = study(args, models)
     except KeyboardInterrupt:  # outside of training, which ends itself

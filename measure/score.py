@@ -9,7 +9,7 @@ draws latents, beside that of real images that went through its VAE: no fakes of
 """
 
 from support.commands import UserError, pick_device, run, some_path
-from support.files import make_dir, write_atomically
+from support.files import check_output, make_dir, write_atomically
 from support.folders import Folder
 from support.image_files import list_images, opened, read_image
 from support.labels import are_numbers
@@ -475,6 +475,9 @@ def score_vae(args, device):
     if "dataset" not in flags:
         raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
                         "and --data-dir, or the model that draws its latents with --checkpoint")
+    path = Path(args.vae) / "round_trip.json"
+    if path.parent.is_dir():
+        check_output(path, b'"vae_hash"')
     vae = load_vae(args.vae, device)
     C = vae.image_channels
     config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
@@ -485,11 +488,10 @@ def score_vae(args, device):
     judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
-    if Path(args.vae).is_dir():
+    if path.parent.is_dir():
         if train.name == "folder":  # as it is known by where its images are read one by one
             fingerprint = Folder(config.data_dir, image_size=train.shape[1:], channels=train.shape[0]).fingerprint
         result |= {"vae_hash": vae.hash_of(), "data": fingerprint}
-        path = Path(args.vae) / "round_trip.json"
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
 

@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+MARK = b"A Diffusion Transformer, from nothing"  # in each picture and page that this project writes
+
 try:
     import fcntl
 except ImportError:
@@ -38,6 +40,32 @@ def check_file(path):
             pass
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def check_output(path, own=MARK, inputs=()):
+    """Finds out before the work whether a command may write to `path`: else `UserError`. It never replaces a file that
+    it reads, nor one that it has not written itself.
+
+    own: bytes that all files of this kind hold among their first or last 4,096; b"": none is replaced. inputs: paths of
+    what the command reads, files or folders (None: not given).
+    """
+    path = Path(path)
+    check_file(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    for other in map(Path, filter(None, inputs)):
+        if other.exists() and (path.samefile(other) or other.resolve() in path.resolve().parents):
+            raise UserError(f"{path} is read by this command, which would write over it: choose another name")
+    try:
+        with path.open("rb") as file:
+            ends = file.read(4096)
+            file.seek(max(0, path.stat().st_size - 4096))
+            ends += file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, to see whose it is: {error.strerror}") from None
+    if not own or own not in ends:
+        why = ", and nothing in it says that this command wrote it" if own else ""
+        raise UserError(f"{path} exists{why}: choose another name, or remove it")
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """Pictures of samples, and their files."""
 
 from support.commands import UserError, first_line, is_out_of_memory
-from support.files import check_file, write_atomically
+from support.files import MARK, check_output, write_atomically
 
 import io
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 LINE = 14  # the height of a line of text in PIL's own font, pixels
+EXIF = Image.Exif()
+EXIF[ExifTags.Base.Software] = MARK.decode()
 
 
 def grid(images, columns, gap=2, height=56, captions=()):
@@ -46,10 +48,11 @@ def write(picture, x, y, text, width):
     draw.text((x, y), cut, fill="white")
 
 
-def check_picture(path, animated=False):
-    """Finds out before the work whether `save_picture` can write to `path`: else `UserError`."""
+def check_picture(path, animated=False, inputs=()):
+    """Finds out before the work whether `save_picture` may write to `path`: else `UserError`. inputs: as
+    `check_output`."""
     path = Path(path)
-    check_file(path)
+    check_output(path, inputs=inputs)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
@@ -63,14 +66,15 @@ def check_picture(path, animated=False):
 
 
 def save_picture(path, picture, **options):
-    """Writes a PIL image as the format that `path` ends with. Raises `UserError` when that cannot be done."""
+    """Writes a PIL image as the format that `path` ends with, with `MARK` in it where the format has a place for that.
+    Raises `UserError` when that cannot be done."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         check_picture(path)
 
     def save(file):
         try:
-            picture.save(file, kind, **options)
+            picture.save(file, kind, comment=MARK, exif=EXIF, **options)
         except Exception as error:  # each format fails in its own way: when a picture is too large for it, say
             if (isinstance(error, OSError) and error.errno) or is_out_of_memory(error):
                 raise
@@ -84,6 +88,12 @@ def save_animation(path, pictures, durations):
     `UserError` as `save_picture` does."""
     more = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if len(pictures) > 1 else {}
     save_picture(path, pictures[0], **more)
+
+
+def write_figure(figure, path):
+    """Writes a figure of matplotlib as a PNG. Raises `UserError` when that cannot be done."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120,
+                                                       metadata={"Software": MARK.decode()}))
 
 
 def psnr(images, others):

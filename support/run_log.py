@@ -3,6 +3,7 @@
 from support import parallel
 from support.commands import UserError, silence
 from support.files import write_atomically
+from support.pictures import write_figure
 
 import csv
 import io
@@ -12,6 +13,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+LOG = b"step,loss,"  # how a log.csv of ours begins
 NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
 
 
@@ -154,4 +156,4 @@ def plot_loss(log, path):
         axes.plot(columns[0], column, label=f"t = {name.removeprefix('loss_t')}", linewidth=1)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_figure(figure, path)

@@ -14,6 +14,7 @@ POINTS = 600  # of a curve at most: a long log is thinned out
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="generator" content="A Diffusion Transformer, from nothing">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file: data:;
  style-src 'unsafe-inline'; script-src 'unsafe-inline'">

@@ -271,7 +271,7 @@ def test_weights_to_share_are_not_written_onto_their_source(call, trained, tmp_p
     before = (run / "model.pth").read_bytes()
     (tmp_path / "link.pth").symlink_to(run / "model.pth")
     for out in (run / "model.pth", run / ".." / "run" / "model.pth", tmp_path / "link.pth"):
-        assert_refused(call(checkpoint, run / "model.pth", out), "the checkpoint itself")
+        assert_refused(call(checkpoint, run / "model.pth", out), "is read by this command")
     monkeypatch.chdir(tmp_path)
     for out in (".", "/", "nodir/x.pth"):
         assert_refused(call(checkpoint, run / "model.pth", out), "cannot be written")

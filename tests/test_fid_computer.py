@@ -423,7 +423,8 @@ def test_missing_folder(fake, tmp_path):
 def test_broken_image_among_good_ones(fake, stats, weights, fails):
     whole = (fake / "00003.png").read_bytes()
     (fake / "00003.png").write_bytes(whole[:len(whole) // 2])
-    message = fails("--fake", stats, "--real", fake, "--dims", 64, "--weights", weights, "--save-stats", stats)
+    message = fails("--fake", stats, "--real", fake, "--dims", 64, "--weights", weights, "--save-stats",
+                    stats.with_name("new.npz"))
     assert str(fake / "00003.png") in message
 
 

@@ -19,11 +19,11 @@ import checkpoint
 import generator
 import inference
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from dataset import to_uint8
 from demo import export
-from dit import sincos_positions
+from dit import build_model, sincos_positions
 from inference import generate, noise_source, parse_labels
 from latent import import_dit
 from latent.import_dit import class_names, make_config
@@ -301,10 +301,12 @@ def test_wrong_files(kind, weights, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, words = FILES[kind]
     torch.save(content(weights), "official.pt")
-    (tmp_path / "xl.pth").write_bytes(b"what was there")
+    config = Config(num_classes=10, channels=1, image_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2)
+    save_checkpoint("xl.pth", config, 0, 0.0, build_model(config).state_dict())
+    before = (tmp_path / "xl.pth").read_bytes()  # weights like those to be written
     result = call(import_dit, "official.pt", "xl.pth", "--num-heads", HEADS)
     assert_refused(result, "official.pt", words)
-    assert (tmp_path / "xl.pth").read_bytes() == b"what was there" and not (tmp_path / "hacked").exists()
+    assert (tmp_path / "xl.pth").read_bytes() == before and not (tmp_path / "hacked").exists()
 
 
 def test_files_that_are_cut_or_not_there(weights, call, tmp_path):
@@ -316,7 +318,7 @@ def test_files_that_are_cut_or_not_there(weights, call, tmp_path):
         assert_refused(call(import_dit, path, out, "--num-heads", HEADS), path, "is cut short")
     assert_refused(call(import_dit, tmp_path / "none.pt", out), "there is no file", "none.pt")
     path.write_bytes(whole)
-    assert_refused(call(import_dit, path, path, "--num-heads", HEADS), "is the official file itself")
+    assert_refused(call(import_dit, path, path, "--num-heads", HEADS), "is read by this command")
     assert_refused(call(import_dit, path, tmp_path / "no" / "xl.pth", "--num-heads", HEADS), "cannot be written")
     assert_refused(call(import_dit, path, out), "no size of the paper", "--num-heads")
     assert_refused(call(import_dit, path, out, "--num-heads", 5), "num_heads 5")
