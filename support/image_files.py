@@ -7,6 +7,7 @@ from support.sizes import demand_memory
 import collections
 import contextlib
 import functools
+import math
 import os
 import re
 import stat
@@ -99,7 +100,8 @@ def walk(folder, wanted, left_out, whole=None, above=()):
 
 def show_left_out(left_out):
     """Of a Counter: 16 files: 12 .heic, 3 broken links, 1 .txt"""
-    kinds = [f"{count:,} {kind}{'s' if count > 1 and kind[0] != '.' else ''}" for kind, count in left_out.most_common()]
+    most_first = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{count:,} {kind}{'s' if count > 1 and kind[0] != '.' else ''}" for kind, count in most_first]
     return (f"{left_out.total():,} file{'s' if left_out.total() > 1 else ''}: {', '.join(kinds[:8])}"
             f"{' ...' if len(kinds) > 8 else ''}")
 
@@ -286,7 +288,7 @@ def read_video(path, mode, ground):
     with named(path, "a video"), open(path, "rb") as file, av.open(
             file, options={"format_whitelist": VIDEO_FORMATS}) as video:
         stream, first, shown, done = video.streams.video[0], None, None, 0
-        count = int((video.duration or 0) / 1000 / SLOWEST) + 1  # as its header says
+        count = max(1, math.ceil((video.duration or 0) / 1000 / SLOWEST))  # as its header says, microseconds
         if count > LONGEST:
             raise ValueError(f"it is longer than {LONGEST:,} frames, ten a second: cut it into parts")
         ends = 1000 / float(stream.average_rate or 10)

@@ -1,6 +1,12 @@
+from support import image_files, sizes
 from support.commands import UserError
 from support.image_files import read_clip
 
+import os
+import struct
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_refused, same, train_until
@@ -150,6 +156,161 @@ def test_classes_are_in_order_and_those_of_train_where_there_is_one(folder):
     save(folder / "split" / "train" / "up" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
     save(folder / "split" / "test" / "down" / "c.gif", frames_of(1, 2, 3, 4), duration=50)
     assert read(folder / "split").classes == ["up"]
+
+
+def test_frames_are_in_natural_order(tmp_path):
+    folder = tmp_path / "data" / "a" / "clip"
+    folder.mkdir(parents=True)
+    for i in range(1, 13):
+        Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
+    in_order = [20 * i for i in range(1, 13)]
+    assert greys(folder) == in_order
+    assert read(tmp_path / "data").frames.images.amax((1, 2, 3)).tolist() == in_order
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_ten_milliseconds_or_less_are_a_tenth_of_a_second(tmp_path, name):
+    """As browsers have it: else one such frame would make the others ten times as long."""
+    save(tmp_path / name, frames_of(0, 50, 100, 150), duration=[100, 10, 100, 200], **(
+        dict(lossless=True) if "webp" in name else {}))
+    assert greys(tmp_path / name) == [0, 50, 100, 150, 150]
+
+
+def write_video(path, frames, rate, codec="libx264"):
+    """frames: uint8 arrays (H, W, 3)."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def plain(*greys, size=(32, 48)):
+    return [np.full((*size, 3), grey, np.uint8) for grey in greys]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.webm", "libvpx")])
+def test_ten_frames_a_second_are_taken_of_a_video(tmp_path, name, codec):
+    for rate, taken in ((30, range(0, 24, 3)), (25, (0, 2, 5, 7, 10, 12, 15, 17, 20, 22)),
+                        (5, [i // 2 for i in range(48)])):
+        clip, size = read_clip(write_video(tmp_path / name, plain(*range(0, 240, 10)), rate, codec), (16, 24))
+        assert clip.shape == (len(taken), 3, 16, 24) and size == (48, 32)
+        assert (clip.float().mean((1, 2, 3)) - 10 * torch.tensor(list(taken))).abs().max() < 4, rate
+    assert read_clip(tmp_path / name, still=True)[0].shape == (1, 3, 32, 32)
+
+
+def test_a_telephone_s_video_is_turned_upright(tmp_path):
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :24] = 255  # its upper left quarter
+    data = write_video(tmp_path / "a.mp4", [frame] * 3, 10).read_bytes()
+    start, one = data.index(b"tkhd") + 44, 2**16
+    assert data[start:start + 36] == struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 2**30)
+    (tmp_path / "a.mp4").write_bytes(data[:start] + struct.pack(">9i", 0, one, 0, -one, 0, 0, 32 * one, 0, 2**30)
+                                     + data[start + 36:])  # a quarter to the right
+    clip, size = read_clip(tmp_path / "a.mp4", (48, 32), mode="L")
+    assert size == (32, 48) and clip[0, 0, :20, 20:].min() > 200 and clip[0, 0, 28:].max() < 50
+    assert clip[0, 0, :, :12].max() < 50
+
+
+def test_videos_are_clips(tmp_path, capsys):
+    write_video(tmp_path / "own" / "a" / "long.mp4", plain(*range(0, 240, 10)), 10)
+    write_video(tmp_path / "own" / "b" / "deeper" / "short.webm", plain(*range(0, 120, 10)), 10, "libvpx")
+    clips = read(tmp_path / "own")
+    assert clips.classes == ["a", "b"] and clips.lengths.tolist() == [24, 12] and clips.shape == (1, 12, 32, 32)
+    assert "10 frames a second are taken of the 2 videos" in capsys.readouterr().err
+
+
+def test_broken_videos(tmp_path):
+    whole = write_video(tmp_path / "a.mp4", plain(0, 50, 100), 10).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'a.mp4'}\n#EXT-X-ENDLIST\n")
+    for name in ("cut.mp4", "none.mp4", "list.mp4"):  # the last one would have another file opened
+        with pytest.raises(UserError, match=f"{name} cannot be read as a video"):
+            read_clip(tmp_path / name)
+    write_video(tmp_path / "long.mp4", plain(*[9] * 4, size=(16, 16)), Fraction(1, 1000))  # an hour
+    with pytest.raises(UserError, match=r"long\.mp4 cannot be read .*longer than 10,000 frames"):
+        read_clip(tmp_path / "long.mp4")
+
+
+def test_clips_that_do_not_fit(tmp_path, monkeypatch):
+    """They are refused as the header says, or the next frame would be one too many."""
+    for path, count in (("a/one.gif", 5), ("b/two.png", 7)):
+        save(tmp_path / "own" / path, frames_of(*range(count), size=(20, 10), mode="RGB"), duration=100)
+    write_video(tmp_path / "own" / "b" / "video.mp4", plain(*range(8)), 10)
+    needed = 3 * 4 * 6  # bytes of a frame in colour
+    for path, count in (("a/one.gif", 5), ("b/two.png", 7), ("b/video.mp4", 8)):
+        monkeypatch.setattr(sizes, "available_memory", lambda count=count: 2 * needed * count)
+        assert len(read_clip(tmp_path / "own" / path, (4, 6))[0]) == count
+        monkeypatch.setattr(sizes, "available_memory", lambda count=count: 2 * needed * count - 1)
+        read_clip(tmp_path / "own" / path, (4, 6), still=True)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"^{count} images of 4 x 6 pixels"):
+            patch.setattr(image_files, "to_tensor", None)
+            read_clip(tmp_path / "own" / path, (4, 6))
+    everything = 2 * 4 * 6 * (5 + 7) + 2 * needed * 8  # those that are read are grey, and the last one not yet
+    monkeypatch.setattr(sizes, "available_memory", lambda: everything)
+    assert len(read(tmp_path / "own", image_size="2x4x6").frames.labels) == 20
+    monkeypatch.setattr(sizes, "available_memory", lambda: everything - 1)
+    with pytest.raises(UserError, match=r"^12 images of 4 x 6 pixels"):
+        read(tmp_path / "own", image_size="2x4x6")
+    save(tmp_path / "long.gif", frames_of(0, 50, 100), duration=[20, 2000, 20])
+    monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 64 * 102 - 1)
+    with pytest.raises(UserError, match=r"^102 images of 8 x 8 pixels"):
+        read_clip(tmp_path / "long.gif", mode="L")
+
+
+def test_a_clip_above_the_largest_size_is_refused_at_its_first_frame(tmp_path, monkeypatch):
+    folder = tmp_path / "own" / "a" / "clip"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        Image.new("L", (1100, 1030)).save(folder / f"{i}.png")
+    original, seen = image_files.read_image, []
+    monkeypatch.setattr(image_files, "read_image", lambda path, *of: seen.append(path) or original(path, *of))
+    with pytest.raises(UserError, match=r"3 images of 1030 x 1030 .* 1024 x 1024 is the largest"):
+        read(tmp_path / "own")
+    assert len(seen) == 1
+
+
+def test_a_folder_one_level_too_high_is_noticed(tmp_path, capsys):
+    """The folders of classes are no clips, whose frames would be the first ones of different animations."""
+    for name in ("left/a.gif", "left/b.gif", "right/c.gif"):
+        save(tmp_path / "zip" / "own" / name, frames_of(*range(0, 200, 50)))
+    with pytest.raises(UserError, match=f"point --data-dir at {tmp_path}/zip/own"):
+        read(tmp_path / "zip")
+    save(tmp_path / "zip" / "more" / "d.gif", frames_of(*range(0, 200, 50)))
+    capsys.readouterr()
+    assert read(tmp_path / "zip").labels.tolist() == [0, 1, 1, 1]
+    assert f"{tmp_path}/zip/own: what lies in its 2 folders" in capsys.readouterr().err
+    frames_of(5)[0].save(tmp_path / "zip" / "own" / "left" / "0.png")
+    with pytest.raises(UserError, match=r"left/a\.gif has 4 frames, and is no frame of a clip"):
+        read(tmp_path / "zip")
+
+
+def test_what_clips_leave_out_is_said_once(folder, capsys):
+    (folder / "right" / "d" / "notes.txt").touch()
+    (folder / "right" / "d" / "inner").mkdir()
+    (folder / "left" / "sound.mp3").touch()
+    os.mkfifo(folder / "left" / "pipe.gif")
+    (folder / "up").mkdir()
+    read(folder)
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert said == [f"{folder}: left out 5 files: 2 .txt, 1 .mp3, 1 folder beside frames, 1 special file; and 1 folder,"
+                    " in which it found nothing to read: up"]
+
+
+def test_clips_are_grey_by_content_and_on_a_ground(tmp_path):
+    frame = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    frame.putpixel((2, 1), (0, 0, 0, 255))
+    save(tmp_path / "own" / "a" / "x.webp", [frame, frame.rotate(90)], duration=100, lossless=True)
+    save(tmp_path / "own" / "a" / "y.webp", frames_of(0, 130, size=(8, 8), mode="RGB"), duration=100)
+    assert read(tmp_path / "own").shape == (1, 2, 8, 8)
+    black, white = (read(tmp_path / "own", ground=ground).frames.images[0, 0] for ground in ("black", "white"))
+    assert not black.any() and white[1, 2] == 0 and white.float().mean() > 250
 
 
 FLAGS = [*TINY, "--dataset", "clips", "--image-size", "4x8x8", "--patch-size", "2x4x4", "--steps", 6]

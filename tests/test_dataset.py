@@ -375,8 +375,8 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     (own / "d").mkdir()
     assert load_dataset("folder", own).classes == ["a", "b"]
     said = capsys.readouterr().err.splitlines()[0]
-    assert said == (f"{own}: left out 10 files: 4 .heic, 3 broken links, 1 special file, 1 file without an ending, 1 "
-                    ".txt; and 2 folders, in which it found nothing to read: c, d")
+    assert said == (f"{own}: left out 10 files: 4 .heic, 3 broken links, 1 .txt, 1 file without an ending, 1 "
+                    "special file; and 2 folders, in which it found nothing to read: c, d")
     for name in ("a", "b"):
         for path in (own / name).glob("[0-9].png"):
             path.unlink()

@@ -1,4 +1,4 @@
-from support import pictures
+from support import image_files, pictures, sizes
 from support.commands import UserError, resolve_precision
 from support.pictures import check_picture, grid, save_picture
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import os
 import resource
 import shutil
 import weakref
@@ -536,6 +537,41 @@ def test_what_is_known_is_kept_to_the_last_bit(call, small, tmp_path, sampler):
     assert len({image.tobytes() for image in drawn}) == 4
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every)
+
+
+def test_a_model_of_images_reads_one_frame_of_a_clip(call, small, tmp_path, monkeypatch):
+    frames = [Image.new("L", (8, 8), 9 * i) for i in range(20)]
+    frames[0].save(tmp_path / "long.gif", save_all=True, append_images=frames[1:], duration=100)
+    original, read = image_files.convert, []
+    monkeypatch.setattr(image_files, "convert", lambda *of: read.append(of) or original(*of))
+    monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 64)  # what one takes
+    code, _, err = call(inference, "--checkpoint", small, "--edit", tmp_path / "long.gif", "--labels", 3, "--out",
+                        tmp_path / "a.png")
+    assert code == 0 and len(read) == 1, err
+
+
+def test_what_is_given_is_measured_and_a_pipe_is_not_opened(call, small, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("pipe.png", "it is no file"), ("empty", "holds no images")):
+        assert_refused(call(inference, "--checkpoint", small, "--edit", tmp_path / name), name, words)
+    make_checkpoint(tmp_path / "clips.pth", **CLIPS)
+    flags = ["--checkpoint", tmp_path / "clips.pth", "--labels", 3, 7, "--count", 5, "--out", tmp_path / "a.gif"]
+    for more, count in ((["--frames", 12], 2 * 5 * 12), (["--extend", save_clip(tmp_path / "a.png", *range(9))], 130)):
+        monkeypatch.setattr(sizes, "available_memory", lambda count=count: 2 * count * 4 * 64 - 1)
+        assert_refused(call(inference, *flags, *more), f"{count} images of 8 x 8", "lower --count or --frames")
+        monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 130 * 4 * 64)
+        code, _, err = call(inference, *flags, *more)
+        assert code == 0, err
+
+
+def test_transparency_is_laid_on_the_model_s_ground(tmp_path):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.save(tmp_path / "x.png")
+    for ground, value in (("black", -1), ("white", 1)):
+        _, config = load_model(make_checkpoint(tmp_path / "model.pth", ground=ground))
+        picture, _ = inference.read_picture(tmp_path / "x.png", config)
+        assert picture.unique().tolist() == [value]
 
 
 def test_masks_of_another_size_and_pictures_of_any(call, small, tmp_path):

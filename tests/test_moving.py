@@ -1,3 +1,4 @@
+from support import sizes
 from support.commands import UserError
 
 import math
@@ -128,6 +129,18 @@ def test_other_clips_have_another_fingerprint():
 def test_sizes_without_room(size):
     with pytest.raises(UserError, match="frames x height x width"):
         moving(image_size=size)
+
+
+@pytest.mark.parametrize("settings", [dict(image_size=(8, 24, 32)), dict(image_size=(4, 24, 24),
+                                                                         sizes=((8, 24, 32),))])
+def test_clips_that_do_not_fit(monkeypatch, settings):
+    """A batch of floats takes 4 bytes a pixel, and half of the memory is for the rest."""
+    needed = 5 * 4 * 8 * 24 * 32
+    monkeypatch.setattr(sizes, "available_memory", lambda: 2 * needed)
+    moving(batch_size=5, **settings)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 2 * needed - 1)
+    with pytest.raises(UserError, match=r"40 images of 24 x 32 pixels .* lower --image-size, --sizes or --batch-size"):
+        moving(batch_size=5, **settings)
 
 
 def test_images_have_no_frames():

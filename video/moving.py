@@ -122,7 +122,8 @@ def load_moving(config, train=True):
     scikit-learn's digits: a `Moving`. Raises `UserError`."""
     size = config.image_size or SIZE
     check_size(size)
-    demand_memory(config.batch_size * size[0], 4, size[1:], "lower --image-size or --batch-size")  # a batch of floats
+    for T, *sides in (size, *config.sizes):  # a batch of floats
+        demand_memory(config.batch_size * T, 4, sides, "lower --image-size, --sizes or --batch-size")
     data = load_dataset("auto", config.data_dir, train)
     images = data.images[:, 0]
     if images.shape[-1] < 28:  # scikit-learn's digits, as large as MNIST's
