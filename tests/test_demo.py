@@ -26,11 +26,10 @@ SMALL = Config(image_size=(12, 6), patch_size=(3, 2), channels=1, num_classes=10
                sample_steps=5)
 
 
-class Browser:
-    """A page in a headless Chromium, steered through its DevTools protocol."""
+class Chromium:
+    """A headless browser, steered through its DevTools protocol."""
 
-    def __init__(self, page, folder, script=""):
-        """script: JavaScript to run before any of the page's own."""
+    def __init__(self, folder):
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
         # It reads the protocol from file 3 and writes it to file 4.
@@ -40,20 +39,7 @@ class Browser:
             pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(commands)
         os.close(answers)
-        self.session, self.count, self.buffer, self.events = {}, 0, b"", []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
-        self.call("Page.navigate", url=page)
-        while not self.loaded(page):
-            self.events.append(self.read())
-
-    def loaded(self, page):
-        kinds = [event["method"] for event in self.events
-                 if event["params"].get("frame", {"url": page})["url"] == page]  # the blank page is loaded too
-        return "Page.frameNavigated" in kinds and "Page.loadEventFired" in kinds[kinds.index("Page.frameNavigated"):]
+        self.count, self.buffer, self.events = 0, b"", []
 
     def read(self):
         while b"\0" not in self.buffer:
@@ -61,14 +47,48 @@ class Browser:
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
 
-    def call(self, method, **parameters):
+    def call(self, method, session=None, **parameters):
         self.count += 1
-        request = {"id": self.count, "method": method, "params": parameters, **self.session}
-        os.write(self.commands, json.dumps(request).encode() + b"\0")
+        request = {"id": self.count, "method": method, "params": parameters}
+        os.write(self.commands, json.dumps(request | ({"sessionId": session} if session else {})).encode() + b"\0")
         while (message := self.read()).get("id") != self.count:
             self.events.append(message)
         assert "result" in message, message
         return message["result"]
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+class Browser:
+    """A page in a `Chromium`."""
+
+    def __init__(self, chromium, page, script=""):
+        """script: JavaScript to run before any of the page's own."""
+        self.chromium, chromium.events = chromium, []
+        self.target = chromium.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = chromium.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        self.call("Page.navigate", url=page)
+        while not self.loaded(page):
+            chromium.events.append(chromium.read())
+
+    @property
+    def events(self):
+        return [event for event in self.chromium.events if event.get("sessionId") == self.session]
+
+    def loaded(self, page):
+        kinds = [event["method"] for event in self.events
+                 if event["params"].get("frame", {"url": page})["url"] == page]  # the blank page is loaded too
+        return "Page.frameNavigated" in kinds and "Page.loadEventFired" in kinds[kinds.index("Page.frameNavigated"):]
+
+    def call(self, method, **parameters):
+        return self.chromium.call(method, self.session, **parameters)
 
     def run(self, script):
         """What a JavaScript expression is worth, a promise once it is kept."""
@@ -84,10 +104,7 @@ class Browser:
         }})"""), condition
 
     def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.commands)
-        os.close(self.answers)
+        self.chromium.call("Target.closeTarget", targetId=self.target)
 
 
 def make_checkpoint(path, config=SMALL, **changes):
@@ -99,17 +116,24 @@ def make_checkpoint(path, config=SMALL, **changes):
     return path
 
 
-@pytest.fixture
-def browse(tmp_path):
-    """`browse(checkpoint, script)`: the exported page of a checkpoint in a browser, with nothing left to draw."""
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
     if not CHROMIUM:
         pytest.skip("no Chromium here to open the page with: install Debian's chromium")
+    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture
+def browse(chromium, tmp_path):
+    """`browse(checkpoint, script)`: the exported page of a checkpoint in a browser, with nothing left to draw."""
     browsers = []
 
     def open_page(checkpoint, script=""):
         page = tmp_path / "page.html"
         page.write_text(export.export(checkpoint), encoding="utf-8")
-        browsers.append(Browser(page.as_uri(), tmp_path / f"chromium_{len(browsers)}", script))
+        browsers.append(Browser(chromium, page.as_uri(), script))
         browsers[-1].wait("document.getElementById('row').getAttribute('aria-busy') === 'false'")
         return browsers[-1]
 
