@@ -43,9 +43,17 @@ def unpatchify(x, patch, grid):
     return x.reshape(*x.shape[:2], *[n * p for n, p in zip(grid, patch, strict=True)])
 
 
+def on_meta():
+    """Whether networks are built of shapes alone (`with torch.device("meta")`), to check a file or to be filled from
+    one. Values would be lost there, and torch would import 1,500 modules to compute them, which takes a second."""
+    return torch.get_default_device().type == "meta"
+
+
 def sincos_positions(grid, hidden_size):
     """Fixed positions of a grid's patches (1, N, D): an equal share of D for each axis, the last axis first, as in the
     paper's code. Channels that cannot be shared equally (three axes of a width such as 128) are zero."""
+    if on_meta():
+        return torch.empty(1, math.prod(grid), hidden_size)
     half = hidden_size // len(grid) // 2
     frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
     places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
@@ -60,6 +68,8 @@ def rotations(grid, head_size, base=100.0):
     (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
     base is small, as for images (2403.13298), since there are few patches along an axis."""
     half, axes = head_size // 2, len(grid)
+    if on_meta():
+        return torch.empty(2, *grid, half)
     shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
     places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
     angles = torch.cat([place[..., None] * base ** -(torch.arange(n, dtype=torch.float64) / max(1, n))
@@ -127,12 +137,14 @@ class DiT(nn.Module):
         self.patch, self.grid = patch, [s // p for s, p in zip(size, patch, strict=True)]
         self.patch_embedding = PatchEmbedding(self.grid, patch, channels, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size, spacing=time_spacing)
-        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size, _weight=torch.empty(
+            num_classes + 1, hidden_size) if on_meta() else None)
         self.register_buffer("rotations", rotations(self.grid, hidden_size // num_heads) if rope else None,
                              persistent=False)                         # (2, *grid, D/2h)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, math.prod(patch) * (out_channels or channels))
-        self.initialize()
+        if not on_meta():
+            self.initialize()
 
     def initialize(self):
         """As the paper does it; the zeros make every block the identity and the output zero."""
