@@ -9,6 +9,8 @@ import difflib
 import math
 from pathlib import PurePath
 
+from diffusion import SAMPLERS
+
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
 
@@ -103,8 +105,8 @@ class Config:
     checkpoint_every: int = flag(1000, "steps between two checkpoints", 1, 100_000_000)
 
     # Sampling
-    sampler: str = flag("dpm", "ddpm (ancestral, 2006.11239), ddim (2010.02502) or dpm (DPM-Solver++ 2M, 2211.01095)",
-                        choices=("ddpm", "ddim", "dpm"))
+    sampler: str = flag("dpm", "; ".join(f"{name}: {(sampler.__doc__ or '').split(':')[0]}"
+                                         for name, sampler in SAMPLERS.items()), choices=SAMPLERS)
     sample_steps: int = flag(6, "denoising steps of one sample, at most T", 1, 100_000)
     guidance: float = flag(1.4, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)

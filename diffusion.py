@@ -259,7 +259,7 @@ def posterior(x_0, x_t, at, after):
 
 
 def ddpm(denoise, x, steps, noise, spread=lambda: 0.0):
-    """Ancestral sampling (DDPM, 2006.11239, algorithm 2) over all T steps or any subset of them.
+    """Ancestral sampling (DDPM, 2006.11239, algorithm 2): over all T steps or any subset of them.
 
     spread(): where the variance of the step just denoised lies between its bounds, in logarithms: 0 is the posterior's,
         1 the step's beta (improved DDPM, 2102.09672, equation 15). A number, or one for each value of x.
@@ -287,7 +287,11 @@ def ddim(denoise, x, steps, noise, eta=0.0):
 
 
 def dpm(denoise, x, steps, noise):
-    """DPM-Solver++ 2M (2211.01095, algorithm 2): second order, deterministic, one network call a step."""
+    """DPM-Solver++ 2M (2211.01095, algorithm 2): second order, deterministic, one network call a step.
+
+    A step more than twice as long as the one before is of first order. It would extrapolate too far: so would the step
+    to t = 0 of the spacing "linspace".
+    """
     x_0_last = h_last = None
     for t, (a, s), (a_after, s_after) in steps:
         x_0 = denoise(x, t)
@@ -295,13 +299,35 @@ def dpm(denoise, x, steps, noise):
             yield x_0
             return
         h = math.log(a_after / s_after) - math.log(a / s)  # the step in log signal-to-noise
-        D = x_0 if x_0_last is None else x_0 + h / (2 * h_last) * (x_0 - x_0_last)
+        first_order = x_0_last is None or h > 2 * h_last
+        D = x_0 if first_order else x_0 + h / (2 * h_last) * (x_0 - x_0_last)
         x = s_after / s * x - a_after * math.expm1(-h) * D
         x_0_last, h_last = x_0, h
         yield x
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
+def heun(denoise, x, steps, noise):
+    """Heun's method (EDM, 2206.00364, algorithm 1): second order, deterministic, two network calls a step, but one at
+    the last.
+
+    It moves x / (a + s), which lies on a straight path from image to noise, by the mean of the velocities eps - x_0 at
+    both ends of a step.
+    """
+    def velocity(x, t, a, s):
+        return (x - (a + s) * denoise(x, t)) / s
+
+    for (t, (a, s), (a_after, s_after)), following in itertools.pairwise([*steps, None]):
+        v, span = velocity(x, t, a, s), s_after / (a_after + s_after) - s / (a + s)
+        end = (a_after + s_after) * (x / (a + s) + span * v)  # Euler's
+        if following:
+            v = (v + velocity(end, following[0], a_after, s_after)) / 2
+            end = (a_after + s_after) * (x / (a + s) + span * v)
+        x = end
+        yield x
+
+
+# All that knows a sampler's name takes it from here: settings, flags and their help, tables, counts of network calls.
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
 # What to do with a sampler: these share one signature as well, and yield what they start from, then x after each step.

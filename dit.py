@@ -196,9 +196,21 @@ def build_model(config):
                config.output_channels, config.rope)
 
 
-def main():
-    from torch.utils.flop_counter import FlopCounterMode
+def flops(call):
+    """The floating-point operations of the matrix products in `call()`: 2 M K N where (M, K) meets (K, N)."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it takes a while to import
 
+    def attention(products):  # of N x N weights in the kernel that torch does not count
+        return lambda shape, *_, **__: 2 * products * math.prod(shape) * shape[-2]  # shape (B, h, N, D/h)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention(2), backward: attention(4)}) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def main():
     model, x, t, y = DiT(), torch.randn(1, 1, 28, 28), torch.tensor([5]), torch.tensor([1])
     parts = {"patch embedding": model.patch_embedding, "time embedding": model.time_embedding,
              "label embedding": model.label_embedding, "blocks": model.blocks, "final layer": model.final_layer}
@@ -206,13 +218,12 @@ def main():
     print(f"patches (B, N, ppC)   {tuple(patchify(x, model.patch).shape)}")
     print(f"tokens (B, N, D)      {tuple(model.patch_embedding(x).shape)}")
     print(f"c (B, D)              {tuple((model.time_embedding(t) + model.label_embedding(y)).shape)}")
-    with FlopCounterMode(display=False) as counter:
-        output = model(x, t, y)
+    output = model(x, t, y)
     print(f"output (B, C, H, W)   {tuple(output.shape)}, all {output.unique().item():g} before training\n")
     for name, part in parts.items():
         print(f"{name:16} {sum(p.numel() for p in part.parameters()):10,} parameters")
     print(f"{'in all':16} {sum(p.numel() for p in model.parameters()):10,} parameters, "
-          f"{counter.get_total_flops() / 1e9:.4f} Gflops for an image")
+          f"{flops(lambda: model(x, t, y)) / 1e9:.4f} Gflops for an image")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ const SAMPLERS = {
   },
 
   // DPM-Solver++ 2M (2211.01095, algorithm 2): second order, deterministic, one network call a step.
+  // A step more than twice as long as the one before is of first order.
   *dpm(denoise, x, steps) {
     let last = null, hLast;
     for (const { t, at: [a, s], after: [aAfter, sAfter] } of steps) {
@@ -81,7 +82,7 @@ const SAMPLERS = {
         return;
       }
       const h = Math.log(aAfter / sAfter) - Math.log(a / s);  // the step in log signal-to-noise
-      const D = last ? x0.map((value, i) => value + h / (2 * hLast) * (value - last[i])) : x0;
+      const D = last && h <= 2 * hLast ? x0.map((value, i) => value + h / (2 * hLast) * (value - last[i])) : x0;
       x = x.map((value, i) => sAfter / s * value - aAfter * Math.expm1(-h) * D[i]);
       [last, hLast] = [x0, h];
       yield x;

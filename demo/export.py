@@ -84,6 +84,9 @@ def export(path):
     for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp", "rope"):
         if getattr(config, name) != getattr(Config, name):
             raise UserError(f"{path} draws with {name} {getattr(config, name)}, which the page does not know")
+    if f"*{config.sampler}(" not in (HERE / "diffusion.js").read_text(encoding="utf-8"):
+        raise UserError(f"{path} draws with the sampler {config.sampler}, which the page does not know: "
+                        "checkpoint.py --sampler writes it with another")
     if config.channels not in (1, 3) or len(config.image_size) != 2:
         raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page "
                         "shows images, grey (1 channel) or colour (3)")

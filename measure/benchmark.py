@@ -35,13 +35,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import PRESETS, Config, add_flags, given_flags
 from dataset import Dataset, to_float
-from dit import build_model
-from inference import CHECKPOINTS, sample, say_default
+from dit import build_model, flops
+from inference import CHECKPOINTS, FULL_BATCH, sample, say_default
+from measure.results import network_calls
 from train import make_batch, start_run, train_step
 
 REPOSITORY = Path(__file__).parent.parent
@@ -84,13 +84,6 @@ def peak_memory(device):
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def flops(call):
-    """The floating-point operations of `call()`: torch counts those of the matrix products."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
 def matrix_rate(config, device, dtype, batch_size, at_least):
     """FLOP/s of plain matrix products of this network's most frequent shape: tokens by D by 4 D, forward and
     backward."""
@@ -121,13 +114,17 @@ def measure(what, config, device, at_least):
 
         def call(_):  # one step of a sample, or the noise that it starts from: a thousand steps outlast any turn
             next(states)
-        steps = config.sample_steps
+        steps = config.sample_steps + 1
+        rows = math.ceil(count / FULL_BATCH) * FULL_BATCH  # as `sample` fills them up
+        x, y = torch.zeros(rows, *config.input_shape, device=device), y[:1].expand(rows)
+        operations = network_calls(config) * flops(lambda: model(x, 0, y))
     else:
         call = diffusers_step(config, device, images, labels)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # there it is trained with autocast
-    call(0)  # of drawing, this is the noise
-    operations = flops(lambda: call(1)) * steps
-    seconds = seconds_per_call(call, device, at_least) * (steps + 1 if what == "draw" else 1)
+    if what != "draw":
+        call(0)
+        operations = flops(lambda: call(1))
+    seconds = seconds_per_call(call, device, at_least) * steps
     rate = matrix_rate(config, device, dtype, count, at_least / 5)
     return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate,
             "memory": peak_memory(device), "precision": str(dtype).removeprefix("torch."), "count": count}

@@ -16,16 +16,30 @@ import os
 import statistics
 from pathlib import Path
 
+import torch
+
 from checkpoint import averaged_model, load_checkpoint
 from config import Config, add_flags
 from diffusion import SAMPLERS
-from inference import find_checkpoint, say_default
+from inference import FULL_BATCH, find_checkpoint, sample, say_default
 from measure.score import draw_fakes, few, open_judge
+
+LINES = (":", "--", "-", "-.")  # of the plot, for the samplers in turn
 
 
 def network_calls(config):
-    """How often one image passes through the network."""
-    return config.sample_steps * (1 if config.guidance in (0, 1) else 2)
+    """How often one image passes through the network, with guidance twice as often. Counted while one is drawn."""
+    passed = []
+
+    def network(x, t, y):
+        passed.append(len(x))
+        return x.new_zeros(len(x), config.output_channels, *x.shape[2:])
+
+    network.null_label = config.num_classes
+    one_pixel = [1] * len(config.input_shape[1:])
+    for _ in sample(network, config, torch.zeros(FULL_BATCH, dtype=torch.long), size=one_pixel):
+        pass
+    return sum(passed) // FULL_BATCH
 
 
 def save_figure(figure, path):
@@ -73,7 +87,7 @@ def samplers(args, judge, real):
         for i, setting in enumerate(row):
             figures = judge.brief(draw_fakes(model, setting, labels), labels)
             cells.append(f" {figures['accuracy']:.1%}, {figures['frechet']:.3f} |")
-            line = {"ddpm": ":", "ddim": "--", "dpm": "-"}[setting.sampler]
+            line = LINES[list(SAMPLERS).index(setting.sampler) % len(LINES)]
             style = {"color": f"C{i}", "marker": ".", "linestyle": line}
             _, points = curves.setdefault(f"{setting.sampler}, guidance {setting.guidance:g}", (style, []))
             points.append((network_calls(setting), figures["accuracy"], figures["frechet"]))

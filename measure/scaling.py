@@ -33,8 +33,7 @@ import torch
 
 from checkpoint import averaged_model, load_checkpoint
 from config import PAPER, PRESETS, Config, add_flags, given_flags
-from dit import build_model
-from measure.benchmark import flops
+from dit import build_model, flops
 from measure.results import network_calls, save_figure
 from measure.score import METRICS, draw_fakes, few, open_judge
 from train import train
@@ -196,7 +195,7 @@ def probe(model, args):
 def forward_flops(config):
     """The floating-point operations of a forward pass of one image. As torch counts, a multiplication and the addition
     to it are two; the paper's Gflops count them as one."""
-    with torch.device("meta"):  # on a CPU torch does not count its own attention
+    with torch.device("meta"):  # counts without computing
         network, x, zero = build_model(config), torch.empty(1, *config.input_shape), torch.zeros(1, dtype=torch.long)
     return flops(lambda: network(x, zero, zero))
 

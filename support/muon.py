@@ -8,8 +8,9 @@ ADAMW_RMS = 0.2  # the root mean square of AdamW's updates, which ours are scale
 
 
 def orthogonalize(matrices, steps=4):
-    """Moves all singular values of matrices (K, M, N) to between 0.7 and 1.2, by the quintic Newton-Schulz iteration of
-    Muon. Computes in the type of `matrices`."""
+    """Moves the singular values of matrices (K, M, N) to between 0.68 and 1.21, by the quintic Newton-Schulz iteration
+    of Muon. Those below 0.006 of a matrix's norm stay smaller: four steps make them up to 141 times as large. Computes
+    in the type of `matrices`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     X = matrices.mT if tall else matrices  # the smaller of X X^T and X^T X

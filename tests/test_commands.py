@@ -435,3 +435,15 @@ def test_a_stopped_command_says_how_to_go_on_as_it_was_called(script, command, m
         end_stopped(1200, signal.SIGTERM, *script)
     assert end.value.code == 143
     assert capsys.readouterr().out == f"stopped after step 1,200; go on with: {command} --steps 3 --resume\n"
+
+
+@pytest.mark.parametrize(("script", "flags"), [("inference.py", ["--count", 1]), ("train.py", ["--help"]),
+                                               ("generator.py", ["--help"])])
+def test_a_command_imports_only_what_it_needs(script, flags, command, tmp_path):
+    """Each of these takes a second or so, and a picture needs none."""
+    process = command(script, *flags, cwd=tmp_path, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert process.returncode == 0, process.stderr[-500:]
+    imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+    assert "torch" in imported and not imported & {
+        "sympy", "torch._dynamo", "torch.distributed.fsdp", "torch._inductor", "matplotlib", "sklearn", "torchvision",
+        "scipy", "diffusers"}

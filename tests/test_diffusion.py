@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from diffusion import (
     dpm,
     edit,
     from_noise,
+    heun,
     inpaint,
     per_image,
     posterior,
@@ -38,6 +40,13 @@ def exact_denoiser(process, mean, std):
     return denoise
 
 
+def deviation(sampler, process, std, steps):
+    """The standard deviation of what a sampler draws with the exact denoiser of N(0, std^2)."""
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    *_, x = sampler(exact_denoiser(process, 0.0, std), x, process.descending_steps(steps), None)
+    return x.item()
+
+
 class Network(torch.nn.Module):
     """A made-up network of one value, that keeps what it was asked and its answers."""
 
@@ -53,7 +62,7 @@ class Network(torch.nn.Module):
 
 
 def each_step(sampler, process, x, steps, noise, bound=1.0, **options):
-    """The sampler's (t, output, x before, x after) at each of its steps, for a made-up network."""
+    """The (t, output, x before, x after) at each step of a sampler of one call a step, for a made-up network."""
     network, y = Network(), torch.zeros(len(x), dtype=torch.long)
 
     def denoise(x, t):
@@ -249,23 +258,65 @@ def test_samplers_recover_a_gaussian(name, process):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_second_order_is_more_exact(process):
-    """On the Gaussian above, ddim's error halves with twice the steps, and dpm's is a fraction of it."""
+    """On the Gaussian above, ddim's error halves with twice the steps, dpm's is a fraction of it, and heun's is
+    quartered, once steps are short."""
     diffusion = PROCESSES[process](T=1000)
 
-    def error(sampler, steps):
-        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        *_, x = sampler(exact_denoiser(diffusion, 0.0, 0.4), x, diffusion.descending_steps(steps), None)
-        return abs(x.item() - 0.4)
+    def error(sampler, steps, diffusion=diffusion):
+        return abs(deviation(sampler, diffusion, 0.4, steps) - 0.4)
 
     assert 1.5 < error(ddim, 25) / error(ddim, 50) < 2.5
     assert error(dpm, 50) < error(ddim, 50) / 3
+    assert error(heun, 50) < error(ddim, 100) / 2  # of as many network calls
+    if process == "flow":
+        fine = RectifiedFlow(T=100_000)
+        for steps in (50, 100, 200):
+            assert 3.8 < error(heun, steps, fine) / error(heun, 2 * steps, fine) < 4.3
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_heun_takes_two_calls_a_step_and_one_at_the_last(process):
+    """And its first step is the mean of two slopes: done by hand on the straight path x / (a + s)."""
+    diffusion, asked = PROCESSES[process](), []
+    denoiser = exact_denoiser(diffusion, 0.3, 0.4)
+    steps, x = diffusion.descending_steps(3), torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    states = list(heun(lambda x, t: asked.append((t, x)) or denoiser(x, t), x, steps, None))
+    times = [t for t, *_ in steps]
+    assert [t for t, _ in asked] == [times[0], times[1], times[1], times[2], times[2]]
+    (t, (a, s), (b, r)), y = steps[0], x / sum(steps[0][1])
+    span, slope = r / (b + r) - s / (a + s), (y - denoiser(x, t)) * (a + s) / s
+    guess = (y + span * slope) * (b + r)
+    torch.testing.assert_close(asked[1][1], guess)
+    slope = (slope + (guess / (b + r) - denoiser(guess, times[1])) * (b + r) / r) / 2
+    torch.testing.assert_close(states[0], (y + span * slope) * (b + r))
+    torch.testing.assert_close(states[-1], denoiser(states[-2], times[2]))  # the last step is Euler's
+
+
+@pytest.mark.parametrize("count", [8, 20, 50])
+def test_dpm_does_not_overshoot_on_any_spacing(count):
+    """The last step of linspace, to t = 0, is several times as long as the one before. Imported weights have it."""
+    deviations = {}
+    for spacing in ("trailing", "linspace"):
+        diffusion = DDPM()
+        diffusion.spacing = spacing
+        deviations[spacing] = deviation(dpm, diffusion, 0.5, count)
+    assert abs(deviations["linspace"] - deviations["trailing"]) < 0.025 and deviations["linspace"] < 0.505
+
+
+def test_dpm_is_of_second_order_on_every_usual_step():
+    """Each step of the spacing trailing is less than twice as long as the one before, in log signal-to-noise."""
+    for process, count in itertools.product((DDPM(), RectifiedFlow(), RectifiedFlow(shift=9.0)), (3, 6, 50, 1000)):
+        at = [math.log(a / s) for _, (a, s), _ in process.descending_steps(count)]
+        spans = [b - a for a, b in itertools.pairwise(at)]
+        assert all(b < 1.75 * a for a, b in itertools.pairwise(spans))
 
 
 def test_x_t_is_never_clamped():
     """Half of the noise lies outside of [-1, 1]; only the predicted image is cut there."""
+    process, network, y = DDPM(), Network(), torch.zeros(1, dtype=torch.long)
     for sampler in SAMPLERS.values():
-        x = torch.full((1, 1, 2, 2), 3.0)
-        states = [after for *_, after in each_step(sampler, DDPM(), x, 10, lambda: torch.zeros(1))]
+        states = list(sampler(lambda x, t: process.denoise(network, x, t, y, 1, 1.0), torch.full((1, 1, 2, 2), 3.0),
+                              process.descending_steps(10), lambda: torch.zeros(1)))
         assert states[0].abs().max() > 1
         assert states[-1].abs().max() <= 1
 
@@ -660,6 +711,6 @@ def test_completions_see_what_is_known(sampler):
         return torch.tanh(x)
 
     states = list(complete(RectifiedFlow(), sampler, denoise, lambda: torch.randn(3, 1, 4, 2, 2), 5, picture, known))
-    assert len(states) == 6 and len(shown) == 5
+    assert len(states) == 6 and len(shown) == (9 if sampler is heun else 5)
     assert all(torch.equal(x[:, :, :2], picture[:, :, :2]) for x in (*states, *shown))
     assert not torch.equal(states[-1][:, :, 2:], picture[:, :, 2:])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from config import PRESETS
-from dit import DiT, patchify, rotations, sincos_positions, unpatchify
+import dit
+from config import PRESETS, Config
+from dit import DiT, build_model, flops, patchify, rotations, sincos_positions, unpatchify
 from dit_block import Attention, DiTBlock, rotate
 from time_emb import TimeEmbedding
 
@@ -326,3 +327,35 @@ def test_rope_gives_the_network_places():
     small.load_state_dict(model.state_dict())
     small.patch_embedding.positions.zero_()
     assert torch.equal(model(x[:, :, :1, :4], 5, 1), small(x[:, :, :1, :4], 5, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_are_those_of_the_matrix_products(dtype, device):
+    """Counted by hand, attention included, whatever computes it; backward twice as many, but for the first layers'
+    gradient of their input, which nobody asks for."""
+    config = Config(image_size="12x20", patch_size="4x5", channels=3, num_classes=7, hidden_size=24, num_heads=3,
+                    depth=2, mlp_ratio=2.5)
+    B, N, P, D, M = 5, 12, 60, 24, 60
+    block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D + 6 * D * D  # qkv, out, the MLP; attention; the modulation
+    forward = 2 * B * (N * P * D + 256 * D + D * D + 2 * block + 2 * D * D + N * D * P)
+    with torch.device(device):
+        network, x, t = build_model(config).to(dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
+    assert flops(lambda: network(x, t, t)) == forward
+    assert flops(lambda: network(x, t, t).sum().backward()) == 3 * forward - 2 * B * (N * P * D + 256 * D)
+
+
+def test_its_command_prints_them_of_the_default_network(call):
+    code, out, _ = call(dit)
+    assert code == 0 and "1,283,889 parameters, 0.0270 Gflops for an image" in out
+
+
+def test_on_meta_nothing_is_computed():
+    """And the names, shapes and types of all weights and positions are there."""
+    for options in ({}, dict(input_size=(4, 8, 12), patch_size=(2, 4, 3), rope=True)):
+        with torch.device("meta"):
+            shapes = DiT(**options)
+        real = DiT(**options)
+        for what in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+            assert [(name, a.shape, a.dtype, a.device.type) for name, a in what(shapes)] == [
+                (name, a.shape, a.dtype, "meta") for name, a in what(real)]

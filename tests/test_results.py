@@ -9,8 +9,11 @@ from conftest import REPOSITORY, assert_refused
 from matplotlib.figure import Figure
 from PIL import Image
 
+import inference
+import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
+from diffusion import SAMPLERS
 from dit import build_model
 from measure import classifier, results
 from measure.classifier import load_classifier
@@ -78,6 +81,44 @@ def test_lines_of_the_plot_are_those_of_the_table(call, checkpoint, tmp_path, mo
                                                for guidance in (1, 2))]
         assert shown == pytest.approx([value if sign == 1 else 1 - value for value in expected], abs=1e-3)
         assert [lines[f"ddim, guidance {guidance}"][:, 0].tolist() for guidance in (1, 2)] == [[2, 3], [4, 6]]
+
+
+def test_a_sampler_is_one_entry_of_one_table(call, checkpoint, tmp_path, monkeypatch):
+    """The flags, their help, the table, its picture and the counts of network calls know it."""
+    def thrice(denoise, x, steps, noise):
+        for t, (a, s), (a_after, s_after) in steps:
+            for _ in range(3):
+                x_0 = denoise(x, t)
+            x = a_after * x_0 + s_after * (x - a * x_0) / s
+            yield x
+
+    path = checkpoint("run", 1.0) / "model.pth"
+    monkeypatch.setitem(SAMPLERS, "thrice", thrice)
+    for command in (train, inference):
+        assert re.search(r"--sampler \{[a-z,]*,thrice\}", " ".join(call(command, "--help")[1].split()))
+    seen = []
+    monkeypatch.setattr(results, "save_figure", lambda figure, path: seen.append(figure))
+    code, out, err = call(results, "samplers", "--checkpoint", path, "--steps", 2, "--guidance", 1, 2, "--count", 100,
+                          "--out", tmp_path)
+    assert code == 0, err
+    rows = [re.match(r"\| (\w+) \| 2 \| (.*)", line).groups() for line in out.splitlines() if "| 2 |" in line]
+    assert [name for name, _ in rows] == list(SAMPLERS) == ["ddpm", "ddim", "dpm", "heun", "thrice"]
+    cells = dict(rows)
+    assert cells["thrice"] == cells["ddim"] != cells["heun"]
+    calls = {line.get_label(): line.get_xydata()[0, 0] for line in seen[0].axes[0].lines[1:]}
+    assert [calls[f"{name}, guidance {g}"] for g in (1, 2) for name in ("ddim", "heun", "thrice")] == [
+        2, 3, 6, 4, 6, 12]
+    assert "thrice" in call(inference, "--sampler", "none")[2]
+
+
+@pytest.mark.parametrize(("settings", "calls"), [
+    (dict(sampler="dpm", sample_steps=6, guidance=1.4), 12), (dict(sampler="ddpm", sample_steps=9, guidance=0.0), 9),
+    (dict(sampler="heun", sample_steps=6), 11), (dict(sampler="heun", sample_steps=1, guidance=3.0), 2),
+    (dict(process="ddpm", variance="learned", sampler="ddpm", sample_steps=3, image_size="8x28x14",
+          patch_size="4x14x7"), 3)])
+def test_network_calls_are_counted(settings, calls):
+    config = dataclasses.replace(CONFIG, **{"guidance": 1.0} | settings)
+    assert results.network_calls(config) == calls
 
 
 def test_runs(call, checkpoint, tmp_path):

@@ -161,7 +161,7 @@ def test_the_models_of_the_presets(made):
     assert {m.config.hidden_size for m in models} == {384, 768, 1024, 1152}
 
 
-def test_flops_are_those_of_the_matrix_products():
+def test_flops_of_a_size():
     config = Config(image_size=28, channels=1, num_classes=10, patch_size=4, hidden_size=96, depth=3, num_heads=3)
     D, N, P, d = 96, 49, 16, 3
     block = N * 12 * D * D + 2 * N * N * D + 6 * D * D  # qkv, out and the MLP; attention; the modulation
