@@ -568,6 +568,8 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     assert_refused(call(export, "--checkpoint", model, "--out", out), "there is no checkpoint")
     make_checkpoint(model, channels=4)
     assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels of 12x6", "grey (1 channel)")
+    make_checkpoint(model, sampler="heun")
+    assert_refused(call(export, "--checkpoint", model, "--out", out), "sampler heun", "checkpoint.py --sampler")
     make_checkpoint(model)
     assert_refused(call(export, "--checkpoint", model, "--out", tmp_path / "no" / "a.html"), "cannot be written")
     monkeypatch.setattr(export, "LARGEST", 50_000)
