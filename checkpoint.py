@@ -31,6 +31,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+import diffusion  # noqa: F401 -- the settings of a checkpoint may name any of its samplers
 from config import SAMPLING, Config, add_flags, check_eta, given_flags
 from dit import build_model, rotations, sincos_positions
 

@@ -9,8 +9,7 @@ import difflib
 import math
 from pathlib import PurePath
 
-from diffusion import SAMPLERS
-
+SAMPLERS = {}  # the function of each name: diffusion.py fills in its own
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
 
@@ -105,8 +104,7 @@ class Config:
     checkpoint_every: int = flag(1000, "steps between two checkpoints", 1, 100_000_000)
 
     # Sampling
-    sampler: str = flag("dpm", "; ".join(f"{name}: {(sampler.__doc__ or '').split(':')[0]}"
-                                         for name, sampler in SAMPLERS.items()), choices=SAMPLERS)
+    sampler: str = flag("dpm", "how noise becomes an image", choices=SAMPLERS)
     sample_steps: int = flag(6, "denoising steps of one sample, at most T", 1, 100_000)
     guidance: float = flag(1.4, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
@@ -278,8 +276,10 @@ def add_flags(parser, names=None, of=Config):
                 type=SIZES.get(field.name, field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
             default = 0 if field.name in SIZES else field.default
+            functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()
+            each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-                                help=f"{rule['help']} (default: {default})")
+                                help=f"{rule['help']}{each} (default: {default})")
 
 
 def given_flags(args, of=Config):

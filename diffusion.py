@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from config import SAMPLERS
+
 MIN_TAU = 0.2  # the velocity's loss is not divided by less: nearly clean images teach little
 
 
@@ -327,7 +329,7 @@ def heun(denoise, x, steps, noise):
 
 
 # All that knows a sampler's name takes it from here: settings, flags and their help, tables, counts of network calls.
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
+SAMPLERS.update(ddpm=ddpm, ddim=ddim, dpm=dpm, heun=heun)
 
 
 # What to do with a sampler: these share one signature as well, and yield what they start from, then x after each step.
