@@ -10,10 +10,12 @@ import os
 import resource
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REPOSITORY, assert_refused
 from PIL import Image, ImageDraw
 
@@ -21,7 +23,7 @@ import inference
 from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
 from dataset import to_float, to_uint8
-from diffusion import edit, inpaint
+from diffusion import complete, edit, from_noise, inpaint
 from inference import (
     batch_that_fits,
     draw,
@@ -816,6 +818,201 @@ def drawn_frames(path):
             image.seek(i)
             greys += [image.convert("L").getpixel((3, 3))] * round(image.info.get("duration", 100) / 100)
         return greys
+
+
+SLOPE = np.indices((8, 12))[0] + 2 * np.indices((8, 12))[1]  # so that no picture is a mirror image of itself
+
+
+def save_frames(path, *greys):
+    """Frames of 12 x 8 pixels that all differ."""
+    frames = [Image.fromarray((grey + SLOPE).astype(np.uint8)) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return path
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Stands in for `sample`: returns the list of what it was asked for, and draws frames of one grey each, `new`."""
+    calls = []
+
+    def sample(model, config, labels, indices=None, way=from_noise, source=None, size=()):
+        B, shape = len(labels), (config.input_shape[0], *(size or config.input_shape[1:]))
+        bound = getattr(way, "keywords", {})
+        calls.append(SimpleNamespace(model=model, config=config, labels=labels.tolist(), indices=indices, size=size,
+                                     source=source, way=getattr(way, "func", way), shape=shape, **bound))
+        x = torch.zeros(B, *shape)
+        if len(shape) == 4:
+            drawn = torch.tensor([[new(len(calls), k, i) for i in range(shape[1])] for k in range(B)])
+            x = x + to_float(drawn)[:, None, :, None, None]
+        x = torch.where(bound["known"], bound["picture"][:B], x) if "known" in bound else x
+        yield from [x] * (config.sample_steps + 1)
+
+    monkeypatch.setattr(inference, "sample", sample)
+    return calls
+
+
+def new(window, k, i):
+    """The grey of frame i of clip k, of 2, in the window that the stand-in for `sample` draws as its first, 1, ..."""
+    return 130 + 16 * (window - 1) + 8 * k + i
+
+
+def greys_of(frames):
+    """Frames uint8 (T, 8, 12) as numbers: of those of `save_frames` and of those newly drawn their grey."""
+    for frame in frames:
+        assert (frame == frame[0, 0]).all() or (frame - frame[0, 0] == SLOPE).all()
+    return frames[:, 0, 0].tolist()
+
+
+WIDE = dict(image_size=(8, 8, 12), patch_size=(2, 4, 4))
+A, B = [30, 40, 50, 60, 70, 80, 90, 100, 110, 120], [200, 205, 210, 215, 220]  # of more frames than the model, of fewer
+
+
+def drawn(window, *frames):
+    return [(window, i) for i in frames]
+
+
+@pytest.mark.parametrize("given", [0.0, 0.5])
+@pytest.mark.parametrize(("flags", "windows", "clip"), [
+    ("--extend a.png --frames 20", [(A[-4:], 4, []), (drawn(1, 4, 5, 6, 7), 4, []), (drawn(2, 4, 5, 6, 7), 4, [])],
+     [*A, *drawn(1, 4, 5, 6, 7), *drawn(2, 4, 5, 6, 7), *drawn(3, 4, 5)]),
+    ("--extend a.png", [(A[-4:], 4, [])], [*A, *drawn(1, 4, 5, 6, 7)]),
+    ("--extend one.png --frames 7", [([70], 7, [])], [70, *drawn(1, 1, 2, 3, 4, 5, 6)]),
+    ("--before a.png --frames 20", [([], 4, A[:4]), ([], 4, drawn(1, 0, 1, 2, 3)), ([], 4, drawn(2, 0, 1, 2, 3))],
+     [*drawn(3, 2, 3), *drawn(2, 0, 1, 2, 3), *drawn(1, 0, 1, 2, 3), *A]),
+    ("--between a.png b.png", [(A[-2:], 4, B[:2])], [*A, *drawn(1, 2, 3, 4, 5), *B]),
+    ("--between b.png one.png", [(B[-2:], 5, [70])], [*B, *drawn(1, 2, 3, 4, 5, 6), 70]),
+    ("--loop a.png", [(A[-2:], 4, A[:2])], [*A, *drawn(1, 2, 3, 4, 5)]),
+    ("--frames 14", [([], 8, []), (drawn(1, 4, 5, 6, 7), 4, []), (drawn(2, 4, 5, 6, 7), 4, [])],
+     [*drawn(1, *range(8)), *drawn(2, 4, 5, 6, 7), *drawn(3, 4, 5)])])
+def test_what_the_network_is_shown(call, tmp_path, monkeypatch, shown, flags, windows, clip, given):
+    """The frames next to those that it draws, in their places, of each clip its own; the window slides along."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint("clips.pth", **WIDE, given=given)
+    for name, greys in (("a", A), ("b", B), ("one", [70])):
+        save_frames(f"{name}.png", *greys)
+    code, out, err = call(inference, "--checkpoint", checkpoint, *flags.split(), "--labels", 7, 3, "--count", 1,
+                          "--out", "out.png")
+    assert code == 0 and f"2 clips of {len(clip)} frames" in out, err
+
+    def expected(frames, k):
+        return [new(frame[0], k, frame[1]) if isinstance(frame, tuple) else frame for frame in frames]
+
+    first = flags.startswith(("--extend", "--before", "--frames"))  # those joined have window 0
+    for number, (seen, (before, missing, after)) in enumerate(zip(shown, windows, strict=True), 1):
+        assert seen.labels == [7, 3] and seen.config.sample_steps == 3
+        if not (before or after):  # the clip that --frames alone begins with
+            assert seen.way is from_noise and seen.indices is None
+            continue
+        window = number - (1 if flags.startswith("--frames") else 0) if first else 0
+        assert seen.way is (complete if given else inpaint) and seen.indices == [window * 2**32, window * 2**32 + 1]
+        known = seen.known.expand(8, 1, 1).flatten().tolist()
+        assert known == [True] * len(before) + [False] * missing + [True] * len(after)
+        assert seen.picture.shape == (16, 1, 8, 8, 12)  # as many as `sample` fills a batch up to
+        for k in range(2):
+            frames = to_uint8(seen.picture[k, 0]).numpy().astype(int)
+            assert greys_of(frames[known]) == expected([*before, *after], k)
+    with Image.open("out.png") as picture:
+        for k in range(2):
+            frames = []
+            for number in range(picture.n_frames):
+                picture.seek(number)
+                frames.append(np.asarray(picture, dtype=int)[2:58:7, 2 + 86 * k:86 + 86 * k:7])
+            assert greys_of(np.stack(frames)) == expected(clip, k)
+
+
+def save_wide(path, pixels):
+    """A picture of 24 x 8 pixels whose middle half, which is what a model of 12 x 8 sees, is `pixels`."""
+    frame = np.random.default_rng(0).integers(0, 256, (8, 24)).astype(np.uint8)
+    frame[:, 6:18] = pixels
+    Image.fromarray(frame).save(path)
+
+
+@pytest.mark.parametrize(("settings", "flags", "strength", "steps"), [
+    ({}, [], 0.7, 3), ({}, ["--strength", 0.5], 0.5, 3), (dict(T=10, sample_steps=8), ["--strength", 0.3], 0.3, 3)])
+def test_what_is_edited(call, tmp_path, shown, settings, flags, strength, steps):
+    save_wide(tmp_path / "wide.png", SLOPE)
+    checkpoint = make_checkpoint(tmp_path / "m.pth", image_size=(8, 12), **settings)
+    code, out, err = call(inference, "--checkpoint", checkpoint, "--edit", tmp_path / "wide.png", *flags, "--labels", 7,
+                          3, "--count", 2, "--out", tmp_path / "a.png")
+    assert code == 0 and f"with {steps} steps" in out, err
+    seen, = shown
+    assert (seen.way, seen.strength, seen.labels, seen.config.sample_steps) == (edit, strength, [7, 3, 7, 3], steps)
+    assert np.array_equal(to_uint8(seen.picture)[0, 0], SLOPE) and len(seen.picture) == 1
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_what_is_completed(call, tmp_path, shown, clip):
+    """Known is what is black, in every frame; the mask, not half as large as the picture, is stretched over it."""
+    settings = WIDE if clip else dict(image_size=(8, 12))
+    save_wide(tmp_path / "wide.png", SLOPE)
+    save_frames(tmp_path / "ten.png", *A)
+    mask = np.random.default_rng(1).integers(0, 256, (8, 12)).astype(np.uint8)
+    save_wide(tmp_path / "mask.png", mask)
+    with Image.open(tmp_path / "mask.png") as image:
+        image.resize((48, 16), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+    if clip:
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+    code, _, err = call(inference, "--checkpoint", make_checkpoint(tmp_path / "m.pth", **settings), "--inpaint",
+                        tmp_path / ("ten.png" if clip else "wide.png"), "--mask", tmp_path / "mask.png", "--labels", 7,
+                        3, "--count", 1, "--out", tmp_path / "a.png")
+    assert code == 0, err
+    seen, = shown
+    assert (seen.way, seen.labels, hasattr(seen, "rounds")) == (inpaint, [7, 3], False)
+    known = seen.known.expand(seen.picture.shape)[0, 0]
+    assert torch.equal(known, torch.from_numpy(mask < 128).expand_as(known)) and seen.known.dtype == torch.bool
+    frames = to_uint8(seen.picture)[0, 0].numpy().astype(int)
+    assert greys_of(frames) == A[:8] if clip else np.array_equal(frames, SLOPE)
+
+
+def test_what_is_known_of_latents():
+    """Those of which all pixels are."""
+    class Mean:
+        def encode(self, x):
+            return F.avg_pool2d(x, 4).repeat(1, 2, 1, 1), None
+
+    config = Config(**dict(image_size=(8, 12), channels=1, num_classes=2, vae="x", latent_shape=(2, 2, 3), clamp=False,
+                           latent_mean=(0.0,), latent_std=(1.0,), patch_size=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "find_vae", lambda *_: Mean())
+        known = torch.ones(1, 1, 8, 12, dtype=torch.bool)
+        known[0, 0, 3, 4] = known[0, 0, 4:, 8:] = False
+        latents, of = inference.from_images(torch.rand(1, 1, 8, 12), config, known)
+    assert latents.shape == (1, 2, 2, 3) and of.dtype == torch.bool
+    assert of[0, 0].tolist() == [[True, False, True], [True, True, False]]
+
+
+def test_what_a_morph_is_made_of(call, tmp_path, shown):
+    """The embeddings lie evenly between those of the two labels, from the first to the second; each row has the noise
+    of an image of --seed, and goes from there to that of --to-seed on a quarter of a circle."""
+    checkpoint = make_checkpoint(tmp_path / "m.pth", image_size=(8, 12))
+    table = load_model(checkpoint, precision="fp32")[0].label_embedding.weight
+    flags = ["--checkpoint", checkpoint, "--morph", "3:8", "--count", 2, "--seed", 5, "--precision", "fp32", "--out",
+             tmp_path / "a.png"]
+    for more in ([], ["--to-seed", 9]):
+        assert call(inference, *flags, *more)[0] == 0
+    share = torch.arange(11)[:, None] / 10
+    for seen, to_seed in zip(shown, (5, 9), strict=True):
+        assert seen.labels == [*range(11)] * 2 and seen.way is from_noise and seen.model.null_label == 11
+        rows = seen.model.label_embedding.weight
+        torch.testing.assert_close(rows[:11], (1 - share) * table[3] + share * table[8])
+        assert torch.equal(rows[[0, 10, 11]], table[[3, 8, 10]])
+        here, there = (noise_source(seed, [0, 1], (1, 8, 12), "cpu")() for seed in (5, to_seed))
+        found = seen.source(seen.config.seed, list(range(22)), (1, 8, 12), "cpu")().unflatten(0, (2, 11))
+        angles = (torch.arange(11) / 10 * np.pi / 2).view(11, 1, 1, 1)
+        for k in range(2):
+            way = here[k] if to_seed == 5 else angles.cos() * here[k] + angles.sin() * there[k]
+            torch.testing.assert_close(found[k], way.expand(11, -1, -1, -1))
+
+
+def test_size_and_count_reach_the_sampler(call, tmp_path, shown):
+    checkpoint = make_checkpoint(tmp_path / "m.pth", **WIDE, sizes=((2, 8, 4), (4, 16, 8)))
+    for asked, shape in ((None, (1, 8, 8, 12)), ("2x8x4", (1, 2, 8, 4)), ("4x16x8", (1, 4, 16, 8))):
+        code, out, _ = call(inference, "--checkpoint", checkpoint, "--labels", 7, 3, "--count", 3,
+                            *(["--size", asked] if asked else []), "--out", tmp_path / "a.png")
+        assert code == 0 and f"6 clips of {shape[1]} frames" in out
+        assert shown[-1].shape == shape and shown[-1].labels == [7, 3] * 3
+        assert size(tmp_path / "a.png")[0] == tuple(2 + n * (m * round(56 / shape[2]) + 2)
+                                                   for n, m in ((2, shape[3]), (3, shape[2])))
 
 
 @pytest.mark.parametrize("given", [0.0, 0.5])
