@@ -109,6 +109,17 @@ def test_clips_in_files(folder):
         assert torch.equal(clips.x_0(index, part, torch.Generator().manual_seed(0)), x[part])
 
 
+def test_fewer_frames_of_clips(folder):
+    """Of --sizes: so many consecutive ones, of each clip wherever they may begin."""
+    clips = read(folder).at((2, 8, 8))
+    assert clips.shape == (1, 2, 8, 8) and clips.labels.tolist() == [0, 0, 1, 1]
+    index = torch.arange(4).repeat(60)
+    x = clips.x_0(index, slice(None), torch.Generator().manual_seed(0))
+    shown = ((x + 1) * 127.5).round().int()[:, 0, :, 0, 0]
+    assert shown.shape == (240, 2) and (shown.diff(dim=1) == 1).all()
+    assert [set((shown[index == k, 0] - 40 * k).tolist()) for k in range(4)] == [{*range(n - 1)} for n in (6, 4, 5, 7)]
+
+
 def test_short_clips_are_left_out(folder, capsys):
     clips = read(folder, image_size="5x6x6")
     assert clips.lengths.tolist() == [6, 5, 7] and clips.shape == (1, 5, 6, 6)
@@ -376,7 +387,8 @@ def test_sprites_in_motion(call, tmp_path, monkeypatch):
     labels = torch.arange(3).repeat_interleave(8).repeat(4)
     images = torch.arange(96).byte().view(96, 1, 1, 1).expand(96, 3, 8, 8).contiguous()
     sprites = Dataset("sprites", images, labels, ["walk front", "walk left", "walk right"])
-    monkeypatch.setattr(clips_module, "load_dataset", lambda name, *args, **of: sprites)
+    asked = []
+    monkeypatch.setattr(clips_module, "load_dataset", lambda name, *args, **of: (asked.append((args, of)), sprites)[1])
     monkeypatch.setattr(cache, "load_dataset", lambda name, *args, **of: sprites)
     data = CLIPS["sprites"](Config(dataset="sprites", image_size="8x8x8"), torch.device("cpu")).load()
     assert data.settings == dict(dataset="sprites", image_size=(8, 8, 8), channels=3, num_classes=3,
@@ -384,6 +396,12 @@ def test_sprites_in_motion(call, tmp_path, monkeypatch):
     assert data.labels.tolist() == [0, 1, 2] * 4
     x = data.x_0(torch.tensor([5, 0]), slice(None), torch.Generator().manual_seed(0))
     assert ((x[:, 0, :, 0, 0] + 1) * 127.5).round().tolist() == [[*range(40, 48)], [*range(8)]]
+    few = CLIPS["sprites"](Config(dataset="sprites", image_size="3x8x8", data_dir="there", channels=1),
+                           torch.device("cpu"))
+    assert asked[-1] == (("there",), dict(image_size=[8, 8], channels=1)) and few.shape[1] == 3
+    x = few.x_0(torch.tensor([5]).repeat(90), slice(None), torch.Generator().manual_seed(0))
+    shown = ((x[:, 0, :, 0, 0] + 1) * 127.5).round()
+    assert (shown.diff(dim=1) == 1).all() and set(shown[:, 0].tolist()) == {*range(40, 46)}
     still = CLIPS["sprites"](Config(dataset="sprites", image_size=8), torch.device("cpu"))
     assert isinstance(still, Dataset)
     with pytest.raises(UserError, match="move in 8 frames"):

@@ -1,6 +1,7 @@
 from support import sizes
 from support.commands import UserError
 
+import dataclasses
 import math
 
 import pytest
@@ -108,7 +109,27 @@ def test_two_digits():
     assert paths.shape == (20, 2, 16, 2)
     ink = (clips + 1).sum((1, 3, 4)).mean(1)
     assert ink[labels >= 10].mean() > 1.3 * ink[labels < 10].mean()
-    assert clips.max() <= 1  # where they meet, the brighter one is seen
+    apart = [dataclasses.replace(data, shown=data.shown.clone()) for _ in range(2)]
+    for k, one in enumerate(apart):  # with one of the two only
+        one.shown[:, 1 - k] = len(data.images) - 1
+    alone = [draw(one, 20)[0] for one in apart]
+    torch.testing.assert_close(clips, torch.maximum(*alone))  # where they meet, the brighter one is seen
+    assert (alone[0] + alone[1] + 2).max() > 3  # and they do meet
+
+
+def test_two_digits_with_speeds():
+    """A label names the digits and the pace of the clips that have it; without speeds they move at any."""
+    data, plain = moving(digits=2, speeds=True), moving(digits=2)
+    assert len(data.classes) == 130 and data.classes[20:23] == ["0+0 slow", "0+0 fast", "0+1 slow"]
+    digits = torch.cat([load_dataset("digits", "").labels, torch.tensor([10])])  # 10: none
+    for shown, (low, high), label in zip(digits[data.shown].tolist(), data.paces.tolist(), data.labels.tolist(),
+                                         strict=True):
+        names, pace = data.classes[label].split()
+        assert names == "+".join(str(digit) for digit in sorted(shown) if digit < 10)
+        assert (low, high) == pytest.approx(SPEEDS[pace])
+    assert len(data.labels) == 2 * len(plain.labels) and data.labels.bincount(minlength=130)[::2].sum() == len(
+        plain.labels)
+    assert (plain.paces == torch.tensor([SPEEDS["slow"][0], SPEEDS["fast"][1]])).all()
 
 
 def test_the_parts_have_other_digits():
@@ -122,7 +143,10 @@ def test_other_clips_have_another_fingerprint():
     data = moving()
     assert data.fingerprint == moving().fingerprint
     others = [moving(digits=2), moving(speeds=True), moving(image_size=(8, 32, 32)), load_moving(Config(), False)]
-    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 5
+    others += [dataclasses.replace(data, **{name: value}) for name, value in (
+        ("paces", data.paces * 2), ("labels", data.labels.flip(0)), ("shown", data.shown.flip(0)),
+        ("images", data.images.flip(1)), ("classes", data.classes[::-1]))]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 10
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 20, 32), (16, 32, 16)])
@@ -187,7 +211,7 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path):
     (["--sizes", "4x24"], ["sizes are 4x24"]), (["--sizes", "4x20x24"], ["image_size 4x20x24"]),
     (["--dataset", "digits", "--image-size", 8, "--patch-size", 4, "--sizes", "8x8"], ["only clips"])])
 def test_bad_flags(call, tmp_path, flags, words):
-    assert_refused(call(train, *MOVING, "--run-dir", tmp_path / "run", *flags), *words)
+    assert_refused(call(train, *MOVING, "--steps", 1, "--run-dir", tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run" / "model.pth").exists()
 
 

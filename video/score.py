@@ -10,7 +10,6 @@ from support.pictures import check_picture, frames_of, grid, save_animation
 
 import argparse
 import functools
-import math
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from config import show_size
 from dataset import FRAMES, to_float, to_uint8
 from diffusion import complete, from_noise, inpaint
 from inference import (
@@ -234,14 +234,20 @@ def load_models(args):
     return models
 
 
-def open_judge(config):
-    """What judges the clips of a configuration. Raises `UserError` when nothing can."""
-    if config.dataset == "moving" and config.digits == 1:
+def open_judge(config, given):
+    """What judges the clips of a configuration, `given` frames of which are shown to be gone on from. Raises
+    `UserError` when nothing can."""
+    frames = config.image_size[0]
+    if config.dataset == "moving" and config.digits == 1 and frames > 2:
+        if not 0 < given < frames:
+            raise UserError(f"--shown {given}: must lie between 1 and {frames - 1}, since the clips have {frames} "
+                            "frames")
         return Judge(*(load_moving(config, train) for train in (True, False)), load_classifier())
     if config.dataset == "sprites" and config.image_size[:-2] == (FRAMES,):
         return SpriteJudge(config.data_dir, config.channels)
-    raise UserError("only clips of one moving digit (--dataset moving, --digits 1) and of sprites (--dataset sprites "
-                    f"--image-size {FRAMES}x64x64) can be scored, and this model draws others")
+    raise UserError("only clips of one moving digit (--dataset moving, --digits 1), three frames at least, and of "
+                    f"sprites (--dataset sprites --image-size {FRAMES}x64x64) can be scored, and this model draws "
+                    f"{config.dataset} of {show_size(config.image_size)}")
 
 
 def main():
@@ -264,11 +270,7 @@ def main():
         check_picture(args.out, animated=True)
     models = load_models(args)
     config = next(iter(models.values()))[1]
-    frames = math.prod(config.image_size[:-2])
-    if not 0 < args.shown < max(2, frames):
-        raise UserError(f"--shown {args.shown}: must lie between 1 and {frames - 1}, since the clips have {frames} "
-                        "frames")
-    judge = open_judge(config)
+    judge = open_judge(config, args.shown)
     real, asked = judge.real_clips(args.count, config.image_size[1:])
     if config.latent_shape:  # as the VAE shows them
         device = next(next(iter(models.values()))[0].parameters()).device
