@@ -65,6 +65,7 @@ class Dataset(Images):
     labels: torch.Tensor
     classes: list[str]
     flips: bool = False   # mirror half of what is learned from, left to right
+    held_out: int = 0
 
     @property
     def shape(self):
@@ -129,7 +130,7 @@ def load_dataset(name, data_dir, train=True, image_size=(), channels=0, ground="
             name = "digits"
     if name == "folder":
         folder = Folder(data_dir, train, image_size, channels, ground)
-        return Dataset(name, folder.read_all(), folder.labels, folder.classes)
+        return Dataset(name, folder.read_all(), folder.labels, folder.classes, held_out=folder.held_out)
     if name == "sprites":
         frames = read_sprites(Path(data_dir), train, image_size, channels)
         n, kinds, T = frames.shape[:3]

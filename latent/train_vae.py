@@ -302,9 +302,9 @@ def resolve(recipe, data, device):
 
 
 def split(recipe, data):
-    """Training images and held-out ones, uint8 (N, C, H, W): those of the test part, or where a folder has none, every
-    20th image."""
-    if not has_test_part(data.name, recipe.data_dir):
+    """Training images and held-out ones, uint8 (N, C, H, W): those of the test part, or where a folder has none, and
+    too few images of each class to hold some out, every 20th image."""
+    if not data.held_out and not has_test_part(data.name, recipe.data_dir):
         apart = torch.arange(len(data.images)) % 20 == 0
         if len(apart) < 2:
             raise UserError(f"{recipe.data_dir} holds a single image: training needs some, and others to test on")

@@ -17,12 +17,11 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import check_output, make_dir, write_atomically
+from support.files import check_file, make_dir, write_atomically
 from support.folders import has_test_part
 from support.run_log import Bar
 from support.sizes import show_size
 
-import dataclasses
 import math
 import os
 import shlex
@@ -195,32 +194,16 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
 
 
 def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
-    """The training part and the test part of a data set, and the fingerprint of all that there is to train on.
-
-    Where a folder has no test/, every tenth image of each class is held out to test on, and a line on standard error
-    says so. Raises `UserError` as `load_dataset`, and where there are too few images for that.
-    """
-    data = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
-    fingerprint = data.fingerprint
-    if has_test_part(data.name, data_dir):
-        C, *size = data.images.shape[1:]
-        test = load_dataset(data.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
-        return data, test, fingerprint
-    held_out = every_tenth(data.labels)
-    if not held_out.any():
-        raise UserError(f"{data_dir} has no test/, and no class of 10 images or more of which to hold some out")
-    print(f"{data_dir} has no test/: every tenth image of each class, {held_out.sum():,} in all, is held out to test "
-          "on", file=sys.stderr)
-    return (*(dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
-              for part in (~held_out, held_out)), fingerprint)
-
-
-def every_tenth(labels):
-    """Which of the images with these labels (N,) are the tenth, twentieth, ... of their class: bool (N,)."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # within its class
-    return torch.empty(len(labels), dtype=torch.bool).index_put((order,), place % 10 == 9)
+    """The training part and the test part of a data set, and the fingerprint of the first: both are as for train.py,
+    which learns nothing of the second. Where a folder has no test/, a line on standard error says what is held out.
+    Raises `UserError` as `load_dataset`."""
+    train = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
+    C, *size = train.images.shape[1:]
+    test = load_dataset(train.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
+    if train.held_out:
+        print(f"{data_dir} has no test/: every tenth image of each class, {train.held_out:,} in all, is held out to "
+              "test on, and train.py learns none of these", file=sys.stderr)
+    return train, test, train.fingerprint
 
 
 def where_kept(name, shape, fingerprint):

@@ -490,7 +490,8 @@ def score_vae(args, device):
     print(report(result))
     if path.parent.is_dir():
         if train.name == "folder":  # as it is known by where its images are read one by one
-            fingerprint = Folder(config.data_dir, image_size=train.shape[1:], channels=train.shape[0]).fingerprint
+            fingerprint = Folder(config.data_dir, image_size=train.shape[1:], channels=train.shape[0],
+                                 ground=config.ground).fingerprint
         result |= {"vae_hash": vae.hash_of(), "data": fingerprint}
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")

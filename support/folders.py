@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 TESTS = ("test", "val", "valid", "validation")  # folders of images to test on, beside train/
+TENTH = 10  # one image in so many of each class is held out where there is no folder to test on
 ONE = "all"  # the class of images that lie in no class's folder
 LOOKED_AT = 16  # images, spread over all, that show whether what is read is any good
 NARROW = 64  # levels of 256 that images should have more of
@@ -39,6 +40,7 @@ class Images:
     shape: tuple          # (C, H, W) of an image
     labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
     classes: list[str]    # the name of each class
+    held_out: int = 0     # how many more there are, kept to test on
 
     @property
     def settings(self):
@@ -54,7 +56,9 @@ class Images:
         colour = {1: "grey", 3: "colour"}.get(C, f"{C} channels")
         classes = "one class: unconditional" if len(self.classes) == 1 else (
             f"classes {', '.join(self.classes[:10])}{' ...' if len(self.classes) > 10 else ''}")
-        return f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, {classes}"
+        return (f"{self.name}: {len(self.labels):,} images of {height} x {width}, {colour}, {classes}"
+                + (f"; every tenth image of each class, {self.held_out:,} in all, is held out to test on"
+                   if self.held_out else ""))
 
     def at(self, size):
         """The same in another size, where there are several."""
@@ -65,15 +69,22 @@ class Folder(Images):
     """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.
 
     Every image is brought to one size ((): a square, the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if all images are grey, else 3), transparency laid on the colour `ground`. Raises
-    `UserError`.
+    `channels` channels (0: 1 if all images are grey, else 3), transparency laid on the colour `ground`. Where there is
+    no part to test on, every tenth image of each class is held out of training and is that part. Raises `UserError`.
     """
 
     name = "folder"
 
     def __init__(self, root, train=True, image_size=(), channels=0, ground="black"):
         self.root, self.ground = Path(root), ground
-        found, self.classes = list_classes(self.root, train)
+        tested = has_test_part(self.name, self.root)
+        found, self.classes = list_classes(self.root, train or not tested)
+        if not tested:
+            self.held_out = sum(len(files) // TENTH for files in found.values()) if train else 0
+            found = {name: [file for i, file in enumerate(files) if (i % TENTH < TENTH - 1) == train]
+                     for name, files in found.items()}
+            if not any(found.values()):
+                raise UserError(f"{root} has no test/, and no class of {TENTH} images or more to hold some out of")
         labelled = [(file, label) for label, name in enumerate(self.classes) for file in found.get(name, ())]
         self.files, labels = zip(*labelled, strict=True)
         self.labels = torch.tensor(labels)
@@ -146,9 +157,6 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
     names = list(found)
     if not train and part != root:
         parts = [root / name for name in TESTS if (root / name).is_dir()]
-        if not parts:
-            raise UserError(f"{root} holds train/ but no test/: put the images to test on into "
-                            f"{root / 'test'}/<class>/")
         for part in parts:
             found, *rest = find_classes(part, wanted, whole)
             if found.keys() <= set(names):

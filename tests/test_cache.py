@@ -180,7 +180,7 @@ def test_kill_9(tmp_path, capsys):
 
 def test_a_folder_is_read_block_by_block(tmp_path, monkeypatch):
     """A data set of any size; each image is encoded as `load_dataset` reads it."""
-    for i in range(20):
+    for i in range(22):  # of 11 of a class one is held out
         (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         array = np.random.default_rng(i).integers(0, 256, (8, 12, 3), dtype=np.uint8)
         Image.fromarray(array).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")

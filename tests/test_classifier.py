@@ -2,16 +2,18 @@
 
 from support.commands import UserError
 
+import itertools
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_refused
+from conftest import REPOSITORY, TINY, assert_refused
 from PIL import Image
 
 import measure.score
+import train as train_script
 from dataset import Dataset, load_dataset
 from measure import classifier as module
 from measure.classifier import (
@@ -20,7 +22,6 @@ from measure.classifier import (
     DigitClassifier,
     accuracy_on,
     build_classifier,
-    every_tenth,
     find_classifier,
     load_classifier,
     load_parts,
@@ -135,25 +136,29 @@ def test_mirrored_images_are_learned_only_where_asked_for(monkeypatch):
 
 # Its data
 
-def test_every_tenth_of_each_class():
-    labels = torch.tensor([0] * 10 + [1] * 9 + [0] * 10 + [2] * 25)
-    assert every_tenth(labels).nonzero()[:, 0].tolist() == [9, 28, 29 + 9, 29 + 19]
-
-
 def test_what_has_no_test_part_has_some_held_out(here, capsys):
     train, test, fingerprint = load_parts("folder", "mine")
-    everything = load_dataset("folder", "mine")
-    assert fingerprint == everything.fingerprint
-    assert train.labels.bincount().tolist() == [18] * 3 and test.labels.bincount().tolist() == [2] * 3
-    for data in (train, test):
-        for image, label in zip(data.images, data.labels, strict=True):
-            place = (everything.images == image).flatten(1).all(dim=1).nonzero()[:, 0]
-            assert everything.labels[place].tolist() == [label]
-    assert not any((train.images == image).flatten(1).all(dim=1).any() for image in test.images)
+    assert fingerprint == load_dataset("folder", "mine").fingerprint  # train.py learns the same ones, and no others
+    assert torch.equal(train.images, load_dataset("folder", "mine").images)
+    for data, places in ((train, [i for i in range(20) if i not in (9, 19)]), (test, [9, 19])):
+        assert data.labels.tolist() == [k for k in range(3) for _ in places]
+        for image, (k, i) in zip(data.images, itertools.product(range(3), places), strict=True):
+            assert np.array_equal(image.permute(1, 2, 0), square(k, i, 12))
     assert "mine has no test/: every tenth image of each class, 6 in all" in capsys.readouterr().err
+    assert train.summary.endswith("; every tenth image of each class, 6 in all, is held out to test on")
     make_folder(here / "parts" / "train", 3)
     with pytest.raises(UserError, match="no test/, and no class of 10"):
         load_parts("folder", "parts")
+
+
+def test_training_says_what_it_holds_out(call, here):
+    code, out, err = call(train_script, *FOLDER, *TINY[2:], "--steps", 2, "--patch-size", 4)
+    assert code == 0, err
+    assert "data      folder: 54 images of 12 x 12, colour" in out and "each class, 6 in all, is held out" in out
+    make_folder(here / "few", 9)
+    out = call(train_script, *FOLDER[:2], "--data-dir", "few", *TINY[2:], "--steps", 2, "--run-dir", "b")[1]
+    assert "27 images" in out and "held out" not in out  # too few to do without any
+    assert load_dataset("folder", "few").summary.endswith("red banana")
 
 
 def test_a_test_part_that_is_there_is_taken(here, capsys):

@@ -278,8 +278,21 @@ def test_folder_of_the_article(tmp_path):
     with pytest.raises(UserError, match=r"test/11 has no counterpart in .*train"):
         load_dataset("folder", tmp_path / "MNIST", train=False)
     write_classes(tmp_path / "half/train")
-    with pytest.raises(UserError, match=r"half holds train/ but no test/"):
+    with pytest.raises(UserError, match=r"half has no test/, and no class of 10 images or more"):
         load_dataset("folder", tmp_path / "half", train=False)
+
+
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_every_tenth_image_is_held_out_where_there_is_no_test_part(tmp_path, inner):
+    """Of each class of ten or more, in their natural order; training says so, and the two parts share none."""
+    write_classes(tmp_path / "own" / inner, names=("a",), count=23)
+    write_classes(tmp_path / "own" / inner, names=("b",), count=9)
+    train, test = (load_dataset("folder", tmp_path / "own", train=part) for part in (True, False))
+    assert test.images[:, 0, 0, 0].tolist() == [9, 19] and test.labels.tolist() == [0, 0]
+    assert train.images[:, 0, 0, 0].tolist() == [i for i in range(23) if i not in (9, 19)] + [*range(9)]
+    assert train.classes == test.classes == ["a", "b"] and train.fingerprint != test.fingerprint
+    assert train.summary.endswith("a, b; every tenth image of each class, 2 in all, is held out to test on")
+    assert "held out" not in test.summary
 
 
 def test_folder_of_colours_and_sizes(tmp_path):

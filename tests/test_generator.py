@@ -72,12 +72,13 @@ def test_classes_of_about_one_size_are_drawn_equally_often():
 
 @pytest.fixture
 def unequal(tmp_path):
-    """The checkpoint of a model of 18 images of noise and 2 of another, darker kind."""
+    """The checkpoint of a model of 18 images of noise, and 2 of another, darker kind; to train on, that is."""
     for name, count, top in (("noise", 18, 256), ("shade", 2, 100)):
-        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
         for i in range(count):
             image = np.random.default_rng([top, i]).integers(0, top, (8, 8), dtype=np.uint8)
-            Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
+            Image.fromarray(image).save(tmp_path / "data" / "train" / name / f"{i}.png")
     config = Config(dataset="folder", data_dir=str(tmp_path / "data"), image_size=8, channels=1, num_classes=2,
                     classes=("noise", "shade"), patch_size=4, hidden_size=8, depth=1, num_heads=2, sample_steps=1)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
@@ -121,11 +122,11 @@ def test_equally_many_of_each_where_asked_for(call, unequal, tmp_path):
 
 def test_data_of_other_classes(call, unequal, tmp_path):
     flags = ["--checkpoint", unequal, *folders(tmp_path), "--count", 9]
-    (tmp_path / "data" / "noise").rename(tmp_path / "data" / "night")
+    (tmp_path / "data" / "train" / "noise").rename(tmp_path / "data" / "train" / "night")
     code, _, err = call(generator, *flags)
     assert code == 0 and "what the model calls 'noise' is 'night' in" in err
-    (tmp_path / "data" / "third").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "data" / "third" / "a.png")
+    (tmp_path / "data" / "train" / "third").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "train" / "third" / "a.png")
     assert_refused(call(generator, *flags), "the model knows 2 classes", "have 3")
 
 

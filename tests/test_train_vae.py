@@ -298,16 +298,20 @@ def pictures(tmp_path):
 
 
 def test_a_folder_without_a_test_part(call, tmp_path, pictures):
-    """Every 20th image is held out; one with a test part is tested on that."""
+    """What is held out of training is tested on, or of few images every 20th; one with a test part is tested on that."""
     flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures]
     code, out, err = call(module, *flags, "--out", tmp_path / "vae")
     assert code == 0, err
-    assert "42 images of 16 x 16 to train, 3 to test, colour" in out
+    assert "41 images of 16 x 16 to train, 4 to test, colour" in out
     assert out.splitlines()[-1].endswith(f"--dataset folder --data-dir {pictures} --image-size 16")
     assert load_vae(tmp_path / "vae").image_channels == 3
     data = load_dataset("folder", pictures)
     images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), data)
-    assert torch.equal(tests, data.images[[0, 20, 40]]) and not (images == tests[0]).flatten(1).all(1).any()
+    assert torch.equal(tests, load_dataset("folder", pictures, train=False).images)
+    assert torch.equal(images, data.images) and not (images == tests[0]).flatten(1).all(1).any()
+    few = dataclasses.replace(data, images=data.images[:9], held_out=0)
+    images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), few)
+    assert torch.equal(tests, data.images[:1]) and torch.equal(images, data.images[1:9])
     for part in ("train", "test"):
         (pictures / part).mkdir()
         (pictures / "a").rename(pictures / part / "a") if part == "train" else None
