@@ -17,8 +17,7 @@ from support.commands import (
     run,
     some_path,
 )
-from support.files import check_file, make_dir, write_atomically
-from support.folders import has_test_part
+from support.files import check_output, make_dir, write_atomically
 from support.run_log import Bar
 from support.sizes import show_size
 

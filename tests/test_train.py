@@ -346,7 +346,8 @@ def test_own_folder_of_images(call, tmp_path):
     for name in ("cats", "dogs"):
         (tmp_path / "own" / name).mkdir(parents=True)
         for i in range(3):
-            Image.effect_noise((30, 20), 60).convert("RGB").save(tmp_path / "own" / name / f"{i}.png")
+            image = Image.merge("RGB", [Image.effect_noise((30, 20), 60) for _ in range(3)])
+            image.save(tmp_path / "own" / name / f"{i}.png")
     flags = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--image-size", 16, "--run-dir", tmp_path / "run",
              "--steps", 2, *TINY[2:]]
     code, out, _ = call(train, *flags)

@@ -6,6 +6,7 @@ from support.pictures import psnr
 import dataclasses
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -298,7 +299,7 @@ def pictures(tmp_path):
 
 
 def test_a_folder_without_a_test_part(call, tmp_path, pictures):
-    """What is held out of training is tested on, or of few images every 20th; one with a test part is tested on that."""
+    """What is held out of training is tested on; of few images every 20th; one with a test part is tested on that."""
     flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures]
     code, out, err = call(module, *flags, "--out", tmp_path / "vae")
     assert code == 0, err
@@ -318,6 +319,7 @@ def test_a_folder_without_a_test_part(call, tmp_path, pictures):
     (pictures / "test" / "a").mkdir()
     for path in sorted((pictures / "b").iterdir())[:4]:
         path.rename(pictures / "test" / "a" / path.name)
+    shutil.rmtree(pictures / "b")  # a class beside train/ would make that one too
     code, out, err = call(module, *flags, "--out", tmp_path / "vae 2")
     assert code == 0, err
     assert "23 images of 16 x 16 to train, 4 to test" in out
