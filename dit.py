@@ -129,7 +129,7 @@ class DiT(nn.Module):
                  rope=False):
         super().__init__()
         size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
-        if len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
+        if not size or len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4 and of num_heads {num_heads}")
