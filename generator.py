@@ -1,7 +1,7 @@
 """Fills images/real from the data set and images/fake from the model, for fid_computer.py to compare."""
 
 from support import parallel
-from support.commands import UserError, run, some_path
+from support.commands import UserError, flag_words, run, some_path
 from support.files import make_dir, write_atomically
 from support.image_files import list_images
 from support.sizes import show_size
@@ -173,7 +173,7 @@ def main():
     fill_fake(args.fake, model, config, labels_by(weights, args.count), fake,
               config.batch_size if "batch_size" in args else batch_that_fits(config, args.device))
     parallel.wait()  # until the others' images are there too
-    folders = [shlex.join([f"--{name}", str(getattr(args, name))]) for name in ("real", "fake")
+    folders = [shlex.join(flag_words(f"--{name}", getattr(args, name))) for name in ("real", "fake")
                if getattr(args, name) != parser.get_default(name)]
     print(" ".join(["score them with: python fid_computer.py", *folders]))
 

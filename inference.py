@@ -1,10 +1,10 @@
 """Draws samples: a grid of digits, the strip of their denoising, or its animation; or clips. Changes pictures,
 completes them, leads from one label or seed to another, and makes clips longer."""
 
-from support.commands import Parser, UserError, add_device_flag, pick_device, run
+from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.image_files import fit, name_of, read_clip, read_image, to_tensor
 from support.labels import are_numbers, parse_labels, parse_morph
-from support.pictures import check_picture, frames_of, grid, save_animation
+from support.pictures import check_picture, frames_of, grid, grid_size, save_animation
 from support.sizes import as_size, demand_memory, show_size
 
 import argparse
@@ -416,13 +416,16 @@ def sampling_parser(description, names=SAMPLING):
 
 def add_changes(parser):
     """The flags of `check_changes`."""
-    parser.add_argument("--edit", metavar="PICTURE", help="draw the labels onto this picture: noise it, and denoise it "
+    parser.add_argument("--edit", type=some_path, metavar="PICTURE",
+                        help="draw the labels onto this picture: noise it, and denoise it "
                         "as what they ask for (SDEdit, 2108.01073)")
     parser.add_argument("--strength", type=float, help="of --edit: how much of the picture is drawn anew, above 0 and "
                         f"at most 1, which is all (default: {STRENGTH})")
-    parser.add_argument("--inpaint", metavar="PICTURE", help="complete this picture where --mask is white; the rest of "
-                        "it stays as it is (RePaint, 2201.09865; four times the network calls)")
-    parser.add_argument("--mask", metavar="PICTURE", help="of --inpaint: black where the picture is known")
+    parser.add_argument("--inpaint", type=some_path, metavar="PICTURE",
+                        help="complete this picture where --mask is white; the rest of it stays as it is (RePaint, "
+                        "2201.09865; four times the network calls)")
+    parser.add_argument("--mask", type=some_path, metavar="PICTURE",
+                        help="of --inpaint: black where the picture is known")
     parser.add_argument("--morph", metavar="A:B", help="draw the way from one label to another, 3:8 or cat:dog, as a "
                         "strip, or with --gif there and back")
     parser.add_argument("--to-seed", type=int, metavar="SEED", help="of --morph: go from --seed to this seed as well")
@@ -435,7 +438,7 @@ def add_longer(parser):
             ("before", None, "CLIP", "of clips: draw what leads to this clip"),
             ("between", 2, ("CLIP", "CLIP"), "of clips: draw what leads from the first one to the second"),
             ("loop", None, "CLIP", "of clips: draw what leads from the end of this clip to its beginning")):
-        parser.add_argument(f"--{name}", nargs=count, metavar=metavar, help=text)
+        parser.add_argument(f"--{name}", type=some_path, nargs=count, metavar=metavar, help=text)
     parser.add_argument("--frames", type=int, help="of clips: so many in all, however few were trained: a window "
                         "slides along")
 
@@ -448,7 +451,8 @@ def parse_args():
     parser.add_argument("--count", type=int, help="how many of each (default: 8; with --strip, and of clips, 1)")
     parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="of clips: draw them in another size "
                         "that the model has learned (train.py --sizes)")
-    parser.add_argument("--out", help="the picture to write (default: samples.png, strip.png or samples.gif)")
+    parser.add_argument("--out", type=some_path,
+                        help="the picture to write (default: samples.png, strip.png or samples.gif)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, or the frames of each "
                       "clip, from left to right")
@@ -477,6 +481,19 @@ def lay_out(states, config, labels, args):
     return pictures, [1500 // len(pictures)] * (len(pictures) - 1) + [2000]
 
 
+def check_size(config, labels, args, views, animated):
+    """Raises `UserError` before the work where the format of `--out` holds no picture as large as that of `lay_out`."""
+    columns, N = len(labels), len(labels) * args.count
+    if args.strip and args.morph is None:
+        columns, N = views, views * N
+    elif args.morph is not None and args.gif:
+        columns, N = min(args.count, 10), args.count
+    names = () if are_numbers(config.class_names) else config.class_names
+    size, _ = grid_size(N, *(args.size or config.image_size)[-2:], columns, captions=names)
+    if max(size) > 10_000:  # all formats hold that
+        check_picture(args.out, animated, size=size)
+
+
 def main():
     args = parse_args()
     check_changes(args)
@@ -492,11 +509,13 @@ def main():
                                        *(args.between or ()), args.loop])
     if any(getattr(args, name) is not None for name in LONGER):
         labels = parse_labels(args.labels, config.class_names)
+        check_size(config, labels, args, args.frames or count, animated)
         states = draw_longer(model, config, labels, args.count, args)[None]
         count = states.shape[3]
     else:
         config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
         shown = 1 if args.morph is not None or count > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+        check_size(config, labels, args, shown * count, animated)
         states = draw_states(model, config, labels, args.count, shown, size=args.size, **options)
     save_animation(args.out, *lay_out(states, config, labels, args))
     kind = f"clips of {count} frames" if count > 1 else "images"

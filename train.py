@@ -9,6 +9,7 @@ from support.commands import (
     dtype_of,
     end_stopped,
     first_line,
+    flag_words,
     resolve_precision,
     run,
     some_path,
@@ -47,7 +48,8 @@ CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_ever
 ADAMW_BETAS = (0.9, 0.99)
 EMA_WARMUP = 10  # the first averages are those of about the last 1/10 of the steps so far
 COMPILE_FROM = 10_000  # steps: a shorter run ends before what compilation takes is won back
-AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size")  # "auto" or 0: as resolved at the start
+AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
+             "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 
 @dataclasses.dataclass
@@ -251,20 +253,23 @@ def show_setting(name, value):
     return f"{', '.join(value[:10])}{' ...' if len(value) > 10 else ''}" if name == "classes" else str(value)
 
 
-def show_run(config, run_dir, script="train.py"):
-    """Writes the page of the run, index.html. script: the command that trains it, without the run folder."""
+def show_run(config, run_dir, seconds=0.0, script="train.py"):
+    """Writes the page of the run, index.html. seconds: of training so far. script: the command that trains it, without
+    the run folder."""
     if parallel.RANK:
         return
     settings, defaults = ({name: show_setting(name, value) for name, value in dataclasses.asdict(of).items()}
                           for of in (config, Config()))
     columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
-    folder = "" if run_dir == Path("run") else f" --run-dir {shlex.quote(str(run_dir))}"
-    checkpoint = folder.replace("--run-dir", "--checkpoint", 1)
+    folder, checkpoint = ("" if run_dir == Path("run") else " " + shlex.join(flag_words(*words)) for words in (
+        ("--run-dir", run_dir), ("--checkpoint", run_dir)))
     commands = {"Draw with its last checkpoint:": f"python inference.py{checkpoint}",
                 "Go on where it was stopped:": f"python {script}{folder} --resume",
                 "Train it for longer:": f"python {script}{folder} --resume --steps {2 * config.steps}"}
-    write_page(run_dir / "index.html", f"Training run {run_dir.name}", config.steps, columns, settings, defaults,
-               commands)
+    data = Path(config.data_dir).resolve().name if config.dataset == "folder" else config.dataset
+    with warned():
+        write_page(run_dir / "index.html", f"A DiT learns {data}, in {run_dir.resolve().name}", config.steps, seconds,
+                   columns, settings, defaults, commands)
 
 
 def can_compile(device):
@@ -300,7 +305,7 @@ def change_settings(config, settings, path, changeable, automatic):
     `UserError` when others contradict it; "auto" or 0 for what is `automatic` contradicts nothing."""
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
                    if name not in changeable and SIZES.get(name, lambda value: value)(value) != getattr(config, name)
-                   and not (name in automatic and value in ("auto", 0, ()))]
+                   and not (name in automatic and value in ("auto", 0, (), ""))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
@@ -352,7 +357,7 @@ def announce(config, data, model, device, start, run_dir):
           flush=True)
 
 
-def train(config, run_dir="run", resume=False, device=None, latents="latents", until=None):
+def train(config, run_dir="run", resume=False, device=None, latents="latents", until=None, log=None):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
@@ -361,6 +366,8 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     resume: go on with the run in `run_dir`, exactly where its checkpoint is. device: a name; None: the fastest.
     latents: the folder that keeps the latents of images, where the configuration names a VAE.
     until: stop after this step, with a checkpoint to resume from; None: after the last one.
+    log: called with each row of log.csv, as log(step, values), a dict of numbers by the names of the columns: for
+        TensorBoard, say.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -371,6 +378,10 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
     path = run_dir / "model.pth"
     config, saved = configure(settings, path, resume)
     check_eta(config, settings)
+    if until is not None and not 1 <= until <= config.steps:
+        raise UserError(f"until={until}: must lie between 1 and the run's {config.steps:,} steps")
+    if saved and len(saved["data"]) > 16:  # a hash of its teacher, and not a fingerprint of images
+        raise UserError(f"{path} is a student: go on with it by python -m few.distill --resume")
     if config.batch_size < parallel.WORLD:
         raise UserError(f"{parallel.WORLD} processes cannot share a batch of {config.batch_size}: set --batch-size")
     if config.shard and (parallel.WORLD == 1 or config.optimizer == "muon" or config.compile):
@@ -386,7 +397,7 @@ def train(config, run_dir="run", resume=False, device=None, latents="latents", u
         if saved and saved["data"] != data.fingerprint:
             raise UserError(f"{path} was trained on other data: images, labels or names of classes have changed since; "
                             "bring them back, or train a new run")
-        return train_on(config, data, saved, run_dir, device, until or config.steps)
+        return train_on(config, data, saved, run_dir, device, config.steps if until is None else until, log)
 
 
 def due(config, done, every):
@@ -409,7 +420,7 @@ def log_and_save(run, log, path, done, seconds, data, stops, save):
     return bool(save_now)
 
 
-def train_on(config, data, saved, run_dir, device, until):
+def train_on(config, data, saved, run_dir, device, until, log=None):
     """Trains on data; see `train`."""
     run = start_run(config, device, saved)
     fingerprint = saved["data"] if saved else data.fingerprint  # `train` has compared them
@@ -420,19 +431,19 @@ def train_on(config, data, saved, run_dir, device, until):
         batch = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
         return train_step(run, batch, step), batch[2]
 
-    return loop(run, learn, fingerprint, saved, run_dir, until)
+    return loop(run, learn, fingerprint, saved, run_dir, until, hook=log)
 
 
-def loop(run, learn, fingerprint, saved, run_dir, until, save=save, script="train.py"):
+def loop(run, learn, fingerprint, saved, run_dir, until, save=save, script="train.py", hook=None):
     """The training loop; see `train`. learn(step): takes the step, returns losses (B,) and their times t (B,).
     fingerprint: of what it learns from. saved: the checkpoint that `run` starts at, or None. save, script: as for
-    `log_and_save` and `show_run`."""
+    `log_and_save` and `show_run`. hook: as for `RunLog`."""
     config, device = run.config, next(run.model.parameters()).device
     start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     path, began = run_dir / "model.pth", time.monotonic() - before
     done, last_good, stopped = start, f"{path}, step {start:,}" if saved else "none", 0
     log = RunLog(run_dir / "log.csv", config.T, start, config.steps, config.batch_size, device,
-                 saved and saved["window"])
+                 saved and saved["window"], hook)
     with log, catch_signals() as signals:
         def stop():
             return parallel.all_max(signals[0] if signals else 0) if config.shard else bool(signals)
@@ -457,11 +468,11 @@ def loop(run, learn, fingerprint, saved, run_dir, until, save=save, script="trai
                 break
             if due(config, done, config.sample_every):
                 draw_samples(run, samples_path(run_dir, done), device, stop)
-                show_run(config, run_dir, script)
+                show_run(config, run_dir, time.monotonic() - began, script)
     if parallel.RANK == 0:
         with warned():
             plot_loss(run_dir / "log.csv", run_dir / "loss.png")
-    show_run(config, run_dir, script)
+    show_run(config, run_dir, time.monotonic() - began, script)
     stopped = stopped or parallel.all_max(signals[0] if signals else 0)
     if not stopped:
         print(f"trained in {time.monotonic() - began:.0f} s: {path}")
@@ -487,8 +498,8 @@ def say_end(done, stopped, run_dir, *script):
     """Says what to do next after `done` steps; where a signal `stopped` them, as `end_stopped` does for `script`."""
     if stopped:
         end_stopped(done, stopped, *script)
-    given = f" --checkpoint {shlex.quote(str(run_dir / 'model.pth'))}" if run_dir != Path("run") else ""
-    print(f"draw with: python inference.py{given}")
+    given = flag_words("--checkpoint", run_dir / "model.pth") if run_dir != Path("run") else []
+    print(f"draw with: {shlex.join(['python', 'inference.py', *given])}")
 
 
 @parallel.one_for_all()

@@ -4,7 +4,7 @@
     python -m demo.export --checkpoint run_mine --out mine.html
 """
 
-from support.commands import Parser, UserError, run
+from support.commands import Parser, UserError, run, some_path
 from support.files import check_output, write_atomically
 from support.sizes import show_size
 
@@ -124,7 +124,7 @@ def main():
                                 "network and no installation: double-click it, or send it to someone.")
     parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
                         "else weights/mnist.pth)")
-    parser.add_argument("--out", default="dit.html", help="the page to write (default: dit.html)")
+    parser.add_argument("--out", type=some_path, default="dit.html", help="the page to write (default: dit.html)")
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.checkpoint)
     check_output(args.out, inputs=[checkpoint])

@@ -7,7 +7,7 @@ images from where the fake sees them to where the teacher does (`RectifiedFlow.m
 """
 
 from support import parallel
-from support.commands import UserError, dtype_of, resolve_precision, run, some_path
+from support.commands import UserError, dtype_of, flag_words, resolve_precision, run, some_path
 from support.files import lock_dir, make_dir
 
 import contextlib
@@ -131,7 +131,11 @@ def start(config, settings, data, run_dir, resume):
         config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
         return config, None, None
     student = load_checkpoint(path)
-    config, fake = configure(settings, fake_path(run_dir, student["step"]), True, CHANGEABLE)
+    own = fake_path(run_dir, student["step"])
+    if not own.is_file():
+        raise UserError(f"{path} cannot be trained on: its fake, {own.name}, is not beside it. Bring it back, or make "
+                        "a new student in another --run-dir")
+    config, fake = configure(settings, own, True, CHANGEABLE)
     if not student.get("data") == fake["data"] == data or student["config"] != student_of(fake["config"]):
         raise UserError(f"{path} was not made of this teacher: name the one that it was made of with --checkpoint")
     return config, student, fake
@@ -162,7 +166,7 @@ def distill(args):
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)
         return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
-                    config.steps, saver(fake), shlex.join([*SCRIPT, "--checkpoint", str(args.checkpoint)]))
+                    config.steps, saver(fake), shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
 
 
 def parse_args():

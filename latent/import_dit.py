@@ -21,7 +21,7 @@ The two codes are the same network. What differs, and where it is bridged:
     the file        an argparse.Namespace          is read as plain values; nothing else but tensors and numbers is
 """
 
-from support.commands import Parser, UserError, first_line, run
+from support.commands import Parser, UserError, first_line, run, some_path
 
 import argparse
 import math
@@ -29,7 +29,6 @@ import re
 import shlex
 import warnings
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -168,8 +167,8 @@ def convert(weights, config):
 def main():
     parser = Parser(description="Makes a checkpoint out of a file of DiT's official code: of the weights released, or "
                                 "of what its train.py has saved. It then draws as DiT's sample.py does.")
-    parser.add_argument("official", type=Path, help="the file, such as DiT-XL-2-256x256.pt")
-    parser.add_argument("out", type=Path, help="the checkpoint to write")
+    parser.add_argument("official", type=some_path, help="the file, such as DiT-XL-2-256x256.pt")
+    parser.add_argument("out", type=some_path, help="the checkpoint to write")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: those of DiT-S, B, L or XL)")
     parser.add_argument("--vae", help="the VAE that it was trained with, a folder or a name on the Hugging Face hub, "
                         f"if that is not Stability's (default: {VAE})")

@@ -13,7 +13,7 @@ work in one --out, each on seeds of its own; one with all the seeds then only re
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import check_output, make_dir, write_atomically
 from support.pictures import check_picture, grid
-from support.sizes import as_size
+from support.sizes import as_size, show_time
 
 import contextlib
 import dataclasses
@@ -233,13 +233,6 @@ def seconds_left(todo, models):
         left += (step - at.get(model, model.scored)) * speed + (last["scoring"] if last else drawing)
         at[model] = step
     return left
-
-
-def show_time(seconds):
-    """2 h 05 min, 7 min, 40 s."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes > 99 else f"{minutes} min" if minutes > 1 else (
-        f"{seconds:.0f} s")
 
 
 def study(args, models):

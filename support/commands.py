@@ -36,6 +36,11 @@ def some_path(word):
     return Path(word)
 
 
+def flag_words(name, value):
+    """A flag and its value as words of a command line. A value that begins with a dash would be taken for a flag."""
+    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
+
+
 def add_device_flag(parser):
     parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest there is)")
 

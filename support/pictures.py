@@ -17,13 +17,12 @@ EXIF[ExifTags.Base.Software] = MARK.decode()
 def grid(images, columns, gap=2, height=56, captions=()):
     """Lays out uint8 images (N, C, H, W) row by row as one PIL image, grey or RGB, enlarged to about `height` pixels
     each so that small images can be seen. captions: a text above each column, cut to its width."""
-    scale = max(1, round(height / images.shape[2]))
+    size, scale = grid_size(len(images), *images.shape[2:], columns, gap, height, captions)
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    N, C, H, W = images.shape
-    rows, head = -(-N // columns), LINE if captions else 0
+    C, H, W = images.shape[1:]
+    head = LINE if captions else 0
     # Two channels are shown as red and green, and of latents the first three
-    picture = torch.zeros(C if C == 1 else max(C, 3), head + rows * (H + gap) + gap, columns * (W + gap) + gap,
-                          dtype=torch.uint8)
+    picture = torch.zeros(C if C == 1 else max(C, 3), *size[::-1], dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = head + gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         picture[:C, top:top + H, left:left + W] = image
@@ -33,6 +32,13 @@ def grid(images, columns, gap=2, height=56, captions=()):
     return picture
 
 
+def grid_size(N, H, W, columns, gap=2, height=56, captions=()):
+    """The size (width, height) of what `grid` makes of N images of H x W, and by how much it enlarges them."""
+    scale = max(1, round(height / H))
+    rows, head = -(-N // columns), LINE if captions else 0
+    return (columns * (scale * W + gap) + gap, head + rows * (scale * H + gap) + gap), scale
+
+
 def frames_of(x):
     """The frames of clips x (B, C, T, H, W), a tuple of images (B, C, H, W); of images (B, C, H, W), themselves."""
     return x.reshape(*x.shape[:2], -1, *x.shape[-2:]).unbind(2)
@@ -40,7 +46,7 @@ def frames_of(x):
 
 def write(picture, x, y, text, width):
     """Writes one line of text into a PIL image, cut to `width` pixels, with its upper left corner at (x, y)."""
-    draw, text = ImageDraw.Draw(picture), " ".join(text.split())
+    draw, text = ImageDraw.Draw(picture), " ".join(text[:1000].split())
     cut = text
     while cut and draw.textlength(cut) > width:
         text = text[:-1]
@@ -48,9 +54,9 @@ def write(picture, x, y, text, width):
     draw.text((x, y), cut, fill="white")
 
 
-def check_picture(path, animated=False, inputs=()):
-    """Finds out before the work whether `save_picture` may write to `path`: else `UserError`. inputs: as
-    `check_output`."""
+def check_picture(path, animated=False, inputs=(), size=(64, 64)):
+    """Finds out before the work whether `save_picture` may write a picture of this size, (width, height), to `path`:
+    else `UserError`. inputs: as `check_output`."""
     path = Path(path)
     check_output(path, inputs=inputs)
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -60,9 +66,10 @@ def check_picture(path, animated=False, inputs=()):
         raise UserError(f"{path}: {kind} cannot be animated; let it end in .gif, .png or .webp")
     try:  # some formats can only be read, or need a program that is not there, or know no grey
         for mode in ("L", "RGB"):
-            Image.new(mode, (64, 64)).save(io.BytesIO(), kind, save_all=animated)
+            Image.new(mode, size).save(io.BytesIO(), kind, save_all=animated)
     except Exception as error:
-        raise UserError(f"{path} cannot be written as {kind} ({first_line(error):.100}); let it end in .png") from None
+        raise UserError(f"{path} cannot be written as {kind}, {size[0]:,} x {size[1]:,} pixels "
+                        f"({first_line(error):.100}); let it end in .png") from None
 
 
 def save_picture(path, picture, **options):

@@ -1,13 +1,15 @@
 """The log of a training run: log.csv, the progress bar, and the losses since the last row."""
 
 from support import parallel
-from support.commands import UserError, silence
+from support.commands import UserError, first_line, silence
 from support.files import write_atomically
 from support.pictures import write_figure
 
+import contextlib
 import csv
 import io
 import itertools
+import os
 import sys
 
 import torch
@@ -35,20 +37,22 @@ class RunLog:
     path: log.csv. A new run (start 0) begins a new one; a resumed run keeps the rows up to `start`.
     T: the diffusion steps. start, steps: where this run begins and ends. batch_size: images of a step.
     window: the losses that the checkpoint of step `start` had not logged yet, as `self.window` was then.
+    hook: called after each row with the step and a dict of the row's other numbers; None: not.
     Raises `UserError` when the file cannot be written.
     """
 
-    def __init__(self, path, T, start, steps, batch_size, device, window=None):
+    def __init__(self, path, T, start, steps, batch_size, device, window=None, hook=None):
         self.path, self.T, self.batch_size = path, T, batch_size
         self.window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses, by noise level
-        self.file, writes = None, parallel.RANK == 0
+        self.hook, writes = hook, parallel.RANK == 0
         if writes:
             if window is not None:
                 self.window.copy_(window)
             edges = [-(-level * T // NOISE_LEVELS) for level in range(NOISE_LEVELS + 1)]
-            names = ["step", "loss", *(f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)), "lr"]
-            write_atomically(path, lambda file: file.write(to_csv([names, *kept_rows(path, names, start)])))
-            self.file = path.open("a", newline="", buffering=1)
+            self.names = ["step", "loss", *(f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)),
+                          "lr"]
+            rows = kept_rows(path, self.names, start)
+            write_atomically(path, lambda file: file.write(to_csv([self.names, *rows])))
         self.bar = Bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
                        desc="training", mininterval=0.2 if sys.stderr.isatty() else 20, disable=not writes)
 
@@ -57,8 +61,6 @@ class RunLog:
 
     def __exit__(self, *_):
         self.bar.close()
-        if self.file:
-            self.file.close()
 
     def add(self, losses, t):
         """Counts the losses (B,) of a step, at t (B,) in 0..T-1."""
@@ -75,14 +77,20 @@ class RunLog:
 
     def write(self, step, lr):
         """Writes the row of `step`, after `collect`, and begins a new one."""
-        if not self.file:
+        if parallel.RANK:
             return
         (total, number), by_level = self.window.sum(0).tolist(), (self.window[:, 0] / self.window[:, 1]).tolist()
+        row = [total / number, *by_level, lr]
         try:
-            self.file.write(to_csv([[step, *(f"{loss:.6g}" for loss in (total / number, *by_level)),
-                                     f"{lr:.6g}"]]).decode())
+            there = self.path.is_file() and self.path.stat().st_size
+            if not there:
+                put_aside(self.path, f"is gone while the run writes it: a new one begins at step {step:,}")
+            with self.path.open("ab") as file:  # anew for each row: somebody may have moved it, or removed it
+                file.write(to_csv([*([] if there else [self.names]), [step, *(f"{value:.6g}" for value in row)]]))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+        if self.hook:
+            self.hook(step, dict(zip(self.names[1:], row, strict=True)))
         self.bar.set_postfix(loss=f"{total / number:.4f}", refresh=False)
         self.window.zero_()
 
@@ -95,20 +103,27 @@ def to_csv(rows):
 
 def kept_rows(path, names, last_step):
     """The rows of log.csv up to `last_step`, lists of words: what a killed run logged after its last checkpoint comes
-    again. A file that is not whole, or not ours, is put aside; of its rows those that are whole are kept."""
+    again. A file that is not whole, not ours or no file is put aside; of its rows those that are whole are kept."""
     if not last_step:
         return []
-    if not path.exists():
-        print(f"warning: {path} is gone: a new one begins at step {last_step:,}", file=sys.stderr)
-        return []
-    text = path.read_text(errors="replace")
-    kept, whole = sound_rows(text, names)
+    kept, whole = [], False
+    with contextlib.suppress(OSError):  # it is a folder, or may not be read
+        if path.is_file():
+            kept, whole = sound_rows(path.read_text(errors="replace"), names)
     if not whole:
-        aside = path.with_name(path.stem + "_damaged" + path.suffix)
-        path.replace(aside)
-        print(f"warning: {path} was damaged: it is kept as {aside}, and {len(kept)} of its rows in the new one",
-              file=sys.stderr)
+        put_aside(path, f"is damaged or gone: {len(kept)} of its rows are in the new one, up to step {last_step:,}")
     return [row for row in kept if int(row[0]) <= last_step]
+
+
+def put_aside(path, reason):
+    """Renames what is in the place of log.csv, where something is, so that nothing is lost; warns with the reason."""
+    kept = ""
+    if os.path.lexists(path):
+        names = (path.with_name(f"{path.stem}_damaged{i}{path.suffix}") for i in ("", *range(2, 10_000)))
+        aside = next(name for name in names if not os.path.lexists(name))
+        path.rename(aside)
+        kept = f"; what was there is kept as {aside}"
+    print(f"\nwarning: {path} {reason}{kept}", file=sys.stderr)  # below the bar
 
 
 def sound_rows(text, names):
@@ -142,8 +157,11 @@ def read_log(path):
 
 
 def plot_loss(log, path):
-    """Plots the losses of log.csv, in all and by noise level, as a picture. No rows, no picture."""
-    from matplotlib.figure import Figure  # here, so that a run starts sooner
+    """Plots the losses of log.csv, in all and by noise level, as a picture. No rows, no picture. Raises `UserError`."""
+    try:
+        from matplotlib.figure import Figure  # here, so that a run starts sooner
+    except Exception as error:  # a broken installation fails in its own way
+        raise UserError(f"{path} cannot be drawn: matplotlib does not work ({first_line(error):.100})") from None
 
     names, rows = read_log(log)
     if not rows:

@@ -1,8 +1,9 @@
 """The page of a training run, index.html: one static file that shows the run's other files. It asks nothing of any
-network or server, and is a function of those files and of the settings alone."""
+network or server, and is a function of those files, of the settings and of the time of training alone."""
 
 from support.files import write_atomically
 from support.run_log import read_log
+from support.sizes import show_time
 
 import math
 import re
@@ -88,18 +89,20 @@ if (slider) {{
 """
 
 
-def write_page(path, title, steps, columns, settings, defaults, commands):
+def write_page(path, title, steps, seconds, columns, settings, defaults, commands):
     """Writes the page of a run into its folder, beside log.csv and the grids samples_*.png that are there.
 
-    steps: how many the run is to make. columns: what the columns of a grid show. settings, defaults: dicts from names
-    to values, of which those that differ are shown first. commands: a dict from what they do to how they are called.
+    steps: how many the run is to make. seconds: of training so far. columns: what the columns of a grid show.
+    settings, defaults: dicts from names to values; those that differ are shown first. commands: a dict from what they
+    do to how they are called.
     Raises `UserError` when the file cannot be written.
     """
     names, rows = read_log(path.with_name("log.csv"))
     done = int(rows[-1][0]) if rows else 0
     text = PAGE.format(
         title=escape(title), samples=show_grids(path.parent, columns), loss=show_loss(names, rows),
-        progress=f"Step {done:,} of {steps:,}." + (" Reload this page to see how it goes on." if done < steps else ""),
+        progress=f"Step {done:,} of {steps:,}, after {show_time(seconds)} of training." + (
+            " Reload this page to see how it goes on." if done < steps else ""),
         settings=show_settings(settings, defaults), commands="\n".join(
             f"<p>{escape(what)}</p>\n<code>{escape(how)}</code>" for what, how in commands.items()))
     write_atomically(path, lambda file: file.write(text.encode(errors="replace")))

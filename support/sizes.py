@@ -62,3 +62,10 @@ def available_memory():
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
+
+
+def show_time(seconds):
+    """2 h 05 min, 7 min, 40 s."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes > 99 else f"{minutes} min" if minutes > 1 else (
+        f"{seconds:.0f} s")

@@ -28,12 +28,16 @@ from conftest import HANGS, REPOSITORY, TINY, assert_refused
 import checkpoint
 import fid_computer
 import generator
+import inference
 import measure.benchmark
 import measure.classifier
 import measure.results
 import measure.score
 import train
+import video.score
+from demo import export
 from few import distill
+from latent import import_dit
 
 COMMANDS = ("train", "few.distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
             "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
@@ -183,7 +187,11 @@ def test_devices_that_cannot_be_used(name):
     (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
     (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
     (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
-    (measure.benchmark, ["--json", ""]), (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""])])
+    (measure.benchmark, ["--json", ""]), (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""]),
+    (inference, ["--edit", ""]), (inference, ["--extend", ""]), (inference, ["--before", ""]),
+    (inference, ["--between", "", ""]), (inference, ["--loop", ""]), (inference, ["--out", ""]),
+    (inference, ["--inpaint", "", "--mask", "a.png"]), (inference, ["--inpaint", "a.png", "--mask", ""]),
+    (video.score, ["--out", ""]), (export, ["--out", ""]), (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
 def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
     """As an unset variable of a shell leaves it."""
     monkeypatch.chdir(tmp_path)

@@ -227,8 +227,18 @@ def test_refusals(call, trained, student, tmp_path):
     assert_refused(call(distill, "--checkpoint", tmp_path / "none.pth"), "none.pth")
     (tmp_path / "broken").mkdir()
     shutil.copy(student / "model.pth", tmp_path / "broken")
-    assert_refused(call(distill, *words, tmp_path / "broken", "--resume"), "fake_000007.pth")
+    assert_refused(call(distill, *words, tmp_path / "broken", "--resume"), "fake_000007.pth, is not beside it")
+    assert_refused(call(train, *TINY, "--run-dir", student, "--resume"), "is a student", "few.distill --resume")
     assert before == {path: path.read_bytes() for path in student.iterdir()}
+
+
+@pytest.mark.parametrize(("flags", "guidance"), [([], 1.4), (["--guidance", 2.5], 2.5)])
+def test_guidance_is_what_the_teacher_answers_with(trained, tmp_path, monkeypatch, flags, guidance):
+    """The teacher's own, if not asked for; the student draws with none."""
+    seen, original = [], RectifiedFlow.matching_losses
+    monkeypatch.setattr(RectifiedFlow, "matching_losses", lambda *args: (seen.append(args[7]), original(*args))[1])
+    assert run(trained, tmp_path / "run", "--steps", 2, *flags) == 0
+    assert seen == [guidance] * 2 and load_checkpoint(tmp_path / "run" / "model.pth")["config"].guidance == 1
 
 
 def test_a_process_without_signal_at_its_end_is_refused(call, tmp_path):

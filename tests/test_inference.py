@@ -1086,3 +1086,21 @@ def test_the_sprites_that_come_with_the_repository(call, tmp_path, monkeypatch):
     with Image.open("samples.png") as picture:
         assert picture.mode == "RGB"
     assert sum(path.stat().st_size for path in [SPRITES, *(SPRITES.parent / "vae_sprites").iterdir()]) < 3.1e6
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--labels", "7", "--count", 1200, "--out", "a.jpg"], "JPEG, 60 x 69,602 pixels"),
+    (["--labels", "7", "--count", 300, "--out", "a.webp"], "WEBP, 60 x 17,402 pixels"),
+    (["--labels", "7", "--strip", "--count", 300, "--out", "a.webp"], "WEBP, 640 x 17,402 pixels"),
+    (["--morph", "3:8", "--count", 300, "--out", "a.webp"], "WEBP, 640 x 17,402 pixels"),
+    (["--morph", "3:8", "--count", 3000, "--gif", "--out", "a.webp"], "WEBP, 582 x 17,402 pixels")])
+def test_a_picture_too_large_for_its_format_is_refused_before_the_work(call, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "sample", None)
+    assert_refused(call(inference, "--checkpoint", REPOSITORY / "weights" / "mnist.pth", *flags), words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_caption_of_a_megabyte_is_cut():
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    assert grid(images, 1, captions=["x" * 2**20]).tobytes() == grid(images, 1, captions=["x" * 900]).tobytes()

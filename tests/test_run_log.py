@@ -4,6 +4,8 @@ from support import run_log
 from support.run_log import RunLog, sound_rows
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +184,65 @@ def test_a_full_disk_at_the_first_row(call, tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_written(call, tmp_path):
     (tmp_path / "run" / "log.csv").mkdir(parents=True)
     assert_refused(call(train, *TINY, "--steps", 2, "--run-dir", tmp_path / "run"), "log.csv", "cannot be written")
+
+
+@pytest.mark.parametrize("change", ["removed", "emptied", "folder", "moved"])
+def test_a_log_that_goes_while_the_run_writes_it(tmp_path, capsys, change):
+    """The rows to come go into a new one; what stands in its place is kept."""
+    path = tmp_path / "log.csv"
+    with make_log(path) as log:
+        for step in (1, 2, 3):
+            log.add(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 25, 50, 75]))
+            log.collect()
+            log.write(step, 0.5)
+            if step == 1:
+                if change == "emptied":
+                    path.write_text("")
+                elif change == "moved":
+                    path.rename(tmp_path / "mine.csv")
+                else:
+                    path.unlink()
+                if change == "folder":
+                    path.mkdir()
+    assert path.read_text().splitlines() == [",".join(NAMES), *(f"{step},2.5,1,2,3,4,0.5" for step in (2, 3))]
+    assert capsys.readouterr().err.count("warning: ") == 1
+    kept = {path.name for path in tmp_path.iterdir()} - {"log.csv"}
+    assert kept == {"removed": set(), "emptied": {"log_damaged.csv"}, "folder": {"log_damaged.csv"},
+                    "moved": {"mine.csv"}}[change]
+
+
+def test_each_damaged_log_is_kept(tmp_path, monkeypatch):
+    for text in ("one", "two"):
+        (tmp_path / "log.csv").write_text(text)
+        assert run_log.kept_rows(tmp_path / "log.csv", NAMES, 5) == []
+    (tmp_path / "log.csv").mkdir()
+    assert run_log.kept_rows(tmp_path / "log.csv", NAMES, 5) == []
+    (tmp_path / "log.csv").write_text("three")
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    assert run_log.kept_rows(tmp_path / "log.csv", NAMES, 5) == []
+    monkeypatch.undo()
+    assert {path.name: path.is_dir() or path.read_text() for path in tmp_path.iterdir()} == {
+        "log_damaged.csv": "one", "log_damaged2.csv": "two", "log_damaged3.csv": True, "log_damaged4.csv": "three"}
+
+
+def test_the_hook_gets_each_row(tmp_path):
+    """As TensorBoard or Weights & Biases take it."""
+    seen = []
+    settings = dict(dataset=TINY[1], hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=5, log_every=2,
+                    sample_steps=2)
+    train.train(settings, tmp_path, device="cpu", log=lambda step, values: seen.append((step, values)))
+    names, rows = run_log.read_log(tmp_path / "log.csv")
+    assert [step for step, _ in seen] == [2, 4, 5] == [row[0] for row in rows]
+    for (_, values), row in zip(seen, rows, strict=True):
+        assert list(values) == names[1:] and list(values.values()) == pytest.approx(row[1:], rel=1e-5, nan_ok=True)
+
+
+def test_without_matplotlib_the_run_ends_well(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = call(train, *TINY, "--steps", 2, "--run-dir", tmp_path)
+    assert code == 0 and "warning:" in err and "matplotlib does not work" in err
+    assert (tmp_path / "model.pth").exists() and (tmp_path / "index.html").exists()

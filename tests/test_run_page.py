@@ -2,6 +2,7 @@ from support import parallel
 from support.run_log import read_log
 from support.run_page import POINTS, log_ticks, short, show_loss, ticks, write_page
 
+import html
 import html.parser
 import re
 from pathlib import Path
@@ -39,8 +40,8 @@ def write_log(folder, rows):
 
 
 def page_of(folder, **changes):
-    write_page(folder / "index.html", **dict(title="run", steps=500, columns="0, 1", settings={"lr": 1}, defaults={
-        "lr": 0}, commands={}) | changes)
+    write_page(folder / "index.html", **dict(title="run", steps=500, seconds=90, columns="0, 1", settings={"lr": 1},
+                                            defaults={"lr": 0}, commands={}) | changes)
     return Page(folder / "index.html")
 
 
@@ -52,7 +53,7 @@ def test_the_page_of_a_run(call, tmp_path):
     early = Page(run / "index.html")
     assert [name for name in early.addresses if "samples" in name] == [
         "samples_000004.png", "samples_000002.png", "samples_000004.png"]
-    assert "Step 4 of 4." in early.text and "Reload" not in early.text
+    assert "Step 4 of 4, after " in early.text and "Reload" not in early.text
     assert call(train, *flags, "--steps", 7, "--resume")[0] == 0
     page = Page(run / "index.html")
     assert [name for name in page.addresses if "samples" in name] == [
@@ -63,8 +64,10 @@ def test_the_page_of_a_run(call, tmp_path):
     assert all(f"<dt>{name}</dt>" in page.source for name in Config.__dataclass_fields__)
     changed, _, same = page.source.partition("As by default")
     assert "<dt>hidden_size</dt>" in changed and "<dt>guidance</dt>" in same
-    for command in (f"inference.py --checkpoint '{run}'", f"train.py --run-dir '{run}' --resume"):
-        assert f"python {command}" in page.text
+    for command in (f"inference.py --checkpoint '{run}'", f"train.py --run-dir '{run}' --resume",
+                    f"train.py --run-dir '{run}' --resume --steps 14"):
+        assert f"<code>python {command}</code>" in html.unescape(page.source)
+    assert f"<h1>A DiT learns {TINY[1]}, in my run</h1>" in page.source
     assert not list(run.glob("*.tmp"))
 
 
@@ -83,7 +86,8 @@ def test_it_is_watched_while_it_is_trained(call, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_page", lambda path, *rest: (write_page(path, *rest),
                                                                   written.append(Page(path))))
     assert call(train, *TINY, "--steps", 4, "--sample-every", 2, "--run-dir", tmp_path / "run")[0] == 0
-    assert "Step 2 of 4. Reload" in written[0].text and "samples_000002.png" in written[0].addresses
+    assert re.search("Step 2 of 4, after [0-9]+ s of training. Reload", written[0].text)
+    assert "samples_000002.png" in written[0].addresses
     assert written[0].tags.count("input") == 0 and written[-1].tags.count("input") == 1
 
 
@@ -108,7 +112,7 @@ def test_names_are_no_markup(tmp_path):
     folder.mkdir()
     train.show_run(config, folder)
     page = Page(folder / "index.html")
-    assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text and "Training run <u>" in page.text
+    assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text and "A DiT learns auto, in <u>" in page.text
     assert "<dt>classes</dt>" in page.source.partition("As by default")[0]
 
 
@@ -152,8 +156,8 @@ def test_the_curves(tmp_path):
 
 def test_a_long_log_makes_no_large_page(tmp_path):
     write_log(tmp_path, [[step, 1 / step, 2, 3, 1] for step in range(1, 50_001)])
-    page = page_of(tmp_path, steps=10**6)
-    assert len(page.source) < 60_000 and "Step 50,000 of 1,000,000" in page.text
+    page = page_of(tmp_path, steps=10**6, seconds=7500)
+    assert len(page.source) < 60_000 and "Step 50,000 of 1,000,000, after 2 h 05 min of training. Reload" in page.text
     assert "all t: 2e-05" in page.text and page.source.count("L") > POINTS
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,7 +382,7 @@ def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatc
     original = train.train_step
 
     def blocked(*args):
-        for name in ("samples_000002.png", "loss.png"):
+        for name in ("samples_000002.png", "index.html", "loss.png"):
             (run / name).mkdir(exist_ok=True)
         return original(*args)
 
@@ -389,7 +390,8 @@ def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatc
     code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
     assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth")["step"] == 3
     assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
-        f"warning: {run / name}" for name in ("samples_000002.png", "loss.png")]
+        f"warning: {run / name}" for name in ("samples_000002.png", "index.html", "index.html", "loss.png",
+                                              "index.html")]
 
 
 def test_flags_that_do_not_exist(command, call):
@@ -650,3 +652,53 @@ def test_what_draws_is_the_average(call, learned, read, tmp_path):
         assert call(inference, "--checkpoint", tmp_path, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
         share = alike(read(tiles(tmp_path / "a.png", 10)), [*range(10)] * 8)
         assert share > 0.9 if other == "ema" else share < 0.4
+
+
+def test_grids_are_drawn_with_the_average(tmp_path):
+    """From the same noise, one column for each label."""
+    config = Config(dataset="mnist", num_classes=3, channels=1, image_size=8, patch_size=2, hidden_size=32, depth=1,
+                    num_heads=2, sample_steps=2)
+    run = train.start_run(config, torch.device("cpu"))
+    for network, seed in ((run.model, 1), (run.ema, 2)):
+        torch.manual_seed(seed)
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    pictures = {}
+    for name, network in (("seen", None), ("average", run.ema), ("raw", run.model)):
+        path = tmp_path / f"{name}.png"
+        train.draw_samples(dataclasses.replace(run, ema=network) if network else run, path, "cpu", lambda: False)
+        pictures[name] = path.read_bytes()
+    assert pictures["seen"] == pictures["average"] != pictures["raw"]
+
+
+def test_a_config_resumes_what_it_began(tmp_path):
+    """What the data have filled in is no other setting."""
+    config = Config(dataset=TINY[1], hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4)
+    assert train.train(config, tmp_path, device="cpu", until=3) == (3, 0)
+    assert train.train(config, tmp_path, device="cpu", resume=True) == (4, 0)
+    for change in (dict(num_classes=7), dict(classes=tuple("abcdefghij"), num_classes=10)):
+        with pytest.raises(UserError, match="cannot be resumed with other settings"):
+            train.train(dataclasses.replace(config, **change), tmp_path, device="cpu", resume=True)
+
+
+@pytest.mark.parametrize("until", [0, -1, 5])
+def test_until_lies_within_the_run(tmp_path, until):
+    with pytest.raises(UserError, match=f"until={until}: must lie between 1 and the run's 4 steps"):
+        train.train({"dataset": TINY[1], "steps": 4}, tmp_path / "run", device="cpu", until=until)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_does_fit_is_named_height_first():
+    """Of images and of latents, whose patches are counted in latents."""
+    data = SimpleNamespace(settings=dict(image_size=(10, 23), num_classes=2, channels=1))
+    with pytest.raises(UserError, match=r"image_size 10x23 .* --patch-size to one of .*10.*23.* --image-size to 8x24"):
+        train.resolve(Config(), data, torch.device("cpu"))
+
+
+def test_the_commands_it_prints_take_a_folder_that_looks_like_a_flag(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(train, *TINY, "--steps", 1, "--run-dir=-x")
+    assert code == 0 and "python inference.py --checkpoint=-x/model.pth" in out
+    page = (tmp_path / "-x" / "index.html").read_text()
+    assert "python train.py --run-dir=-x --resume" in page and "python inference.py --checkpoint=-x<" in page
+    assert call(inference, "--checkpoint=-x/model.pth", "--count", 1)[0] == 0

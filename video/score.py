@@ -5,7 +5,7 @@ they move as they should? Each figure stands beside the same figure of real clip
     python -m video.score --checkpoint run_1x --beside run_4x run_16x   the same noise and labels, drawn by other models
 """
 
-from support.commands import UserError, run
+from support.commands import UserError, run, some_path
 from support.pictures import check_picture, frames_of, grid, save_animation
 
 import argparse
@@ -260,7 +260,8 @@ def main():
                         "(default: 4)")
     parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="more models, run folders or files, "
                         "that draw the same noise and labels")
-    parser.add_argument("--out", help=f"write an animation of the first {SHOWN} clips, a column for each model")
+    parser.add_argument("--out", type=some_path,
+                        help=f"write an animation of the first {SHOWN} clips, a column for each model")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ or Sprites/ is (default: as in "
                         "training)")
     args = parser.parse_args()
