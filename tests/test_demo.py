@@ -161,7 +161,11 @@ def test_the_page_draws_what_pytorch_draws(browse, tmp_path, checkpoint):
     browser = browse(checkpoint)
     found = differences(browser)
     assert list(found) == KINDS
-    assert max(found.values()) < 1e-3, found
+    largest = max(found.values())
+    assert largest < 1e-3, found
+    verdict = browser.run("$('checked').dataset.en")
+    assert verdict.startswith("The same images: ")
+    assert float(verdict.split()[-1].rstrip(".")) == pytest.approx(largest, rel=0.06)
     # It asked nobody for anything, and complained of nothing.
     requests = [event["params"]["request"]["url"] for event in browser.events
                 if event["method"] == "Network.requestWillBeSent"]
@@ -174,7 +178,12 @@ def test_the_reference_tells_one_image_from_another(browse, tmp_path, monkeypatc
     """The comparison can fail: when the weights are a thousandth larger, say."""
     pack = export.pack
     monkeypatch.setattr(export, "pack", lambda x, dtype: pack(1.01 * x if dtype == torch.float16 else x, dtype))
-    assert min(differences(browse(make_checkpoint(tmp_path / "model.pth"))).values()) > 1e-3
+    browser = browse(make_checkpoint(tmp_path / "model.pth"))
+    found = differences(browser).values()
+    assert min(found) > 1e-3
+    verdict = browser.run("$('checked').dataset.en")
+    assert verdict.startswith("Other images: ")
+    assert float(verdict.split()[-1].rstrip(".")) == pytest.approx(max(found), rel=0.06)
 
 
 def test_an_old_browser_draws_too(browse, tmp_path):
@@ -227,6 +236,10 @@ def test_the_pen_has_a_colour(browse, tmp_path):
     for channel, value in enumerate((1, 128 / 127.5 - 1, -1)):
         torch.testing.assert_close(channels[channel, 5:7, 2:4], torch.full((2, 2), -1 + cover * (value + 1)))
     assert (channels > -1).sum() == 8
+    browser.run("showDrawing()")
+    pixels = browser.run("[...$('pad').getContext('2d').getImageData(2, 5, 1, 1).data]")
+    expected = cover * torch.tensor([255.0, 128, 0])
+    torch.testing.assert_close(torch.tensor(pixels[:3], dtype=torch.float32), expected, atol=1.1, rtol=0)
 
 
 def test_noise_is_standard_normal(browse, tmp_path):
@@ -570,6 +583,9 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     assert_refused(call(export, "--checkpoint", model, "--out", out), "4 channels of 12x6", "grey (1 channel)")
     make_checkpoint(model, sampler="heun")
     assert_refused(call(export, "--checkpoint", model, "--out", out), "sampler heun", "checkpoint.py --sampler")
+    for name, value in dict(rope=True, clamp=False, spacing="linspace", guided_channels=1).items():
+        make_checkpoint(model, channels=3, **{name: value})
+        assert_refused(call(export, "--checkpoint", model, "--out", out), f"draws with {name} {value}")
     make_checkpoint(model)
     assert_refused(call(export, "--checkpoint", model, "--out", tmp_path / "no" / "a.html"), "cannot be written")
     monkeypatch.setattr(export, "LARGEST", 50_000)
