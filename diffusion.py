@@ -383,7 +383,7 @@ def complete(process, sampler, denoise, noise, count, picture, known):
     x = noise()
     yield put_in(x)
     steps = process.descending_steps(count)
-    yield from map(put_in, sampler(lambda x, t: put_in(denoise(put_in(x), t)), x, steps, noise))
+    yield from map(put_in, sampler(lambda x, t: denoise(put_in(x), t), x, steps, noise))
 
 
 def between(a, b, share):

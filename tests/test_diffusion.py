@@ -645,6 +645,24 @@ def test_what_is_completed_depends_on_what_is_known(process, sampler):
     assert many.std().item() == pytest.approx(0.36, rel=0.3)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_is_taken_four_times_unless_told_otherwise(sampler):
+    """From the same noise level, with what is known put in anew, as noisy as the rest is there."""
+    process, seen = RectifiedFlow(), []
+    picture, known = torch.full((1, 1, 2, 30_000), 0.5), torch.tensor([[True], [False]])
+
+    def denoise(x, t):
+        seen.append((t, x[0, 0, 0]))
+        return torch.zeros_like(x)
+
+    last(inpaint(process, SAMPLERS[sampler], denoise, lambda: torch.randn(1, 1, 2, 30_000), 3, picture, known))
+    assert [t for t, _ in seen] == [t for t, *_ in process.descending_steps(3) for _ in range(4)]
+    for t, x in seen:
+        signal, noise = process.path[t]
+        assert (x.mean().item(), x.std().item()) == pytest.approx((signal * 0.5, noise), abs=0.02)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
 def test_what_lies_under_the_mask_does_not_matter():
     process = RectifiedFlow()
     assert torch.equal(completed(process, "dpm", 6, 2), completed(process, "dpm", 6, 2, hidden=500.0))

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, assert_refused
 from PIL import Image, ImageDraw
 
+import generator
 import inference
+import train
 from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
 from dataset import to_float, to_uint8
@@ -66,12 +68,12 @@ def test_grid_picture(command, trained, tmp_path):
     assert size(tmp_path / "a.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
 
 
-def test_finds_the_model_just_trained(command, call, trained, tmp_path, monkeypatch):
+def test_finds_the_model_just_trained(call, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
-    process = command("inference.py", "--count", 1, cwd=tmp_path)
-    assert process.returncode == 0 and process.stdout.endswith("drawn with run/model.pth\n")
-    assert size(tmp_path / "samples.png")[0] == (2 + 10 * 58, 2 + 58)
     monkeypatch.chdir(tmp_path)
+    code, out, _ = call(inference, "--count", 1)
+    assert code == 0 and out.endswith("drawn with run/model.pth\n")
+    assert size(tmp_path / "samples.png")[0] == (2 + 10 * 58, 2 + 58)
     shutil.move(tmp_path / "run" / "model.pth", tmp_path / "shared.pth")
     monkeypatch.setattr(inference, "CHECKPOINTS", (inference.CHECKPOINTS[0], tmp_path / "shared.pth"))
     code, out, _ = call(inference, "--strip")
@@ -155,12 +157,12 @@ def test_picture_in_the_way_of_a_folder(call, trained, tmp_path):
     assert (tmp_path / "a.png" / "mine").exists()
 
 
-def test_help_names_its_flags(command):
-    for script in ("train.py", "inference.py", "generator.py"):
-        process = command(script, "--help")
-        assert process.returncode == 0
+def test_help_names_its_flags(call):
+    for script in (train, inference, generator):
+        code, out, _ = call(script, "--help")
+        assert code == 0
         for flag in ("--sampler", "--sample-steps", "--guidance", "--seed", "--device"):
-            assert flag in process.stdout
+            assert flag in out
 
 
 def test_help_knows_that_a_model_has_its_own_defaults():
@@ -217,7 +219,7 @@ def test_classes_with_names(call, tmp_path):
 
 def test_out_of_memory_is_one_line(command, tmp_path):
     """10,000 images of 16 channels and 1024 x 1024 pixels do not fit into 16 GB."""
-    path = make_checkpoint(tmp_path / "model.pth", image_size=1024, channels=16, patch_size=512)
+    path = make_checkpoint(tmp_path / "model.pth", image_size=1024, channels=16, patch_size=64)
     process = command("inference.py", "--checkpoint", path, "--count", 1000, "--out", tmp_path / "a.png", preexec_fn=(
         lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))))
     assert_refused(process, "out of memory: lower --count")
