@@ -58,13 +58,16 @@ class Config:
     mlp_ratio: float = flag(4.0, "width of a block's MLP, as a multiple of hidden_size", 0.25, 16)
     time_spacing: str = flag("dit", "the frequencies that embed the time: as DiT's official code spaces them, or as "
                              "the article does", choices=("dit", "article"))
-
+    # Without a flag, for official weights: the MLP's GELU, exact (none) or by its tanh formula
+    gelu: str = dataclasses.field(default="none", metadata=dict(choices=("none", "tanh")))
     rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
 
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
     process: str = flag("flow", "ddpm: linear betas, the network predicts the noise (2006.11239); flow: a straight "
-                        "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
+                        "path, the network predicts the image (2209.03003, 2511.13720); sit: that path as SiT's code "
+                        "has it, the network predicts the velocity (2401.08740)",
+                        choices=("ddpm", "flow", "sit"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
     variance: str = flag("fixed", "of a step of the ddpm sampler: fixed; or learned (2102.09672), for which the "

@@ -231,10 +231,42 @@ class RectifiedFlow(Process):
         return (x_0 - (x_0 - gradient).detach()).square().flatten(1).mean(dim=1) / 2
 
 
+class SiT(Process):
+    """The straight path as SiT's official code has it (2401.08740): the network predicts the velocity x_0 - eps, and is
+    shown 1 - tau for a time: 0 is noise, 1 the image.
+
+    x_t = (1 - tau) x_0 + tau eps,  tau = (t + 1) / T
+    """
+
+    def __init__(self, T=1000, device="cpu"):
+        tau = torch.arange(1, T + 1, dtype=torch.float64).div(T).clamp(max=1 - 1e-6)  # `dpm` divides by the signal
+        super().__init__(1 - tau, tau, torch.ones(T), device)
+
+    def random_t(self, u):
+        """The steps (B,) to train on, from random numbers u (B,) in [0, 1): each step as often as any other."""
+        return (u * self.T).long()
+
+    def target(self, x_0, noise):
+        """What the network should answer when shown x_t, like x_0."""
+        return x_0 - noise
+
+    def to_x_0(self, output, x, t):
+        """The clean image that the network's output for x at the one step t stands for."""
+        return x + self.path[t][1] * output
+
+    def losses(self, model, *args, **options):
+        return super().losses(lambda x, t, y: model(x, 1 - (t + 1) / self.T, y), *args, **options)
+
+    def predict(self, model, x, t, *args):
+        return super().predict(model, x, 1 - (t + 1) / self.T, *args)
+
+
 def build_process(config, device="cpu"):
     """The process of a `Config`."""
     if config.process == "flow":
         process = RectifiedFlow(config.T, config.shift, device)
+    elif config.process == "sit":
+        process = SiT(config.T, device)
     else:
         kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
         process = kind(config.T, config.beta_start, config.beta_end, device)

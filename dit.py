@@ -120,13 +120,14 @@ class DiT(nn.Module):
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
     out_channels: of the prediction; None: as many as x has.
     time_spacing: see `time_emb.sinusoids`. rope: rotary positions in attention, beside those of the patch embedding.
+    gelu: of the blocks' MLP: "none", exact, or "tanh", approximate (torch.nn.GELU).
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=(28, 28), patch_size=(7, 7), channels=1, num_classes=10, hidden_size=128, depth=4,
                  num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False, out_channels=None,
-                 rope=False):
+                 rope=False, gelu="none"):
         super().__init__()
         size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
         if not size or len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
@@ -141,7 +142,7 @@ class DiT(nn.Module):
             num_classes + 1, hidden_size) if on_meta() else None)
         self.register_buffer("rotations", rotations(self.grid, hidden_size // num_heads) if rope else None,
                              persistent=False)                         # (2, *grid, D/2h)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, math.prod(patch) * (out_channels or channels))
         if not on_meta():
             self.initialize()
@@ -193,7 +194,7 @@ def build_model(config):
     """The untrained `DiT` of a `Config` whose sizes are all known."""
     return DiT(config.largest, config.patch_size, config.input_shape[0], config.num_classes, config.hidden_size,
                config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute,
-               config.output_channels, config.rope)
+               config.output_channels, config.rope, config.gelu)
 
 
 def flops(call):

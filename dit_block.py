@@ -64,13 +64,13 @@ class DiTBlock(nn.Module):
     forward: x (B, N, D), c (B, D), and perhaps a rotation for `Attention` -> (B, N, D)
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, gelu="none"):
         super().__init__()
         mlp_size = int(hidden_size * mlp_ratio)
         self.norm_1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(hidden_size, num_heads)
         self.norm_2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(gelu), nn.Linear(mlp_size, hidden_size))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c, rotation=None):

@@ -91,7 +91,8 @@ class Latents:
         path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{hash_of(identity)[:12]}"
         note = read_note(path, identity) or encode(images, vae, path, identity)
         self.rows, self.fingerprint = torch.from_numpy(open_array(path, size)), note["fingerprint"]
-        if note.get("check", there := check_of(self.rows)) != there:
+        check = check_of(self.rows)
+        if note.get("check", check) != check:
             raise UserError(f"{path / 'latents.npy'} has changed since it was written: remove {path} to have it "
                             "encoded anew")
         fewer = math.prod(images.shape) / math.prod(self.shape)

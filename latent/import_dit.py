@@ -4,35 +4,44 @@ of the weights that its authors released, or of what its train.py has saved.
     python -m latent.import_dit DiT-XL-2-256x256.pt xl.pth
     python inference.py --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
 
+A file of SiT's code (github.com/willisma/SiT, 2401.08740) too, which is the same network: by the flags of its train.py,
+or since the half of its output that DiT's variance would be is zero. It draws as SiT's sample.py does in the mode ODE
+with --sampling-method euler --num-sampling-steps 251.
+
 The two codes are the same network. What differs, and where it is bridged:
 
     the network     frequencies of the time        config.time_spacing = "dit", which is our default too
                     cosines before sines           columns of time_embedding.mlp.0 change places here
                     a patch is (C, p, p)           columns of patch_embedding.linear change places here
-                    GELU by tanh                   not bridged: the exact one moves the output by less than bfloat16
-                                                   rounds it, and needs no setting (tests/test_import_dit.py)
+                    GELU by tanh                   config.gelu = "tanh"
     the process     noise and v, 2C channels       config.variance = "learned": diffusion.LearnedVarianceDDPM, which
                     learned variance, its loss     draws and learns with it
+    SiT's process   velocity, t = 1 is the image   config.process = "sit": diffusion.SiT; the unused outputs are dropped
     drawing         250 steps, the last is t = 0   config.spacing = "linspace"
                     guidance on 3 of 4 channels    config.guided_channels = 3
                     x_0 is not clamped             config.clamp = False
                     latents are z * 0.18215        config.latent_std
                     noise of one stream, twice     not bridged: here each image has a stream of its own
-    the file        an argparse.Namespace          is read as plain values; nothing else but tensors and numbers is
+    the file        an argparse.Namespace, paths   are read as plain values; nothing else but tensors and numbers is
+                    module. or _orig_mod. before   left out of the names
 """
 
 from support.commands import Parser, UserError, first_line, run, some_path
+from support.tensors import check_tensors, misfit, read_tensors
 
 import argparse
+import dataclasses
+import datetime
 import math
+import pathlib
 import re
 import shlex
-import warnings
-import zipfile
+import types
 
+import numpy as np
 import torch
 
-from checkpoint import check_out, check_tensors, save_checkpoint
+from checkpoint import check_out, save_checkpoint
 from config import PAPER, PRESETS, Config
 from dit import build_model, sincos_positions
 from latent.vae import load_vae
@@ -44,6 +53,13 @@ NAMES = (("patch_embedding.linear", "x_embedder.proj"), ("time_embedding", "t_em
 SCALE = 0.18215  # of latents, in DiT's sample.py and train.py
 VAE = "stabilityai/sd-vae-ft-mse"  # of sample.py; the FID of the paper was measured with sd-vae-ft-ema
 VAE_FACTOR, VAE_CHANNELS = 8, 3
+# What flags may be, besides plain values: (what it is read as, how the file calls it)
+HARMLESS = [argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.timedelta, np.dtype,
+            *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
+            *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+            *((getattr(pathlib, "Pure" * ("Pure" not in name) + name), f"{module}.{name}")
+              for module in ("pathlib", "pathlib._local")  # of Python 3.13
+              for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"))]
 
 
 def official_name(name):
@@ -57,13 +73,12 @@ def read_official(path):
     """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. Of a large file nothing is in
     memory yet. Nothing in it can run code. Raises `UserError` when it is another file."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = read_tensors(path, HARMLESS, mmap=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: download it as the README of facebookresearch/DiT says") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is no file of DiT's code, is cut short, or holds more than weights and flags "
-                        f"({type(error).__name__}: {first_line(error, 100)})") from None
+                        f"({first_line(error)})") from None
     if isinstance(content, dict) and "format" in content:
         raise UserError(f"{path} is a checkpoint of this project already, or of another one, but no file of DiT's code")
     flags = content.get("args") if isinstance(content, dict) else None
@@ -73,6 +88,8 @@ def read_official(path):
     if not isinstance(content, dict) or not content or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
         raise UserError(f"{path} is no file of DiT's code: it holds no weights by name")
+    # Of DistributedDataParallel and torch.compile
+    content = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weight for name, weight in content.items()}
     return content, vars(flags) if isinstance(flags, argparse.Namespace) else {}
 
 
@@ -134,7 +151,7 @@ def make_config(weights, flags, num_heads=None, vae=None):
     return Config(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
                   num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
                   sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
-                  guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False)
+                  guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
 
 
 def convert(weights, config):
@@ -147,11 +164,9 @@ def convert(weights, config):
     grid = [side // p for side in config.latent_shape[1:]]
     expected = {name: shapes[names[name]] for name in names} | {
         "x_embedder.proj.weight": (D, C, p, p), "pos_embed": (1, math.prod(grid), D)}
-    for name in [*(expected.keys() - weights.keys()), *(weights.keys() - expected.keys())]:
-        raise UserError(f"{name:.80} is {'missing' if name in expected else 'no weight of a DiT'}")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise UserError(f"{name} is {tuple(weights[name].shape)}, but should be {tuple(shape)}")
+    wrong = misfit(weights, expected)
+    if wrong:
+        raise UserError(f"it does not hold the weights of a DiT: {wrong}")
     check_tensors("weights", weights, expected, (torch.float32, torch.float16, torch.bfloat16))
     if not torch.allclose(weights["pos_embed"].float(), sincos_positions(grid, D), rtol=0, atol=1e-3):
         raise UserError("pos_embed does not hold DiT's sines and cosines")
@@ -164,9 +179,33 @@ def convert(weights, config):
     return ours
 
 
+def is_sit(weights, config, flags):
+    """Whether weights by our names, of a `DiT` of `config`, are SiT's. flags: of its train.py, a dict. Raises
+    `UserError` when its network predicts what is not known here."""
+    if flags.keys() & {"path_type", "prediction"}:
+        path, prediction = flags.get("path_type", "Linear"), flags.get("prediction", "velocity")
+        if (path, prediction) != ("Linear", "velocity"):
+            raise UserError(f"it predicts {prediction!r:.40} on the path {path!r:.40}: of SiT's code, only 'velocity' "
+                            "on the path 'Linear' is known here")
+        return True
+    if config.variance == "fixed":
+        return False
+    eps, v = weights["final_layer.linear.weight"].unflatten(0, (-1, 2, config.latent_shape[0])).unbind(1)
+    return bool(eps.any()) and not v.any()  # SiT has no use for the second half: it stays as it began
+
+
+def as_sit(weights, config):
+    """Such weights of SiT's as (weights, `Config`) that draw as its sample.py does."""
+    if config.variance == "learned":
+        weights = weights | {name: weights[name].unflatten(0, (-1, 2, config.latent_shape[0]))[:, 0].flatten(0, 1)
+                             for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return weights, dataclasses.replace(config, process="sit", variance="fixed", sampler="ddim", spacing="trailing")
+
+
 def main():
-    parser = Parser(description="Makes a checkpoint out of a file of DiT's official code: of the weights released, or "
-                                "of what its train.py has saved. It then draws as DiT's sample.py does.")
+    parser = Parser(description="Makes a checkpoint out of a file of DiT's official code, or SiT's: of the "
+                                "weights released, or of what train.py has saved. It then draws as their sample.py "
+                                "does.")
     parser.add_argument("official", type=some_path, help="the file, such as DiT-XL-2-256x256.pt")
     parser.add_argument("out", type=some_path, help="the checkpoint to write")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: those of DiT-S, B, L or XL)")
@@ -178,16 +217,21 @@ def main():
     try:
         config = make_config(weights, flags, args.num_heads, args.vae)
         ours = convert(weights, config)
+        sit = is_sit(ours, config, flags)
+        if sit:
+            ours, config = as_sit(ours, config)
     except UserError as error:
         raise UserError(f"{args.official}: {error}") from None
     save_checkpoint(args.out, config, 0, 0.0, ours)
     height, width = config.image_size
     print(f"{args.out}: {sum(weight.numel() for weight in ours.values()):,} parameters, {config.depth} blocks of width "
           f"{config.hidden_size}; images of {height} x {width}, {config.num_classes:,} classes")
+    if sit:
+        print("it is a SiT: the network predicts the velocity on the way from noise to image")
     vae = args.vae or "sd-vae-ft-ema"
     print(f"draw with: python inference.py --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} --labels "
           + ("207 360" if config.classes else "0"))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

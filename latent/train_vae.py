@@ -504,6 +504,9 @@ def finish(run, images, tests, out):
                for name, part in (("mean", vae.mean), ("std", vae.std))}
     print(f"{out}: PSNR {psnr(made, tests):.2f} dB on {len(tests):,} held-out images; its latents' channels have mean "
           f"{numbers['mean']} and std {numbers['std']}")
+    if vae.patch_size > 1:
+        print(f"it sees patches: with diffusers, torch's pixel_unshuffle goes before its encoder, and pixel_shuffle "
+              f"behind its decoder, each by {vae.patch_size}; a VAE of more --widths needs neither")
 
 
 def parse_args():

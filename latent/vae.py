@@ -459,7 +459,8 @@ def read_weights(file, vae):
                  for name, weight in state.items()}
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{file} is damaged or cut short ({first_line(error, 100)})") from None
-    if wrong := misfit(state, {name: weight.shape for name, weight in vae.state_dict().items()}):
+    wrong = misfit(state, {name: weight.shape for name, weight in vae.state_dict().items()})
+    if wrong:
         raise UserError(f"{file} does not fit its {CONFIG}: {wrong}")
     for name, weight in state.items():
         if not weight.is_floating_point() or weight.layout != torch.strided or not weight.is_contiguous():

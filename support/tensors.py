@@ -60,7 +60,8 @@ def misfit(tensors, shapes):
 def check_tensors(what, tensors, shapes, dtypes=(torch.float32,)):
     """Raises an exception unless `tensors` is a dict of finite dense tensors of just these names, shapes and dtypes.
     Returns their size in bytes."""
-    if wrong := misfit(tensors, shapes):
+    wrong = misfit(tensors, shapes)
+    if wrong:
         raise UserError(f"its {what} do not fit its configuration: {wrong}")
     size = 0
     for tensor in tensors.values():

@@ -32,9 +32,10 @@ def test_defaults_are_those_that_were_measured():
         num_classes=0,
         classes=(), flips=False, vae="",
         vae_hash="", latent_shape=(), latent_mean=(), latent_std=(), patch_size=(), variance="fixed",
-        hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", rope=False, T=1000, process="flow",
-        beta_start=1e-4, beta_end=0.02, shift=2.2, loss="l2", steps=5000, batch_size=64, optimizer="muon", lr=4e-3,
-        lr_decay="sqrt", warmup=100, weight_decay=0.0, grad_clip=1.0, ema_decay=0.9999, given=0.0, label_dropout=0.1,
+        hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", gelu="none", rope=False, T=1000,
+        process="flow", beta_start=1e-4, beta_end=0.02, shift=2.2, loss="l2", steps=5000, batch_size=64,
+        optimizer="muon", lr=4e-3, lr_decay="sqrt", warmup=100, weight_decay=0.0, grad_clip=1.0, ema_decay=0.9999,
+        given=0.0, label_dropout=0.1,
         precision="auto", compile=False, recompute=False, shard=False, seed=0, log_every=50, sample_every=1000,
         checkpoint_every=1000, sampler="dpm", sample_steps=6, guidance=1.4, eta=0.0,
         spacing="trailing", guided_channels=0, clamp=True)
