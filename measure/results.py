@@ -35,6 +35,7 @@ def network_calls(config):
         passed.append(len(x))
         return x.new_zeros(len(x), config.output_channels, *x.shape[2:])
 
+    config = dataclasses.replace(config, channels=config.channels or 1)  # before the data have said how many
     network.null_label = config.num_classes
     one_pixel = [1] * len(config.input_shape[1:])
     for _ in sample(network, config, torch.zeros(FULL_BATCH, dtype=torch.long), size=one_pixel):
