@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import weakref
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -666,10 +667,12 @@ def test_a_morph_is_animated_there_and_back(call, small, tmp_path):
                 "--out", tmp_path / "a.gif")[0] == 0
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.size == (2 + 10 * 58, 2 + 2 * 58)
-        frames = []
+        frames, times = [], []
         for number in range(animation.n_frames):
             animation.seek(number)
             frames.append(np.asarray(animation.convert("L")))
+            times.append(animation.info["duration"])
+    assert times == [1000, *[60] * 28] * 2  # milliseconds
     assert len(frames) == 58 and all(np.array_equal(frames[i], frames[-i]) for i in range(1, 29))
     assert not np.array_equal(frames[0], frames[len(frames) // 2])
 
@@ -778,6 +781,7 @@ def test_a_clip_is_a_function_of_seed_and_index(tmp_path):
     labels = torch.arange(20) % 10
     clips = generate(model, config, labels)
     assert clips.shape == (20, 1, 4, 8, 8) and clips.std() > 0.1
+    assert deque(sample(model, config, labels, size=(2, 4, 8)), maxlen=1).pop().shape == (20, 1, 2, 4, 8)
     for index in ([0], [19], [3, 17], [*range(5, 20)]):
         assert torch.equal(generate(model, config, labels[index], index), clips[index])
 
