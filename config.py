@@ -10,6 +10,9 @@ import math
 from pathlib import PurePath
 
 SAMPLERS = {}  # the function of each name: diffusion.py fills in its own
+TORCHVISION = {  # data sets that torchvision reads and downloads, and what shows that a folder holds one
+    "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw", "EMNIST": "EMNIST/raw",
+    "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "SVHN": "train_32x32.mat"}
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
 
@@ -23,12 +26,12 @@ class Config:
     """All settings of a run. Raises `UserError` when a value has the wrong type or is out of range."""
 
     # Data
-    dataset: str = flag("auto", "mnist, digits (8x8, part of scikit-learn), sprites (64x64, in colour: 9 actions), "
-                        "folder (one folder per class), or auto: mnist, and digits where mnist cannot be had; moving "
-                        "(clips of these digits), clips (one folder per class, of GIFs or folders of frames)",
-                        choices=("auto", "mnist", "digits", "sprites", "folder", "moving", "clips"))
-    data_dir: str = flag(".", "the folder that holds (or gets) MNIST/ or Sprites/, or for --dataset folder and clips "
-                         "the folder of classes")
+    dataset: str = flag("mnist", "mnist, sprites (64x64, in colour: 9 actions), folder (one folder per class); moving "
+                        "(clips of MNIST's digits), clips (one folder per class, of GIFs or folders of frames); or a "
+                        "data set that torchvision downloads",
+                        choices=("mnist", "sprites", "folder", "moving", "clips", *TORCHVISION))
+    data_dir: str = flag("", "the folder of classes, for --dataset folder and clips; else the folder that holds (or "
+                         "gets) the data set, by default the code's own, with which MNIST and the sprites come")
     digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
     speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
@@ -261,8 +264,6 @@ def check_value(field, value):
                             f"frames, height and width, such as 16x32x32, each between {rule['low']} and "
                             f"{rule['high']}")
         return
-    if field.name == "data_dir" and not value:  # as an unset variable leaves it
-        raise UserError("data_dir is empty: name a folder, or leave it out")
     if field.type in (str, bool, tuple):
         return
     if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere

@@ -431,7 +431,7 @@ def main():
     from dataset import load_dataset, to_float, to_uint8
 
     torch.manual_seed(0)
-    image = to_float(load_dataset("auto", ".").images[:1])
+    image = to_float(load_dataset("mnist").images[:1])
     noise, steps, rows = torch.randn_like(image), torch.linspace(0, 999, 11).long(), []
     for process in (DDPM(), RectifiedFlow()):
         x_t, _ = process.forward_add_noise(image.expand(11, -1, -1, -1), steps, noise)

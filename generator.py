@@ -28,12 +28,12 @@ def check_classes(config, data):
     """Raises `UserError` unless the model of `config` knows as many classes as the images `data` (a `Dataset`) have;
     other names for them are a warning."""
     if config.num_classes != len(data.classes):
-        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} in "
-                        f"{config.data_dir} have {len(data.classes):,}: name its own with --dataset and --data-dir")
+        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} "
+                        f"have {len(data.classes):,}: name its own with --dataset and --data-dir")
     if config.classes and config.classes != tuple(data.classes) and not parallel.RANK:
         one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
-        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in "
-              f"{config.data_dir}: they are taken for the same classes in the same order", file=sys.stderr)
+        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
+              "set: they are taken for the same classes in the same order", file=sys.stderr)
 
 
 def class_weights(labels, num_classes, equal=False):

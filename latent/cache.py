@@ -44,9 +44,9 @@ def open_data(config, device, folder="latents", images=None):
     """What a `Config` says to learn from: a `Dataset`, or with a VAE the `Latents` kept in `folder`; either is there
     once it is `load`ed. images: a `Dataset` to take instead. With torchrun, every process must call both. Raises
     `UserError`."""
-    if config.flips and config.dataset != "folder":
-        raise UserError(f"--flips is for photographs (--dataset folder): what {config.dataset} shows would mean "
-                        "something else in a mirror")
+    if config.flips and config.dataset not in ("folder", "CIFAR10", "CIFAR100"):
+        raise UserError(f"--flips is for photographs (--dataset folder, CIFAR10 or CIFAR100): what {config.dataset} "
+                        "shows would mean something else in a mirror")
     of = dict(image_size=config.image_size, channels=config.channels, ground=config.ground)
     with parallel.rank_0_first():  # it may download them
         if not config.vae:

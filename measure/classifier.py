@@ -33,12 +33,11 @@ from torch import nn
 
 from config import Config, add_flags, given_flags
 from dataset import load_dataset, to_float
-from inference import say_default
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
 FORMAT, OLD_FORMAT = "classifier-1", "digit-classifier-1"
-DIGITS = {"mnist": (1, 28, 28), "digits": (1, 8, 8)}  # the images that `DigitClassifier` reads
+DIGITS = "mnist", (1, 28, 28)  # the images that `DigitClassifier` reads
 FEATURES = 64
 WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
 LARGEST_GRID = 32  # its first convolution brings larger images down to this
@@ -52,17 +51,17 @@ def conv(in_channels, out_channels, kernel_size):
 
 
 class DigitClassifier(nn.Module):
-    """Reads digits float (B, 1, size, size) in [-1, 1]; the shapes below are those of MNIST."""
+    """Reads MNIST's digits, float (B, 1, 28, 28) in [-1, 1]."""
 
-    def __init__(self, size=28):
+    def __init__(self):
         super().__init__()
-        self.shape, self.num_classes = (1, size, size), 10
+        self.shape, self.num_classes = DIGITS[1], 10
         self.body = nn.Sequential(
             conv(1, 32, 5),                                                              # (B, 32, 14, 14)
             conv(32, 64, 3),                                                             # (B, 64, 7, 7)
             nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Flatten(),                             # not averaged over the image: it counts where a stroke is
-            nn.Linear(64 * (size // 4) ** 2, 64, bias=False), nn.BatchNorm1d(64),        # (B, 64)
+            nn.Linear(64 * 7 * 7, 64, bias=False), nn.BatchNorm1d(64),                    # (B, 64)
         )
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
@@ -117,7 +116,7 @@ class Classifier(nn.Module):
 
 def build_classifier(name, shape, num_classes):
     """The untrained network for images of `shape` (C, H, W) of the data set called `name`."""
-    return DigitClassifier(shape[-1]) if tuple(shape) == DIGITS.get(name) else Classifier(shape, num_classes)
+    return DigitClassifier() if (name, tuple(shape)) == DIGITS else Classifier(shape, num_classes)
 
 
 def augment(x, generator):
@@ -151,8 +150,8 @@ def schedule(data):
     """How many epochs, and how large a batch, train a classifier of a `Dataset`: 10 epochs, but not less than about
     1,000 steps, and not more than about 5,000."""
     N = len(data.images)
-    if tuple(data.images.shape[1:]) == DIGITS.get(data.name):
-        return (5, min(256, N)) if data.name == "mnist" else (20, min(100, N))
+    if (data.name, data.shape) == DIGITS:
+        return 5, min(256, N)
     batch_size = max(2, min(128, N // 10))
     batches = max(1, N // batch_size)
     return max(math.ceil(1000 / batches), min(10, math.ceil(5000 / batches))), batch_size
@@ -164,7 +163,7 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
     epochs, batch_size: None = as `schedule` says. flips: mirrored images count as well. leave: the bar stays.
     """
     images, labels = data.images.to(device), data.labels.to(device)
-    digits = tuple(images.shape[1:]) == DIGITS.get(data.name)
+    digits = (data.name, data.shape) == DIGITS
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     classifier = build_classifier(data.name, images.shape[1:], len(data.classes)).to(device)
@@ -207,8 +206,7 @@ def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
 
 def where_kept(name, shape, fingerprint):
     """The file of the classifier of such images: MNIST's own comes with the repository."""
-    mnist = name == "mnist" and tuple(shape) == DIGITS[name]
-    return WEIGHTS if mnist else KEPT / f"{name}-{fingerprint}.pth"
+    return WEIGHTS if (name, tuple(shape)) == DIGITS else KEPT / f"{name}-{fingerprint}.pth"
 
 
 def save_classifier(path, classifier, data, fingerprint, accuracy):
@@ -235,7 +233,7 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_FORMAT):
         raise UserError(f"{path} is not a classifier (no format {FORMAT!r} in it): {retrain}")
     if content["format"] == OLD_FORMAT:
-        content = {"shape": DIGITS["mnist"], "classes": [*"0123456789"], "data": None} | content
+        content = {"shape": DIGITS[1], "classes": [*"0123456789"], "data": None} | content
     if content.get("dataset") != name or (fingerprint and content.get("data") not in (None, fingerprint)):
         which = "other images of " if content.get("dataset") == name else ""
         raise UserError(f"{path} reads {which}{content.get('dataset')!r:.40}, not {'these' if which else repr(name)}: "
@@ -255,15 +253,12 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
 
 
 def find_classifier(data, fingerprint, data_dir, device="cpu"):
-    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`. For scikit-learn's
-    digits it is trained here where none is kept, in seconds. Raises `UserError` when there is none, with the command
-    that trains it."""
+    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`. Raises
+    `UserError` when there is none, with the command that trains it."""
     shape = tuple(data.images.shape[1:])
     path = where_kept(data.name, shape, fingerprint)
     if path.exists() or path == WEIGHTS:
         return load_classifier(path, data.name, fingerprint, device)
-    if shape == DIGITS.get(data.name):
-        return train_classifier(data).to(device)
     C, *size = shape
     flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
              "--image-size", show_size(size), "--channels", str(C)]
@@ -283,8 +278,6 @@ def main():
     parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
                                 "of any labelled data set.")
     add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "ground", "flips", "seed"])
-    parser.set_defaults(dataset="mnist")
-    say_default(parser, ["dataset"], "mnist")
     parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
                         "1,000 to 5,000 steps; fewer for digits)")
     parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "

@@ -105,7 +105,7 @@ def runs(args, judge, real):
         content = load_checkpoint(path)
         config = dataclasses.replace(content["config"], seed=0)
         fakes = draw_fakes(averaged_model(content, judge.device), config, labels)
-        alike.setdefault(dataclasses.replace(config, data_dir="."), []).append(
+        alike.setdefault(dataclasses.replace(config, data_dir=""), []).append(
             judge.brief(fakes, labels) | {"seconds": content["seconds"], "fakes": fakes[:40]})
 
     columns = {"seconds": ".0f", "accuracy": ".1%", "frechet": ".3f", "ratio": ".1f", "precision": ".2f",

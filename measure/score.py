@@ -454,12 +454,11 @@ def score_folder(args, device):
     given = {name: value for name, value in given_flags(args).items() if name in ("dataset", "data_dir")}
     size = fake_size(args.images)
     if "dataset" not in given:
-        dataset = {shape[1:]: name for name, shape in DIGITS.items()}.get(size)
-        if dataset is None:
+        if size != DIGITS[1][1:]:
             raise UserError(f"the images in {args.images} are of {size[0]} x {size[1]} pixels: name the real ones to "
-                            "hold them against with --dataset and --data-dir (only 28 x 28, MNIST's, and 8 x 8, "
-                            "scikit-learn's digits, are known by their size)")
-        given["dataset"] = dataset
+                            "hold them against with --dataset and --data-dir (only MNIST's, 28 x 28, are known by "
+                            "their size)")
+        given["dataset"] = DIGITS[0]
     judge = open_judge(Config(**given, image_size=size), device)
     fakes, labels = read_fakes(args.images, "L" if judge.train.images.shape[1] == 1 else "RGB")
     if labels is not None and labels.max() >= judge.num_classes:
@@ -500,8 +499,7 @@ def score_vae(args, device):
 def parse_args():
     parser = sampling_parser("Draws images from a checkpoint, or takes those in a folder, and scores them against the "
                              "real ones, with the classifier that measure.classifier has trained on these (MNIST's "
-                             "comes with the repository; for scikit-learn's 8x8 digits one is trained first, in "
-                             "seconds, and its scores compare with no others). With --vae and no --checkpoint, scores "
+                             "comes with the repository). With --vae and no --checkpoint, scores "
                              "what the VAE makes of real images, and keeps that in its folder as round_trip.json.")
     parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
                         "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")

@@ -36,7 +36,7 @@ NARROW = 64  # levels of 256 that images should have more of
 class Images:
     """Labelled images of one shape, in memory (`Dataset`) or in files (`Folder`)."""
 
-    name: str             # "mnist", "digits", "sprites" or "folder"
+    name: str             # "mnist", "sprites", "folder" ...
     shape: tuple          # (C, H, W) of an image
     labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
     classes: list[str]    # the name of each class
@@ -76,7 +76,7 @@ class Folder(Images):
     name = "folder"
 
     def __init__(self, root, train=True, image_size=(), channels=0, ground="black"):
-        self.root, self.ground = Path(root), ground
+        self.root, self.ground = folder_of_classes(root), ground
         tested = has_test_part(self.name, self.root)
         found, self.classes = list_classes(self.root, train or not tested)
         if not tested:
@@ -180,6 +180,13 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
 def place(found):
     """Where what `walk` yields lies: a file, or the folder of a list of files."""
     return found[0].parent if isinstance(found, list) else found
+
+
+def folder_of_classes(data_dir):
+    """The folder that --data-dir names, a `Path`. Raises `UserError` when it names none."""
+    if not data_dir:
+        raise UserError("name the folder that holds one folder per class with --data-dir")
+    return Path(data_dir)
 
 
 def has_test_part(name, data_dir):

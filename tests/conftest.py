@@ -1,29 +1,71 @@
 from support import commands
 
+import gzip
+import math
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
-from dataset import Dataset
+from dataset import Dataset, load_dataset
 
 HANGS = 1000  # seconds, after which a process hangs for sure: no machine is so slow
 REPOSITORY = Path(__file__).parent.parent
-TINY = ["--dataset", "digits", "--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--sample-steps", "3",
-        "--batch-size", "8", "--warmup", "2", "--log-every", "2", "--device", "cpu"]
+
+
+def write_small_mnist():
+    """A folder with the first 150 images of each digit of MNIST to train on, and the first 297 of all to test on, as
+    torchvision has them."""
+    folder = Path(tempfile.mkdtemp(prefix="small-mnist-"))
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for part, count in (("train", 2000), ("t10k", 297)):
+        parts = []
+        for name, shape in (("labels-idx1", ()), ("images-idx3", (28, 28))):
+            with gzip.open(REPOSITORY / "MNIST" / "raw" / f"{part}-{name}-ubyte.gz") as file:
+                file.read(8 + 4 * len(shape))
+                parts.append(np.frombuffer(file.read(count * math.prod(shape)), np.uint8).reshape(count, *shape))
+        chosen = np.sort(np.concatenate([np.flatnonzero(parts[0] == digit)[:150] for digit in range(10)]))
+        for name, array in zip(("labels-idx1", "images-idx3"), parts, strict=True):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, len(chosen), *array.shape[1:])
+            (folder / "MNIST" / "raw" / f"{part}-{name}-ubyte").write_bytes(header + array[chosen].tobytes())
+    return folder
+
+
+if "SMALL_MNIST" in os.environ:  # the process that started this one has made it
+    SMALL = Path(os.environ["SMALL_MNIST"])
+else:
+    SMALL = write_small_mnist()
+    os.environ["SMALL_MNIST"] = str(SMALL)
+
+    def pytest_unconfigure():
+        shutil.rmtree(SMALL)
+
+# What trains in no time on it, at 8 x 8 pixels: the settings, and the flags that say the same and more.
+SMALL_DATA = dict(dataset="mnist", data_dir=str(SMALL), image_size=8)
+TINY = ["--dataset", "mnist", "--data-dir", str(SMALL), "--image-size", "8", "--hidden-size", "32", "--depth", "1",
+        "--num-heads", "2", "--sample-steps", "3", "--batch-size", "8", "--warmup", "2", "--log-every", "2",
+        "--device", "cpu"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes of as many threads as there are cores would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
+
+
+def small_mnist(train=True, **options):
+    """What `TINY` trains on: a part of it, a `Dataset`."""
+    return load_dataset("mnist", SMALL, train, **{"image_size": 8} | options)
 
 
 @pytest.fixture(autouse=True)
@@ -139,13 +181,8 @@ def weights(state, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def parts():
-    """scikit-learn's 8x8 digits made to look like MNIST, in three parts of 599: to train, to test, to be good fakes."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16
-    images = F.pad(F.interpolate(images, size=(20, 20), mode="bicubic").clamp(0, 1), (4, 4, 4, 4))
-    images, labels = (images * 255).round().byte(), torch.from_numpy(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    order = order[labels[order].argsort(stable=True)]  # the digits are shared out evenly
-    return [Dataset("mnist", images[order[part::3]], labels[order[part::3]], [*"0123456789"]) for part in range(3)]
+    """1,797 of MNIST's test images in three parts of 599: to train, to test, to be good fakes."""
+    data = load_dataset("mnist", train=False)
+    order = torch.cat([(data.labels == digit).nonzero()[:180, 0] for digit in range(10)])[:1797]
+    return [Dataset("mnist", data.images[order[part::3]], data.labels[order[part::3]], data.classes)
+            for part in range(3)]

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, TINY, assert_refused, same, train_until
+from conftest import HANGS, REPOSITORY, SMALL_DATA, TINY, assert_refused, same, small_mnist, train_until
 from PIL import Image
 from test_parallel import assert_alike, finish, torchrun
 
@@ -163,7 +163,8 @@ def read(data, rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(data, rows)
 Dataset.read = read
-cache.Latents(load_dataset("digits", ""), "here", load_vae(sys.argv[1]), False, Path(sys.argv[2])).load()
+data = load_dataset("mnist", os.environ["SMALL_MNIST"], image_size=8)
+cache.Latents(data, "here", load_vae(sys.argv[1]), False, Path(sys.argv[2])).load()
 """
 
 
@@ -172,7 +173,7 @@ def test_kill_9(tmp_path, capsys):
     process = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "vae", tmp_path / "latents"], timeout=HANGS,
                              cwd=REPOSITORY, capture_output=True)
     assert process.returncode == -9, process.stderr
-    vae, data = load_vae(tmp_path / "vae"), load_dataset("digits", "")
+    vae, data = load_vae(tmp_path / "vae"), small_mnist()
     latents = Latents(data, "here", vae, False, tmp_path / "latents").load()
     assert "2 of 6 blocks are in" in capsys.readouterr().out
     assert torch.equal(latents.rows, Latents(data, "here", vae, False, tmp_path / "other").load().rows)
@@ -304,12 +305,12 @@ def test_a_large_cache_is_looked_at_in_part(tmp_path, monkeypatch):
 
 def test_other_labels_go_on_with_no_run(call, flags, tmp_path, monkeypatch):
     """The latents would be the same, and the run another one."""
-    data, run = load_dataset("digits", "."), tmp_path / "run"
+    data, run = small_mnist(), tmp_path / "run"
     fingerprints = []
     for labels in (data.labels, data.labels.roll(1)):
         changed = dataclasses.replace(data, labels=labels)
         monkeypatch.setattr(cache, "load_dataset", lambda *_, changed=changed, **__: changed)
-        latents = open_data(Config(dataset="digits", vae=str(flags[-3])), torch.device("cpu"), flags[-1]).load()
+        latents = open_data(Config(**SMALL_DATA, vae=str(flags[-3])), torch.device("cpu"), flags[-1]).load()
         fingerprints.append(latents.fingerprint)
         result = call(train, *flags, "--steps", 2 * len(fingerprints), "--run-dir", run,
                       *(["--resume"] if len(fingerprints) == 2 else []))

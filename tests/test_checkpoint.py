@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import SAMPLING, Config
 from dit import build_model
 
-CONFIG = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
+CONFIG = Config(dataset="mnist", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
                 num_heads=2)
 
 

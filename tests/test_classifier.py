@@ -2,6 +2,7 @@
 
 from support.commands import UserError
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -9,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, assert_refused
+from conftest import REPOSITORY, SMALL, TINY, assert_refused
 from PIL import Image
 
 import measure.score
@@ -89,8 +90,8 @@ def test_its_file_is_small():
 
 def test_which_network():
     assert type(build_classifier("mnist", (1, 28, 28), 10)) is DigitClassifier
-    assert build_classifier("digits", (1, 8, 8), 10).shape == (1, 8, 8)
-    for name, shape in (("mnist", (3, 28, 28)), ("digits", (1, 28, 28)), ("folder", (1, 28, 28))):
+    for name, shape in (("mnist", (3, 28, 28)), ("mnist", (1, 8, 8)), ("FashionMNIST", (1, 28, 28)),
+                        ("folder", (1, 28, 28))):
         assert type(build_classifier(name, shape, 10)) is Classifier
 
 
@@ -152,11 +153,11 @@ def test_what_has_no_test_part_has_some_held_out(here, capsys):
 
 
 def test_training_says_what_it_holds_out(call, here):
-    code, out, err = call(train_script, *FOLDER, *TINY[2:], "--steps", 2, "--patch-size", 4)
+    code, out, err = call(train_script, *TINY, *FOLDER, "--steps", 2, "--patch-size", 4)
     assert code == 0, err
     assert "data      folder: 54 images of 12 x 12, colour" in out and "each class, 6 in all, is held out" in out
     make_folder(here / "few", 9)
-    out = call(train_script, *FOLDER[:2], "--data-dir", "few", *TINY[2:], "--steps", 2, "--run-dir", "b")[1]
+    out = call(train_script, *TINY, *FOLDER[:2], "--data-dir", "few", "--steps", 2, "--run-dir", "b")[1]
     assert "27 images" in out and "held out" not in out  # too few to do without any
     assert load_dataset("folder", "few").summary.endswith("red banana")
 
@@ -167,7 +168,7 @@ def test_a_test_part_that_is_there_is_taken(here, capsys):
     train, test, _ = load_parts("folder", "parts")
     assert train.images.shape == (9, 3, 12, 12) and test.images.shape == (6, 3, 12, 12)  # of one size
     assert capsys.readouterr().err == ""
-    assert [len(part.images) for part in load_parts("digits", "")[:2]] == [1500, 297]
+    assert [len(part.images) for part in load_parts("mnist", SMALL)[:2]] == [1500, 297]
 
 
 # The commands
@@ -255,14 +256,22 @@ def test_bad_flags(call, here):
 
 def test_that_of_small_digits_is_kept_too(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train, test, fingerprint = load_parts("digits", "")
-    found = find_classifier(train, fingerprint, "")  # where none is kept, it is trained
-    assert accuracy_on(found, test) > 0.95 and not (tmp_path / "classifiers").exists()
-    code, out, err = call(module, "--dataset", "digits", "--epochs", 3, "--device", "cpu")
+    train, test, fingerprint = load_parts("mnist", SMALL, (8, 8))
+    with pytest.raises(UserError, match=rf"classifier --dataset mnist --data-dir {SMALL} --image-size 8 --channels 1"):
+        find_classifier(train, fingerprint, SMALL)
+    code, out, err = call(module, "--data-dir", SMALL, "--image-size", 8, "--epochs", 3, "--device", "cpu")
     assert code == 0, err
-    assert out.startswith(f"classifiers/digits-{fingerprint}.pth: reads")
-    monkeypatch.setattr(module, "train_classifier", None)
-    assert f"{accuracy_on(find_classifier(train, fingerprint, ''), test):.2%} of 297" in out
+    assert out.startswith(f"classifiers/mnist-{fingerprint}.pth: reads")
+    assert f"{accuracy_on(find_classifier(train, fingerprint, SMALL), test):.2%} of 297" in out
+
+
+def test_other_images_of_the_same_shape_are_not_read_as_digits(tmp_path, monkeypatch):
+    """MNIST's classifier knows nothing of FashionMNIST, though its images have the same shape."""
+    monkeypatch.chdir(tmp_path)
+    data = dataclasses.replace(load_dataset("mnist", SMALL), name="FashionMNIST")
+    assert where_kept(data.name, data.shape, "x") != WEIGHTS
+    with pytest.raises(UserError, match="--dataset FashionMNIST"):
+        find_classifier(data, data.fingerprint, "")
 
 
 def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):

@@ -28,7 +28,7 @@ def test_every_preset_is_valid():
 def test_defaults_are_those_that_were_measured():
     """The README's figures are of these: whoever changes one measures anew."""
     assert dataclasses.asdict(Config()) == dict(
-        dataset="auto", data_dir=".", digits=1, speeds=False, image_size=(), sizes=(), channels=0, ground="black",
+        dataset="mnist", data_dir="", digits=1, speeds=False, image_size=(), sizes=(), channels=0, ground="black",
         num_classes=0,
         classes=(), flips=False, vae="",
         vae_hash="", latent_shape=(), latent_mean=(), latent_std=(), patch_size=(), variance="fixed",
@@ -50,8 +50,8 @@ def test_article_preset():
 
 def test_flags_are_the_fields_and_hold_only_what_was_given():
     assert parse() == {}
-    assert parse("--lr", "0.5", "--batch-size", "7", "--dataset", "digits") == {
-        "lr": 0.5, "batch_size": 7, "dataset": "digits"}
+    assert parse("--lr", "0.5", "--batch-size", "7", "--dataset", "sprites") == {
+        "lr": 0.5, "batch_size": 7, "dataset": "sprites"}
     for field in dataclasses.fields(Config):
         name = field.name.replace("_", "-")
         if field.type is bool:

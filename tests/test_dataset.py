@@ -5,20 +5,23 @@ from support.image_files import fit, is_grey, list_images, read_clip, read_image
 from support.sizes import available_memory
 
 import dataclasses
+import gzip
 import http.client
 import itertools
 import os
-import socket
+import pickle
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision
+from conftest import SMALL, small_mnist
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from config import TORCHVISION
 from dataset import load_dataset, to_float, to_uint8
 
 
@@ -30,10 +33,10 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """A folder with a made-up MNIST of the real size."""
+    """A folder with a made-up MNIST, whose images are not square."""
     folder = tmp_path_factory.mktemp("mnist")
-    for part, count, period in (("train", 60000, 241), ("t10k", 10000, 251)):
-        images = (np.arange(count * 784, dtype=np.uint32) % period).astype(np.uint8).reshape(count, 28, 28)
+    for part, count, period in (("train", 300, 241), ("t10k", 210, 251)):
+        images = (np.arange(count * 28 * 20, dtype=np.uint32) % period).astype(np.uint8).reshape(count, 28, 20)
         write_idx(folder / f"MNIST/raw/{part}-images-idx3-ubyte", images)
         write_idx(folder / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(count) * 7 % period % 10)
     return folder
@@ -59,23 +62,49 @@ def test_mnist_is_what_torchvision_reads(mnist, train):
     assert (data.name, data.images.dtype, data.labels.dtype) == ("mnist", torch.uint8, torch.int64)
     assert torch.equal(data.images, twin.data[:, None]) and torch.equal(data.labels, twin.targets)
     assert data.classes == [*"0123456789"]
-    if not train:
-        assert load_dataset("auto", mnist, train=False).fingerprint == data.fingerprint
+
+
+def test_mnist_comes_with_the_code(tmp_path, monkeypatch):
+    """Wherever one is, the very images that all our figures are of."""
+    monkeypatch.chdir(tmp_path)
+    train, test = load_dataset("mnist"), load_dataset("mnist", train=False)
+    assert train.images.shape == (60000, 1, 28, 28) and train.fingerprint == "1c4bb9346033fd0f"
+    assert test.images.shape == (10000, 1, 28, 28) and test.fingerprint == "8cfac211b7f94417"
+
+
+@pytest.mark.parametrize("place", [
+    lambda folder, path: (folder / "MNIST" / "raw" / path.name, path.read_bytes()),
+    lambda folder, path: (folder / "MNIST" / "raw" / f"{path.name}.gz", gzip.compress(path.read_bytes())),
+    lambda folder, path: (folder / path.name, path.read_bytes()),
+    lambda folder, path: (folder / f"{path.name}.gz", gzip.compress(path.read_bytes())),
+    lambda folder, path: (folder / path.name, gzip.compress(path.read_bytes())),  # a browser kept the name alone
+    lambda folder, path: (folder / path.name.replace("-idx", ".idx"), path.read_bytes()),
+    lambda folder, path: (folder / f"{path.name.replace('-idx', '.idx')}.gz", gzip.compress(path.read_bytes())),
+    lambda folder, path: (folder / path.name / path.name, path.read_bytes()),  # as Kaggle has them
+    lambda folder, path: (folder / path.name.replace("-idx", ".idx") / path.name.replace("-idx", ".idx"),
+                          path.read_bytes())])
+def test_layouts_of_mnist(mnist, tmp_path, place):
+    for file in (mnist / "MNIST" / "raw").iterdir():
+        path, content = place(tmp_path, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    for train in (True, False):
+        assert load_dataset("mnist", tmp_path, train).fingerprint == load_dataset("mnist", mnist, train).fingerprint
 
 
 def test_mnist_of_another_size(mnist):
     """Against a triangle filter in double precision, of which every grey is the nearest whole number."""
-    data = load_dataset("mnist", mnist, train=False, image_size=14, channels=3)
-    assert data.images.shape == (10000, 3, 14, 14) and data.images.is_contiguous()
+    data = load_dataset("mnist", mnist, train=False, image_size=(14, 10), channels=3)
+    assert data.images.shape == (210, 3, 14, 10) and data.images.is_contiguous()
     assert torch.equal(data.images[:, 0], data.images[:, 1]) and torch.equal(data.images[:, 0], data.images[:, 2])
-    distance = abs(np.arange(28)[None] + 0.5 - 2 * (np.arange(14)[:, None] + 0.5)) / 2
-    weights = np.clip(1 - distance, 0, None)
-    weights /= weights.sum(1, keepdims=True)
-    originals = load_dataset("mnist", mnist, train=False).images[::999, 0].double().numpy()
-    assert abs(weights @ originals @ weights.T - data.images[::999, 0].numpy()).max() < 0.501
+    rows, columns = (np.clip(1 - abs(np.arange(side)[None] + 0.5 - 2 * (np.arange(side // 2)[:, None] + 0.5)) / 2, 0,
+                             None) for side in (28, 20))
+    rows, columns = (weights / weights.sum(1, keepdims=True) for weights in (rows, columns))
+    originals = load_dataset("mnist", mnist, train=False).images[::19, 0].double().numpy()
+    assert abs(rows @ originals @ columns.T - data.images[::19, 0].numpy()).max() < 0.501
 
 
-@pytest.mark.parametrize("name", ["mnist", "digits", "folder"])
+@pytest.mark.parametrize("name", ["mnist", "folder"])
 @pytest.mark.parametrize("channels", [2, 4, -1])
 def test_channels_that_no_image_has(mnist, tmp_path, name, channels):
     folder = write_classes(tmp_path / "own") if name == "folder" else mnist
@@ -83,168 +112,197 @@ def test_channels_that_no_image_has(mnist, tmp_path, name, channels):
         load_dataset(name, folder, train=False, channels=channels)
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", lambda data: b"\0\0\x09\x03" + data[4:],
-    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10], lambda data: b"\x1f\x8b" + data[2:],
-    lambda data: data[:8] + struct.pack(">II", 14, 56) + data[16:]])
-def test_damaged_mnist_images(mnist, tmp_path, damage):
+    lambda data: data[:7] + b"\x01" + data[8:], lambda data: data[:10],
+    lambda data: data[:4] + bytes(12), lambda data: data[:4] + b"\xff" * 12 + data[16:]])
+def test_damaged_mnist_images(mnist, tmp_path, damage, pack):
     good = mnist / "MNIST/raw/t10k-images-idx3-ubyte"
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    (raw / good.name).write_bytes(damage(good.read_bytes()))
-    os.link(mnist / "MNIST/raw/t10k-labels-idx1-ubyte", raw / "t10k-labels-idx1-ubyte")
-    for name in ("mnist", "auto"):
-        with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is damaged .*: move the folder MNIST/raw away"):
-            load_dataset(name, tmp_path, train=False)
-
-
-@pytest.mark.parametrize("labels", [np.arange(10000) % 11, np.arange(9999) % 10, np.zeros(0)])
-def test_damaged_mnist_labels(mnist, tmp_path, labels):
-    raw = tmp_path / "MNIST/raw"
-    write_idx(raw / "t10k-labels-idx1-ubyte", labels)
-    os.link(mnist / "MNIST/raw/t10k-images-idx3-ubyte", raw / "t10k-images-idx3-ubyte")
-    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte .*: move the folder MNIST/raw away"):
+    (tmp_path / good.name).write_bytes(pack(damage(good.read_bytes())))
+    with pytest.raises(UserError, match=rf"{good.name} is damaged .*: bring it back, or leave --data-dir out"):
         load_dataset("mnist", tmp_path, train=False)
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture
-def download(mnist, monkeypatch):
-    """Stands in for the network: a function that sets how many of MNIST's files arrive before `error` is raised."""
-    arriving = [4, None]
-
-    def fetch(url, download_root, filename, md5):
-        assert 0 < socket.getdefaulttimeout() <= 10  # a network that swallows packets does not hang the run
-        if not arriving[0]:
-            raise arriving[1]
-        arriving[0] -= 1
-        name = filename.removesuffix(".gz")
-        (Path(download_root) / filename).write_bytes(b"packed")
-        os.link(mnist / "MNIST/raw" / name, Path(download_root) / name)
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
-    return lambda *what: arriving.__setitem__(slice(None), what)
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:5],
+                                    lambda data: data[:40] + b"xyz" + data[43:], lambda data: b"\x1f\x8b" + data])
+def test_damaged_archives_of_mnist(mnist, tmp_path, damage):
+    name = "t10k-images-idx3-ubyte"
+    content = damage(gzip.compress((mnist / "MNIST/raw" / name).read_bytes()))
+    (tmp_path / f"{name}.gz").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}\.gz cannot be read .*: bring it back"):
+        load_dataset("mnist", tmp_path, train=False)
 
 
-def test_mnist_that_cannot_be_had(tmp_path, no_network):
-    with pytest.raises(UserError, match="put train-images-idx3-ubyte") as caught:
-        load_dataset("mnist", tmp_path / "new" / "folder")
-    assert str(tmp_path / "new" / "folder" / "MNIST" / "raw") in str(caught.value)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("labels", [np.arange(210) % 11, np.arange(209) % 10])
+def test_labels_of_mnist_that_do_not_fit(mnist, tmp_path, labels):
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", labels)
+    os.link(mnist / "MNIST/raw/t10k-images-idx3-ubyte", tmp_path / "t10k-images-idx3-ubyte")
+    with pytest.raises(UserError, match="does not have a label from 0 to 9 for each of its 210 images"):
+        load_dataset("mnist", tmp_path, train=False)
 
 
-def test_mnist_that_cannot_be_had_leaves_what_was_there(tmp_path, no_network):
-    (tmp_path / "MNIST/raw").mkdir(parents=True)
-    (tmp_path / "MNIST/notes").write_text("mine")
-    before = tree(tmp_path)
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        load_dataset("mnist", tmp_path)
-    assert tree(tmp_path) == before
-
-
-def test_auto_falls_back_to_digits_and_says_so(tmp_path, no_network, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = load_dataset("auto", ".")
-    assert data.name == "digits" and data.images.shape == (1500, 1, 8, 8)
-    said = capsys.readouterr()
-    assert said.out == "" and "cannot be downloaded: using scikit-learn's 8x8 digits instead" in said.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_mnist_is_downloaded(tmp_path, monkeypatch, mnist, download, capsys):
-    monkeypatch.chdir(tmp_path)
-    before = socket.getdefaulttimeout()
-    for name, folder in (("auto", "."), ("mnist", tmp_path / "new")):
-        download(4, None)
-        assert torch.equal(load_dataset(name, folder, train=False).images, load_dataset("mnist", mnist, False).images)
-        assert f"downloading MNIST into {Path(folder) / 'MNIST'} ..." in capsys.readouterr().err
-        assert sorted(os.listdir(Path(folder) / "MNIST/raw")) == sorted(os.listdir(mnist / "MNIST/raw"))
-        assert socket.getdefaulttimeout() == before
-
-
-@pytest.mark.parametrize("error", [RuntimeError("the MD5 sum is another"), OSError(28, "No space left on device"),
-                                   http.client.IncompleteRead(b""), KeyboardInterrupt()])
-def test_a_download_that_breaks_off_leaves_nothing(tmp_path, download, error):
-    download(3, error)
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError) as caught:
-        load_dataset("mnist", tmp_path)
-    assert not list(tmp_path.iterdir())
-    assert isinstance(error, OSError) == ("cannot be downloaded (No space left on device)" in str(caught.value))
-
-
-@pytest.mark.parametrize("name", ["mnist", "auto"])
-@pytest.mark.parametrize("train", [True, False])
-def test_mnist_that_is_there_in_part(mnist, tmp_path, monkeypatch, download, name, train):
-    """One of four files is missing, or packed: it is named, nothing is downloaded over the other three."""
-    monkeypatch.chdir(tmp_path)
-    download(0, AssertionError("nothing must be downloaded"))
-    raw, lacking = Path("MNIST/raw"), f"{'train' if train else 't10k'}-labels-idx1-ubyte"
-    raw.mkdir(parents=True)
-    for file in (mnist / "MNIST/raw").iterdir():
-        if file.name != lacking:
-            os.link(file, raw / file.name)
-    before = sorted(raw.iterdir())
-    for folder in (".", tmp_path):
-        with pytest.raises(UserError, match=f"{lacking} is missing in {Path(folder) / raw}: put it there"):
-            load_dataset(name, folder, train=train)
-    assert sorted(raw.iterdir()) == before
-    for file in before:
-        file.rename(f"{file}.gz")
-    (raw / f"{lacking}.gz").write_bytes(b"packed")
-    with pytest.raises(UserError, match=r"images-idx3-ubyte is missing in .*raw: unpack it \(gunzip\)"):
-        load_dataset(name, tmp_path, train=train)
-    assert len(list(raw.glob("*.gz"))) == len(list(raw.iterdir())) == 4
-
-
-def test_auto_takes_nothing_else_for_a_folder_that_was_named(tmp_path, download, capsys):
-    download(0, AssertionError("nothing must be downloaded"))
-    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+def test_mnist_that_is_not_there(mnist, tmp_path):
+    """Of four files, the one that is missing is named; what else is there instead, too."""
     (tmp_path / "file").touch()
-    before = tree(tmp_path)
+    with pytest.raises(UserError, match="file is not a folder"):
+        load_dataset("mnist", tmp_path / "file")
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"^{folder} holds no MNIST/raw: .*--dataset mnist.*--dataset folder"):
-            load_dataset("auto", folder)
-    for name in ("auto", "mnist"):
-        with pytest.raises(UserError, match="file is not a folder"):
-            load_dataset(name, tmp_path / "file")
-    assert tree(tmp_path) == before and capsys.readouterr() == ("", "")
+        with pytest.raises(UserError, match=rf"train-images-idx3-ubyte, .* is neither in {folder}/MNIST/raw nor in "):
+            load_dataset("mnist", folder)
+    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        os.link(mnist / "MNIST/raw" / name, tmp_path / name)
+    for train, name in ((True, "train-labels-idx1-ubyte"), (False, "t10k-images-idx3-ubyte")):
+        with pytest.raises(UserError, match=f"^{name}, gzipped or not, is neither"):
+            load_dataset("mnist", tmp_path, train)
+    for name, place in TORCHVISION.items():
+        (tmp_path / name / place).mkdir(parents=True)
+        with pytest.raises(UserError, match=f"holds no MNIST, but {name}: --dataset {name}"):
+            load_dataset("mnist", tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["auto", "mnist"])
 @pytest.mark.parametrize("inner", ["", "train"])
-def test_folders_of_images_are_recognised(tmp_path, download, name, inner):
-    download(0, AssertionError("nothing must be downloaded"))
+def test_folders_of_images_are_recognised(tmp_path, inner):
     write_classes(tmp_path / "own" / inner, names=("cat", "dog", "emu", "fox"), count=1)
-    before = tree(tmp_path)
     with pytest.raises(UserError, match=r"of images \(cat, dog, emu \.\.\.\): --dataset folder trains on those"):
-        load_dataset(name, tmp_path / "own")
-    assert tree(tmp_path) == before
+        load_dataset("mnist", tmp_path / "own")
 
 
 def test_mnist_beside_folders_of_images(mnist, tmp_path):
     write_classes(tmp_path)
     (tmp_path / "MNIST").symlink_to(mnist / "MNIST")
-    assert len(load_dataset("auto", tmp_path, train=False).images) == 10000
+    assert len(load_dataset("mnist", tmp_path, train=False).images) == 210
 
 
-def test_digits():
-    images, labels = load_digits(return_X_y=True)
-    greys = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
-    images = torch.from_numpy(greys[images.astype(int)]).view(-1, 1, 8, 8)  # 255 / 16 times 0 to 16
-    train, test = load_dataset("digits", "nowhere"), load_dataset("digits", "nowhere", train=False)
-    for data, part in ((train, slice(0, 1500)), (test, slice(1500, 1797))):
-        assert data.name == "digits" and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
-        assert torch.equal(data.images, images[part]) and data.labels.tolist() == labels[part].tolist()
-    colours = load_dataset("digits", "nowhere", channels=3)
-    assert torch.equal(colours.images, train.images.repeat(1, 3, 1, 1))
+def test_no_folder_is_named():
+    with pytest.raises(UserError, match="one folder per class with --data-dir"):
+        load_dataset("folder")
+
+
+# Those of torchvision, of its layout, made up
+
+
+def write_fashion(folder, name="FashionMNIST", count=8):
+    """And KMNIST, whose layout is the same. Returns images and labels of the test part."""
+    numbers = np.random.default_rng(0)
+    for part, size in (("train", count + 3), ("t10k", count)):
+        images, labels = numbers.integers(0, 256, (size, 28, 28)), numbers.integers(0, 10, size)
+        write_idx(folder / name / f"raw/{part}-images-idx3-ubyte", images)
+        write_idx(folder / name / f"raw/{part}-labels-idx1-ubyte", labels)
+    return images[:, None], labels
+
+
+def write_emnist(folder):
+    """Its images lie on their side in the files."""
+    images, labels = np.random.default_rng(1).integers(0, 256, (9, 28, 28)), np.array([0, 9, 10, 35, 36, 37, 46, 1, 2])
+    write_idx(folder / "EMNIST/raw/emnist-balanced-test-images-idx3-ubyte", images.transpose(0, 2, 1))
+    write_idx(folder / "EMNIST/raw/emnist-balanced-test-labels-idx1-ubyte", labels)
+    return images[:, None], labels
+
+
+def write_cifar(folder, fine=False):
+    """CIFAR-10, or with fine labels CIFAR-100."""
+    folder /= "cifar-100-python" if fine else "cifar-10-batches-py"
+    folder.mkdir()
+    images, labels = np.random.default_rng(2).integers(0, 256, (7, 3072), dtype=np.uint8), [3, 1, 4, 1, 5, 9, 2]
+    (folder / ("test" if fine else "test_batch")).write_bytes(pickle.dumps(
+        {"data": images, "fine_labels" if fine else "labels": labels}))
+    names = {"fine_label_names": [f"f{i}" for i in range(100)]} if fine else {"label_names": [*"abcdefghij"]}
+    (folder / ("meta" if fine else "batches.meta")).write_bytes(pickle.dumps(names))
+    return images.reshape(7, 3, 32, 32), np.array(labels)
+
+
+def write_svhn(folder):
+    """Its files call a 0 a 10."""
+    images = np.random.default_rng(3).integers(0, 256, (32, 32, 3, 6), dtype=np.uint8)
+    scipy.io.savemat(folder / "test_32x32.mat", {"X": images, "y": np.array([[1], [10], [3], [9], [10], [2]])})
+    return images.transpose(3, 2, 0, 1), np.array([1, 0, 3, 9, 0, 2])
+
+
+KNOWN = {"FashionMNIST": (write_fashion, ["T-shirt/top", "Ankle boot"]), "KMNIST": (
+    lambda folder: write_fashion(folder, "KMNIST"), ["o", "wo"]), "EMNIST": (write_emnist, ["0", "t"]), "CIFAR10": (
+    write_cifar, ["a", "j"]), "CIFAR100": (lambda folder: write_cifar(folder, True), ["f0", "f99"]), "SVHN": (
+    write_svhn, ["0", "9"])}
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision takes what is made up for the real files, whose MD5 sums it knows."""
+    for module in (torchvision.datasets.cifar, torchvision.datasets.svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5: True)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_data_sets_of_torchvision(tmp_path, unchecked, name):
+    write, ends = KNOWN[name]
+    images, labels = write(tmp_path)
+    data = load_dataset(name, tmp_path, train=False)
+    assert data.name == name and data.settings["dataset"] == name and data.images.dtype == torch.uint8
+    assert np.array_equal(data.images, images) and data.labels.tolist() == labels.tolist()
+    assert data.images.is_contiguous() and data.labels.dtype == torch.int64
+    assert [data.classes[0], data.classes[-1]] == ends and data.labels.max() < len(data.classes)
+    small = load_dataset(name, tmp_path, train=False, image_size=(7, 14), channels=4 - data.shape[0])
+    assert small.images.shape == (len(labels), 4 - data.shape[0], 7, 14)
+
+
+def test_colours_become_grey_as_pillow_has_them(tmp_path, unchecked):
+    images, _ = write_cifar(tmp_path)
+    grey = load_dataset("CIFAR10", tmp_path, train=False, channels=1).images
+    assert grey.shape == (7, 1, 32, 32)
+    for image, expected in zip(images, grey[:, 0], strict=True):
+        assert np.array_equal(Image.fromarray(image.transpose(1, 2, 0)).convert("L"), expected)
+
+
+@pytest.fixture
+def download(monkeypatch):
+    """Stands in for torchvision's network: a function that sets how many of FashionMNIST's files arrive before `error`
+    is raised."""
+    arriving = [4, None]
+
+    def fetch(url, download_root, filename, md5):
+        if not arriving[0]:
+            raise arriving[1]
+        arriving[0] -= 1
+        write_fashion(Path(download_root).parent.parent / "source")
+        name = filename.removesuffix(".gz")
+        os.replace(Path(download_root).parent.parent / "source/FashionMNIST/raw" / name, Path(download_root) / name)
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    return lambda *what: arriving.__setitem__(slice(None), what)
+
+
+def test_what_is_not_there_is_downloaded(tmp_path, download, capsys):
+    images, _ = write_fashion(tmp_path / "there")
+    for _ in range(2):
+        data = load_dataset("FashionMNIST", tmp_path / "new" / "folder", train=False)
+        assert np.array_equal(data.images, images)
+        download(0, AssertionError("it is there"))
+    assert capsys.readouterr().err.splitlines() == [f"downloading FashionMNIST into {tmp_path / 'new/folder'} ..."]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "there"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError(28, "No space left on device"),
+                                   http.client.IncompleteRead(b""), KeyboardInterrupt()])
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, download, capsys, error):
+    download(3, error)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError) as caught:
+        load_dataset("FashionMNIST", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    if not isinstance(error, KeyboardInterrupt):
+        assert str(caught.value).startswith(f"FashionMNIST cannot be downloaded into {tmp_path / 'new'} (")
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_files_of_torchvision_stay(tmp_path, download):
+    download(0, AssertionError("nothing must be downloaded"))
+    write_fashion(tmp_path)
+    path = tmp_path / "FashionMNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="FashionMNIST is damaged in"):
+        load_dataset("FashionMNIST", tmp_path, train=False)
+    write_idx(path, np.zeros((5, 28, 28)))
+    with pytest.raises(UserError, match=r"FashionMNIST in .* a label from 0 to 9 for each of its 5 images"):
+        load_dataset("FashionMNIST", tmp_path, train=False)
 
 
 def test_folder_of_classes(tmp_path):
@@ -545,13 +603,13 @@ def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
             patch.setattr(folders, "read_image", None)
             load_dataset("folder", folder, **flags)
         assert "more than half of the" in str(caught.value)
-    monkeypatch.setattr(sizes, "available_memory", lambda: 8.1e9)
-    with pytest.raises(UserError, match=r"10,000 images of 1000 x 1000 pixels would take 30 GB .* the 8.1 GB that are"):
+    monkeypatch.setattr(sizes, "available_memory", lambda: 1.1e9)
+    with pytest.raises(UserError, match=r"210 images of 1000 x 1000 pixels would take 0.63 GB .* the 1.1 GB that are"):
         load_dataset("mnist", mnist, train=False, image_size=1000, channels=3)
     monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 297 * 3 * 9**2)
-    load_dataset("digits", "", train=False, image_size=9, channels=3)
+    load_dataset("mnist", SMALL, train=False, image_size=9, channels=3)
     with pytest.raises(UserError, match="297 images of 10 x 10 "):
-        load_dataset("digits", "", train=False, image_size=10, channels=3)
+        load_dataset("mnist", SMALL, train=False, image_size=10, channels=3)
 
 
 def test_images_above_the_largest_size(tmp_path):
@@ -741,7 +799,7 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_names_labels_and_pixels():
-    data = load_dataset("digits", "")
+    data = small_mnist()
     images, labels = data.images.clone(), data.labels.clone()
     images[700, 0, 3, 3] += 1
     labels[5] = (labels[5] + 1) % 10
@@ -750,7 +808,7 @@ def test_fingerprint_is_of_names_labels_and_pixels():
         dict(images=data.images[:-1], labels=data.labels[:-1]),
         dict(images=data.images.flip(0), labels=data.labels.flip(0)))]
     assert len({other.fingerprint for other in [data, *others]}) == 6
-    assert load_dataset("digits", "").fingerprint == data.fingerprint and len(data.fingerprint) == 16
+    assert small_mnist().fingerprint == data.fingerprint and len(data.fingerprint) == 16
 
 
 def test_fingerprint_of_folders(tmp_path):
@@ -771,7 +829,7 @@ def test_fingerprint_of_folders(tmp_path):
 
 
 def test_fingerprint_does_not_depend_on_strides():
-    data = load_dataset("digits", "", channels=3)
+    data = small_mnist(channels=3)
     strided = dataclasses.replace(data, images=data.images.to(memory_format=torch.channels_last),
                             labels=data.labels.repeat_interleave(2)[::2])
     assert strided.images.stride() != data.images.stride() and strided.labels.stride() != data.labels.stride()
@@ -807,6 +865,6 @@ def test_every_size_fits_into_every_image():
 
 
 def test_data_that_are_not_square(tmp_path):
-    assert load_dataset("digits", "", image_size=(12, 8)).images.shape == (1500, 1, 12, 8)
+    assert small_mnist(image_size=(12, 8)).images.shape == (1500, 1, 12, 8)
     write_classes(tmp_path / "own", mode="RGB", size=(20, 10))
     assert load_dataset("folder", tmp_path / "own", image_size=(8, 16)).images.shape == (6, 3, 8, 16)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY, assert_refused, same
+from conftest import SMALL, TINY, assert_refused, same
 
 import train
 from checkpoint import load_checkpoint, load_model
@@ -201,7 +201,8 @@ def test_it_starts_as_its_teacher_and_learns(trained, tmp_path):
 
 def test_a_student_is_as_varied_as_its_teacher(call, tmp_path):
     """The teacher alone draws the mean of a label's images in one call, and the student images like its many."""
-    flags = ["--dataset", "digits", "--hidden-size", 32, "--depth", 2, "--num-heads", 2, "--device", "cpu"]
+    flags = ["--data-dir", SMALL, "--image-size", 8, "--hidden-size", 32, "--depth", 2, "--num-heads", 2, "--device",
+             "cpu"]
     assert call(train, *flags, "--steps", 300, "--run-dir", tmp_path / "teacher")[0] == 0
     assert run(tmp_path / "teacher", tmp_path / "student", "--steps", 150, "--batch-size", 32) == 0
     labels, spread = torch.arange(10).repeat(40), {}

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import HANGS
+from conftest import HANGS, small_mnist
 from PIL import Image
 from pytorch_fid import inception
-from sklearn.datasets import load_digits
 from torchvision.transforms.functional import to_tensor
 
 import fid_computer
@@ -45,8 +44,7 @@ def extract(weights):
 
 def save_digits(folder, part, invert=False):
     folder.mkdir()
-    for i, digit in enumerate(load_digits().images[part]):
-        grey = (digit * 15).astype(np.uint8)
+    for i, grey in enumerate(small_mnist().images[part, 0].numpy()):
         Image.fromarray(255 - grey if invert else grey).save(folder / f"{i:05d}.png")
     return folder
 

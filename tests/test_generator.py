@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_refused
+from conftest import REPOSITORY, SMALL, assert_refused, small_mnist
 from PIL import Image
 
 import few.distill
@@ -39,7 +39,7 @@ def test_fills_both_folders(command, trained, tmp_path):
     assert sorted(read(tmp_path / "fake")) == [f"{i:06d}_{i % 10}.png" for i in range(12)]
     real = sorted(read(tmp_path / "real"))
     assert [name[:6] for name in real] == [f"{i:06d}" for i in range(12)]
-    data = load_dataset("digits", "")
+    data = small_mnist()
     for name in real:
         image = torch.from_numpy(np.array(Image.open(tmp_path / "real" / name)))
         match = (data.images[:, 0] == image).all(dim=(1, 2)).nonzero()[:, 0]
@@ -172,7 +172,7 @@ def test_other_data_in_the_same_folder(call, trained, tmp_path, monkeypatch):
     flags = ["--checkpoint", trained / "model.pth", "--count", 3, *folders(tmp_path)]
     assert call(generator, *flags)[0] == 0
     before, note = read(tmp_path / "real"), (tmp_path / "real" / "settings.json").read_text()
-    data = load_dataset("digits", "")
+    data = small_mnist()
     other = dataclasses.replace(data, images=data.images.flip(0), labels=data.labels.flip(0))
     monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: other)
     assert_refused(call(generator, *flags), "another data", tmp_path / "real")
@@ -187,12 +187,12 @@ def test_real_images_are_a_random_subset(call, trained, tmp_path):
         assert call(generator, *flags, *folders(tmp_path / str(seed)), "--seed", seed)[0] == 0
     first, second = (read(tmp_path / str(seed) / "real") for seed in (0, 1))
     assert first == second and read(tmp_path / "0" / "fake") != read(tmp_path / "1" / "fake")
-    data = load_dataset("digits", "")
+    data = small_mnist()
     places = []
     for name in sorted(first):
         image = torch.from_numpy(np.array(Image.open(tmp_path / "0" / "real" / name)))
         places += (data.images[:, 0] == image).all(dim=(1, 2)).nonzero()[:, 0].tolist()
-    assert len(set(places)) == 100  # scikit-learn's digits hold no image twice
+    assert len(set(places)) == 100  # they hold no image twice
     assert places != sorted(places) and 600 < np.mean(places) < 900 and min(places) < 100 and max(places) > 1400
 
 
@@ -247,8 +247,8 @@ def test_says_how_to_score_them(call, trained, tmp_path, monkeypatch):
 def test_what_the_shipped_weights_draw_is_what_the_names_say(call, tmp_path, monkeypatch):
     """Through the files, read back as the score reads them, by the classifier that comes with the repository."""
     content = load_checkpoint(REPOSITORY / "weights" / "mnist.pth")
-    config = dataclasses.replace(content["config"], dataset="digits")
-    save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, content["ema"])  # its real images need no download
+    config = dataclasses.replace(content["config"], data_dir=str(SMALL))
+    save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, content["ema"])
     assert call(generator, "--checkpoint", tmp_path / "model.pth", "--count", 100, *folders(tmp_path))[0] == 0
     images, labels = measure.score.read_fakes(tmp_path / "fake")
     assert labels.bincount().tolist() == [10] * 10
@@ -302,7 +302,7 @@ def test_bad_flags(call, trained, tmp_path):
 
 
 def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch):
-    data = load_dataset("digits", "")
+    data = small_mnist()
     few = dataclasses.replace(data, images=data.images[:5], labels=data.labels[:5])
     monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: few)
     code, _, err = call(generator, "--checkpoint", trained / "model.pth", "--count", 7, *folders(tmp_path))

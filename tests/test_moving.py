@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, assert_refused, same, train_until
+from conftest import SMALL, TINY, assert_refused, same, train_until
 from PIL import Image
 
-import dataset
 import train
 from checkpoint import load_checkpoint
 from config import Config
-from dataset import CannotDownload, load_dataset
+from dataset import load_dataset
 from diffusion import RectifiedFlow
 from train import given_frames, make_batch
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving, place
@@ -22,17 +21,12 @@ MOVING = [*TINY, "--dataset", "moving", "--image-size", "4x24x24", "--patch-size
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """Scikit-learn's digits, wherever the tests are run."""
-    def fail(data_dir):
-        raise CannotDownload("no network")
-
-    monkeypatch.setattr(dataset, "download_mnist", fail)
+def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
 def moving(**settings):
-    return load_moving(Config(dataset="moving", **settings))
+    return load_moving(Config(dataset="moving", data_dir=str(SMALL), **settings))
 
 
 def draw(data, count, seed=0, part=slice(None), what="x_0"):
@@ -87,8 +81,8 @@ def test_clips_are_a_function_of_the_generator():
     for part in (slice(0, 5), slice(5, 12)):  # as processes share a batch
         torch.testing.assert_close(draw(data, 12, part=part)[0], clips[part], atol=1e-6, rtol=0)
     paths, _ = draw(data, 12, what="paths")
-    torch.testing.assert_close(centres((clips[:, 0] + 1).flatten(0, 1)).view(12, 16, 2), paths[:, 0], atol=0.5, rtol=0)
-    assert torch.equal(data.labels, load_dataset("digits", "").labels) and data.classes == [*"0123456789"]
+    torch.testing.assert_close(centres((clips[:, 0] + 1).flatten(0, 1)).view(12, 16, 2), paths[:, 0], atol=1, rtol=0)
+    assert torch.equal(data.labels, load_dataset("mnist", SMALL).labels) and data.classes == [*"0123456789"]
 
 
 def test_every_axis_and_sign_of_direction():
@@ -101,7 +95,7 @@ def test_every_axis_and_sign_of_direction():
 def test_two_digits():
     data = moving(digits=2)
     assert len(data.classes) == 65 and data.classes[10:13] == ["0+0", "0+1", "0+2"] and data.classes[-1] == "9+9"
-    digits = torch.cat([load_dataset("digits", "").labels, torch.tensor([10])])  # 10: none
+    digits = torch.cat([load_dataset("mnist", SMALL).labels, torch.tensor([10])])  # 10: none
     for shown, label in zip(digits[data.shown].tolist(), data.labels.tolist(), strict=True):
         assert data.classes[label] == "+".join(str(digit) for digit in sorted(shown) if digit < 10)
     assert (data.shown[:, 1] == len(data.images) - 1).float().mean() == 0.5
@@ -121,7 +115,7 @@ def test_two_digits_with_speeds():
     """A label names the digits and the pace of the clips that have it; without speeds they move at any."""
     data, plain = moving(digits=2, speeds=True), moving(digits=2)
     assert len(data.classes) == 130 and data.classes[20:23] == ["0+0 slow", "0+0 fast", "0+1 slow"]
-    digits = torch.cat([load_dataset("digits", "").labels, torch.tensor([10])])  # 10: none
+    digits = torch.cat([load_dataset("mnist", SMALL).labels, torch.tensor([10])])  # 10: none
     for shown, (low, high), label in zip(digits[data.shown].tolist(), data.paces.tolist(), data.labels.tolist(),
                                          strict=True):
         names, pace = data.classes[label].split()
@@ -133,7 +127,7 @@ def test_two_digits_with_speeds():
 
 
 def test_the_parts_have_other_digits():
-    train_part, test = (load_moving(Config(dataset="moving"), part) for part in (True, False))
+    train_part, test = (load_moving(Config(data_dir=str(SMALL)), part) for part in (True, False))
     assert len(train_part.labels) == 1500 and len(test.labels) == 297
     seen = {image.numpy().tobytes() for image in train_part.images[:-1]}
     assert not any(image.numpy().tobytes() in seen for image in test.images[:-1])
@@ -142,7 +136,8 @@ def test_the_parts_have_other_digits():
 def test_other_clips_have_another_fingerprint():
     data = moving()
     assert data.fingerprint == moving().fingerprint
-    others = [moving(digits=2), moving(speeds=True), moving(image_size=(8, 32, 32)), load_moving(Config(), False)]
+    others = [moving(digits=2), moving(speeds=True), moving(image_size=(8, 32, 32)),
+              load_moving(Config(data_dir=str(SMALL)), False)]
     others += [dataclasses.replace(data, **{name: value}) for name, value in (
         ("paces", data.paces * 2), ("labels", data.labels.flip(0)), ("shown", data.shown.flip(0)),
         ("images", data.images.flip(1)), ("classes", data.classes[::-1]))]
@@ -159,17 +154,17 @@ def test_sizes_without_room(size):
                                                                          sizes=((8, 24, 32),))])
 def test_clips_that_do_not_fit(monkeypatch, settings):
     """A batch of floats takes 4 bytes a pixel, and half of the memory is for the rest."""
-    needed = 5 * 4 * 8 * 24 * 32
+    needed = 64 * 4 * 8 * 24 * 32
     monkeypatch.setattr(sizes, "available_memory", lambda: 2 * needed)
-    moving(batch_size=5, **settings)
+    moving(batch_size=64, **settings)
     monkeypatch.setattr(sizes, "available_memory", lambda: 2 * needed - 1)
-    with pytest.raises(UserError, match=r"40 images of 24 x 32 pixels .* lower --image-size, --sizes or --batch-size"):
-        moving(batch_size=5, **settings)
+    with pytest.raises(UserError, match=r"512 images of 24 x 32 pixels .* lower --image-size, --sizes or --batch-size"):
+        moving(batch_size=64, **settings)
 
 
 def test_images_have_no_frames():
-    with pytest.raises(UserError, match="of clips, but digits has images"):
-        load_dataset("digits", "", image_size="2x8x8")
+    with pytest.raises(UserError, match="of clips, but mnist has images"):
+        load_dataset("mnist", SMALL, image_size="2x8x8")
     with pytest.raises(UserError, match="moving has clips"):
         load_dataset("moving", "")
 
@@ -209,7 +204,7 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path):
     (["--vae", "x"], ["leave out --vae"]), (["--channels", 3], ["--channels"]), (["--digits", 3], ["digits is 3"]),
     (["--patch-size", "3x8x8"], ["patch_size 3x8x8 does not divide", "[1, 2, 4] x"]),
     (["--sizes", "4x24"], ["sizes are 4x24"]), (["--sizes", "4x20x24"], ["image_size 4x20x24"]),
-    (["--dataset", "digits", "--image-size", 8, "--patch-size", 4, "--sizes", "8x8"], ["only clips"])])
+    (["--dataset", "mnist", "--image-size", 8, "--patch-size", 4, "--sizes", "8x8"], ["only clips"])])
 def test_bad_flags(call, tmp_path, flags, words):
     assert_refused(call(train, *MOVING, "--steps", 1, "--run-dir", tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run" / "model.pth").exists()

@@ -159,9 +159,9 @@ def test_mistakes(call, checkpoint, tmp_path, monkeypatch):
 def test_other_images_are_refused(call, checkpoint, tmp_path):
     path = checkpoint("run", 1.0, num_classes=7)
     assert_refused(call(results, "runs", path, "--count", 10, "--out", tmp_path), "knows 7 classes", "have 10")
-    small = checkpoint("small", 1.0, dataset="digits", image_size=8, patch_size=4)
+    small = checkpoint("small", 1.0, dataset="mnist", image_size=8, patch_size=4)
     assert_refused(call(results, "runs", checkpoint("mnist", 1.0), small, "--count", 10, "--out", tmp_path),
-                   "several kinds of images", "digits 1x8x8, 10 classes; mnist 1x28x28")
+                   "several kinds of images", "mnist 1x28x28, 10 classes; mnist 1x8x8")
     moved = checkpoint("moved", 1.0, data_dir="elsewhere")
     assert_refused(call(results, "runs", tmp_path / "mnist", moved, "--count", 10, "--out", tmp_path),
                    "several folders", "elsewhere", "--data-dir")

@@ -75,7 +75,7 @@ def run_train(flags, kill=None, calls=0):
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(kills, tmp_path):
     """SIGKILL wherever it could hurt, each kind in turn, after a random number of steps."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "sklearn.datasets", "matplotlib.figure"])  # once for all
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])  # once for all
     flags = [*TINY, "--steps", 8 * kills, "--checkpoint-every", 1, "--sample-every", 3]
 
     def start(folder, *kill):
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(kills, tmp_path):
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
 
 
-SMALL = Config(dataset="digits", image_size=8, channels=1, num_classes=10, patch_size=4, hidden_size=8, depth=1,
+SMALL = Config(dataset="mnist", image_size=8, channels=1, num_classes=10, patch_size=4, hidden_size=8, depth=1,
                num_heads=2)
 STRANGE = [None, True, -1, 0, 1, 2, 3, 7, 10**9, 2**63, 10**400, -0.5, 1e-300, 1e300, float("nan"), float("inf"), "",
            "x", "flow", "mnist", b"x", [], [1], {}, {"a": 1}, (1, 2), "a\nb", "../..", "\0"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_refused, train_until
+from conftest import SMALL_DATA, TINY, assert_refused, train_until
 from matplotlib.figure import Figure
 
 import train
@@ -232,7 +232,7 @@ def test_each_damaged_log_is_kept(tmp_path, monkeypatch):
 def test_the_hook_gets_each_row(tmp_path):
     """As TensorBoard or Weights & Biases take it."""
     seen = []
-    settings = dict(dataset=TINY[1], hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=5, log_every=2,
+    settings = dict(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=5, log_every=2,
                     sample_steps=2)
     train.train(settings, tmp_path, device="cpu", log=lambda step, values: seen.append((step, values)))
     names, rows = run_log.read_log(tmp_path / "log.csv")

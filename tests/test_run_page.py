@@ -59,7 +59,7 @@ def test_the_page_of_a_run(call, tmp_path):
     assert [name for name in page.addresses if "samples" in name] == [
         "samples_000007.png", *(f"samples_{step:06d}.png" for step in (2, 4, 6, 7))]
     assert page.tags.count("input") == 1 and 'max="3" value="3"' in page.source
-    for name, value in (("hidden_size", 32), ("dataset", "digits"), ("image_size", 8), ("guidance", 1.4)):
+    for name, value in (("hidden_size", 32), ("dataset", "mnist"), ("image_size", 8), ("guidance", 1.4)):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page.source
     assert all(f"<dt>{name}</dt>" in page.source for name in Config.__dataclass_fields__)
     changed, _, same = page.source.partition("As by default")

@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import assert_refused, same
+from conftest import SMALL, assert_refused, same
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,8 +18,8 @@ from measure import classifier, scaling
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
 
-FLAGS = ["--dataset", "digits", "--models", "1x32", "2x64", "--patches", 8, 4, "--steps", 8, "--batch-size", 8,
-         "--count", 20, "--sample-steps", 2, "--device", "cpu"]
+FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--models", "1x32", "2x64", "--patches", 8, 4, "--steps", 8,
+         "--batch-size", 8, "--count", 20, "--sample-steps", 2, "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)

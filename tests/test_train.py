@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, assert_refused, same, train_until
+from conftest import REPOSITORY, SMALL, SMALL_DATA, TINY, assert_refused, same, small_mnist, train_until
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 import generator
 import inference
@@ -32,6 +29,7 @@ from dataset import Dataset, load_dataset, to_uint8
 from diffusion import DDPM, build_process
 from dit import build_model
 from inference import sample
+from measure.classifier import train_classifier
 from train import Run, learning_rate, make_batch, start_run, train_step
 
 
@@ -41,10 +39,12 @@ def data_of(images, labels):
 
 def test_from_python(tmp_path):
     """Folders may be a `Path`; a misspelt setting is one line, also of a run that goes on."""
-    small = dict(dataset="digits", data_dir=tmp_path, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=2)
+    shutil.copytree(SMALL, tmp_path / "data")
+    small = dict(data_dir=tmp_path / "data", image_size=8, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=2)
     assert train.train(small, tmp_path / "run", device="cpu") == (2, 0)
-    assert load_checkpoint(tmp_path / "run" / "model.pth")["config"].data_dir == str(tmp_path)
+    assert load_checkpoint(tmp_path / "run" / "model.pth")["config"].data_dir == str(tmp_path / "data")
     assert Config(vae=Path("some") / "vae").vae == os.path.join("some", "vae")
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = small | {"data_dir": tmp_path / "elsewhere", "steps": 3}
     assert train.train(moved, str(tmp_path / "run"), resume=True, device=torch.device("cpu")) == (3, 0)
     for resume in (False, True):
@@ -70,7 +70,7 @@ def test_run_folder(trained):
 def test_says_what_it_does(command, tmp_path):
     process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run")
     assert process.returncode == 0
-    for word in ("cpu", "digits", "1,500 images", "parameters", "steps 0 to 2", str(tmp_path / "run")):
+    for word in ("cpu", "mnist", "1,500 images", "parameters", "steps 0 to 2", str(tmp_path / "run")):
         assert word in process.stdout
     assert "images/s" in process.stderr
 
@@ -93,7 +93,7 @@ def test_resumed_run_is_the_same_run(call, tmp_path):
 
 def test_a_run_in_pieces_is_the_same_run(tmp_path):
     """That end neither where a row of the log is due nor where a checkpoint is."""
-    settings = dict(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, warmup=2,
+    settings = dict(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, warmup=2,
                     log_every=2, steps=8)
     assert train.train(settings, tmp_path / "whole", device="cpu") == (8, 0)
     for until, reached in ((3, 3), (2, 3), (5, 5), (None, 8)):
@@ -246,12 +246,10 @@ def test_a_run_is_not_resumed_on_other_data(call, tmp_path, change):
     assert (run / "model.pth").read_bytes() == before
 
 
-def test_resume_takes_the_command_of_the_first_run(call, tmp_path, monkeypatch):
+def test_resume_takes_the_command_of_the_first_run(call, tmp_path):
     """What was left to the machine (`auto`, 0) stays as it was resolved then."""
-    monkeypatch.chdir(tmp_path)  # where no MNIST is, and none can be had
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: (_ for _ in ()).throw(OSError("no network")))
-    flags = [*TINY, "--dataset", "auto", "--precision", "auto", "--image-size", 0, "--channels", 0, "--patch-size", 0,
-             "--steps", 6, "--run-dir", tmp_path / "run"]
+    flags = [*TINY, "--precision", "auto", "--image-size", 0, "--channels", 0, "--patch-size", 0, "--steps", 6,
+             "--run-dir", tmp_path / "run"]
     out = train_until(call, flags, 3)
     words = shlex.split(out.split("go on with: ")[1])
     assert words[0] == "python" and "auto" in words
@@ -274,7 +272,7 @@ def test_a_checkpoint_of_an_older_version_draws_and_is_not_resumed(call, trained
 
 def test_from_a_notebook(tmp_path, monkeypatch):
     """The same run as the command's; what goes wrong is an exception."""
-    config = Config(dataset="digits", hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4,
+    config = Config(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4,
                     log_every=2)
     before = signal.getsignal(signal.SIGINT)
     assert train.train(config, tmp_path / "run", device="cpu") == (4, 0)
@@ -328,19 +326,10 @@ def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     assert load_checkpoint(run / "model.pth")["step"] == 3
 
 
-def test_mnist_that_cannot_be_had(call, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert_refused(call(train, "--dataset", "mnist", "--data-dir", tmp_path, "--run-dir", tmp_path / "run"),
-                   tmp_path / "MNIST" / "raw", "put train-images-idx3-ubyte")
-    flags = [flag if flag != "digits" else "auto" for flag in TINY]
-    assert_refused(call(train, *flags, "--data-dir", tmp_path, "--run-dir", tmp_path / "run"), "holds no MNIST/raw")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call(train, *flags, "--steps", 2, "--run-dir", tmp_path / "run")
+def test_mnist_that_is_not_there(call, tmp_path):
+    assert_refused(call(train, "--data-dir", tmp_path, "--run-dir", tmp_path / "run"), tmp_path / "MNIST" / "raw",
+                   "train-images-idx3-ubyte", "leave --data-dir out")
     assert not (tmp_path / "MNIST").exists()
-    assert code == 0 and "using scikit-learn's 8x8 digits instead" in err and "digits: 1,500 images" in out
 
 
 def test_own_folder_of_images(call, tmp_path):
@@ -349,8 +338,8 @@ def test_own_folder_of_images(call, tmp_path):
         for i in range(3):
             image = Image.merge("RGB", [Image.effect_noise((30, 20), 60) for _ in range(3)])
             image.save(tmp_path / "own" / name / f"{i}.png")
-    flags = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--image-size", 16, "--run-dir", tmp_path / "run",
-             "--steps", 2, *TINY[2:]]
+    flags = [*TINY, "--dataset", "folder", "--data-dir", tmp_path / "own", "--image-size", 16, "--run-dir",
+             tmp_path / "run", "--steps", 2]
     code, out, _ = call(train, *flags)
     assert code == 0 and "6 images of 16 x 16, colour, classes cats, dogs" in out
     with Image.open(tmp_path / "run" / "samples_000002.png") as image:
@@ -524,7 +513,7 @@ def test_without_a_compiler_it_trains_all_the_same(command, tmp_path):
 
 def test_overfits_a_handful_of_digits():
     """A tiny model learns ten digits by heart, and draws the right one for each label."""
-    data = load_dataset("digits", "")
+    data = small_mnist()
     first = torch.stack([(data.labels == digit).nonzero()[0, 0] for digit in range(10)])
     images, labels = data.images[first], data.labels[first]
     config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=64, depth=2, num_heads=4,
@@ -576,15 +565,15 @@ def test_unwritable_while_training(call, tmp_path, monkeypatch):
     assert sorted(path.name for path in run.iterdir()) == ["log.csv", "model.pth"]
 
 
-# What a run has learned, read by a classifier of another library
+# What a run has learned, read by its nearest neighbours
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A run of the command that has learned scikit-learn's digits."""
+    """A run of the command that has learned a small MNIST."""
     run = tmp_path_factory.mktemp("learned") / "run"
-    flags = ["--dataset", "digits", "--hidden-size", "48", "--depth", "2", "--steps", "600", "--lr", "0.006",
-             "--precision", "fp32", "--device", "cpu", "--run-dir", run]
+    flags = ["--data-dir", SMALL, "--image-size", "8", "--hidden-size", "48", "--depth", "2", "--steps", "600",
+             "--lr", "0.006", "--precision", "fp32", "--device", "cpu", "--run-dir", run]
     process = subprocess.run([sys.executable, REPOSITORY / "train.py", *flags], text=True, capture_output=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
@@ -593,10 +582,15 @@ def learned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read():
-    """What scikit-learn's classifier, that knows its own digits alone, reads in greys 0..255 (N, 8, 8)."""
-    digits = load_digits()
-    classifier = SVC(gamma=0.001).fit(digits.data, digits.target)
-    return lambda images: classifier.predict(np.asarray(images, dtype=float).reshape(-1, 64) * 16 / 255).tolist()
+    """What greys 0..255 (N, 8, 8) show: what the nearest of all images of MNIST does, by their pixels."""
+    known = load_dataset("mnist", image_size=8)
+    images, labels = known.images.flatten(1).float(), known.labels
+
+    def read(greys):
+        greys = torch.from_numpy(np.asarray(greys, dtype=np.float32)).flatten(1)
+        return labels[torch.cdist(greys, images).argmin(1)].tolist()
+
+    return read
 
 
 def alike(a, b):
@@ -611,7 +605,7 @@ def tiles(path, columns):
             for left in range(0, 58 * columns, 58)]
 
 
-@pytest.mark.parametrize(("flags", "share"), [([], 0.95), (["--guidance", 1], 0.9)])
+@pytest.mark.parametrize(("flags", "share"), [([], 0.8), (["--guidance", 1], 0.6)])
 def test_what_was_learned_is_in_the_files_that_generator_writes(call, learned, read, tmp_path, flags, share):
     """With guidance and without, each file shows the digit that its name says; so do the real ones."""
     code, _, err = call(generator, "--checkpoint", learned, "--count", 100, "--batch-size", 30, *flags,
@@ -628,13 +622,14 @@ def test_what_was_learned_is_drawn_when_asked_for(call, learned, read, tmp_path)
     """In the grids of inference.py and of training, and at the end of a strip."""
     flags = ["--checkpoint", learned, "--device", "cpu", "--out", tmp_path / "a.png"]
     assert call(inference, *flags, "--labels", "31415", "--count", 8)[0] == 0
-    assert alike(read(tiles(tmp_path / "a.png", 5)), [3, 1, 4, 1, 5] * 8) > 0.9
+    assert alike(read(tiles(tmp_path / "a.png", 5)), [3, 1, 4, 1, 5] * 8) > 0.75
     assert call(inference, *flags, "--labels", 2, 7, 9, 0, 6, "--strip")[0] == 0
     assert alike(read(tiles(tmp_path / "a.png", 7)[6::7]), [2, 7, 9, 0, 6]) > 0.7
-    assert alike(read(tiles(learned / "samples_000600.png", 10)), [*range(10)] * 6) > 0.9
+    assert alike(read(tiles(learned / "samples_000600.png", 10)), [*range(10)] * 6) > 0.75
 
 
-def test_what_was_learned_is_scored(call, learned):
+def test_what_was_learned_is_scored(call, learned, monkeypatch):
+    monkeypatch.setattr(measure.score, "find_classifier", lambda data, *_: train_classifier(data, epochs=4))
     code, out, err = call(measure.score, "--checkpoint", learned, "--count", 200, "--device", "cpu")
     assert code == 0, err
     assert float(re.search(r"read as asked for +([0-9.]+)", out)[1]) > 0.9
@@ -651,7 +646,7 @@ def test_what_draws_is_the_average(call, learned, read, tmp_path):
         torch.save(content | {gone: noise}, tmp_path / "model.pth")
         assert call(inference, "--checkpoint", tmp_path, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
         share = alike(read(tiles(tmp_path / "a.png", 10)), [*range(10)] * 8)
-        assert share > 0.9 if other == "ema" else share < 0.4
+        assert share > 0.75 if other == "ema" else share < 0.4
 
 
 def test_grids_are_drawn_with_the_average(tmp_path):
@@ -673,7 +668,7 @@ def test_grids_are_drawn_with_the_average(tmp_path):
 
 def test_a_config_resumes_what_it_began(tmp_path):
     """What the data have filled in is no other setting."""
-    config = Config(dataset=TINY[1], hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4)
+    config = Config(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4)
     assert train.train(config, tmp_path, device="cpu", until=3) == (3, 0)
     assert train.train(config, tmp_path, device="cpu", resume=True) == (4, 0)
     for change in (dict(num_classes=7), dict(classes=tuple("abcdefghij"), num_classes=10)):
@@ -684,7 +679,7 @@ def test_a_config_resumes_what_it_began(tmp_path):
 @pytest.mark.parametrize("until", [0, -1, 5])
 def test_until_lies_within_the_run(tmp_path, until):
     with pytest.raises(UserError, match=f"until={until}: must lie between 1 and the run's 4 steps"):
-        train.train({"dataset": TINY[1], "steps": 4}, tmp_path / "run", device="cpu", until=until)
+        train.train({**SMALL_DATA, "steps": 4}, tmp_path / "run", device="cpu", until=until)
     assert not (tmp_path / "run").exists()
 
 

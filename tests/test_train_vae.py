@@ -1,4 +1,4 @@
-"""The training of a VAE; on scikit-learn's digits, 8 x 8."""
+"""The training of a VAE; on a small MNIST, 8 x 8."""
 
 from support.commands import UserError
 from support.pictures import psnr
@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import SMALL, assert_refused, small_mnist
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -21,10 +21,11 @@ from latent import train_vae as module
 from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergence, loss_of, reconstruction_loss
 from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
-SMALL = dict(dataset="digits", factor=4, widths=(16, 32), latent_channels=4, warmup=2, precision="fp32",
-             image_size=(8, 8), channels=1, lr=4e-3)
-FLAGS = ["--dataset", "digits", "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2, "--precision", "fp32",
-         "--batch-size", 8, "--lr", 4e-3, "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+SETTINGS = dict(dataset="mnist", data_dir=str(SMALL), image_size=(8, 8), channels=1, factor=4, widths=(16, 32),
+                latent_channels=4, warmup=2, precision="fp32", lr=4e-3)
+FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2,
+         "--precision", "fp32", "--batch-size", 8, "--lr", 4e-3,
+         "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def stop_at(monkeypatch, step):
 def learned(tmp_path_factory):
     """The folder of a VAE that has learned the digits for some seconds, and its recipe."""
     folder = tmp_path_factory.mktemp("vae") / "vae"
-    settings = SMALL | dict(steps=90, batch_size=32, save_every=30, kl=1e-3)
+    settings = SETTINGS | dict(steps=90, batch_size=32, save_every=30, kl=1e-3)
     recipe, done, stopped = module.train_vae(settings, folder, device="cpu")
     assert (done, stopped) == (90, 0)
     return folder, recipe
@@ -59,7 +60,7 @@ def learned(tmp_path_factory):
 def test_it_learns(learned):
     """Far better than the mean of all images, better from row to row, and the same number in the log."""
     folder, _ = learned
-    images, tests = (load_dataset("digits", ".", part).images for part in (True, False))
+    images, tests = (small_mnist(part).images for part in (True, False))
     mean = images.float().mean(0).round().byte().expand_as(tests)
     vae = load_vae(folder)
     made = module.reconstructions(vae, tests)
@@ -76,10 +77,10 @@ def test_it_learns(learned):
 def test_its_latents_are_normalized(learned):
     """Of each channel, over the images that were measured; as a diffusion model draws them from the posterior."""
     vae = load_vae(learned[0])  # whose training had no such limits
-    mean, std = vae.encode(to_float(load_dataset("digits", ".").images))
+    mean, std = vae.encode(to_float(small_mnist().images))
     assert mean.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert (mean**2 + std**2).mean(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-3)
-    plain, spread = vae.posterior(to_float(load_dataset("digits", ".").images[:9]))
+    plain, spread = vae.posterior(to_float(small_mnist().images[:9]))
     assert torch.allclose(spread, torch.tensor(0.1), atol=2e-4) and 0.1 < plain.std() < 10
 
 
@@ -187,9 +188,9 @@ def test_noise_and_kl_in_the_loss():
 
 def test_the_posterior_keeps_its_width():
     """Which the format has no word for: the part of quant_conv that makes it is constant, and stays."""
-    recipe = Recipe(**SMALL, noise=0.3, steps=4, batch_size=4)
+    recipe = Recipe(**SETTINGS, noise=0.3, steps=4, batch_size=4)
     run = module.start_run(recipe, torch.device("cpu"))
-    images = load_dataset("digits", ".").images
+    images = small_mnist().images
     before = run.model.encoder.conv_in.weight.clone()
     for step in range(4):
         module.train_step(run, module.make_batch(images, run, step), step)
@@ -205,8 +206,8 @@ def test_the_posterior_keeps_its_width():
 def test_the_last_part_leaves_the_latents(monkeypatch):
     """From its first step on the encoder is the average that is kept."""
     monkeypatch.setattr(module, "DECODER_ALONE", 0.5)
-    run = module.start_run(Recipe(**SMALL, steps=8, batch_size=4), torch.device("cpu"))
-    images = load_dataset("digits", ".").images
+    run = module.start_run(Recipe(**SETTINGS, steps=8, batch_size=4), torch.device("cpu"))
+    images = small_mnist().images
     fingerprints, decoders = [], []
     for step in range(8):
         module.train_step(run, module.make_batch(images, run, step), step)
@@ -219,9 +220,9 @@ def test_the_last_part_leaves_the_latents(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_in_either_precision(precision):
     """bfloat16 computes gradients for float32 weights."""
-    images, losses = load_dataset("digits", ".").images, []
+    images, losses = small_mnist().images, []
     for kind in ("fp32", precision):
-        run = module.start_run(Recipe(**SMALL | dict(precision=kind), steps=5, batch_size=16), torch.device("cpu"))
+        run = module.start_run(Recipe(**SETTINGS | dict(precision=kind), steps=5, batch_size=16), torch.device("cpu"))
         losses.append(module.train_step(run, module.make_batch(images, run, 0), 0).item())
         assert {weight.dtype for weight in run.model.state_dict().values()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -284,7 +285,8 @@ def test_what_it_says(call, tmp_path):
     assert "pixel_unshuffle goes before its encoder, and pixel_shuffle behind its decoder, each by 2;" in out
     assert "step 3: loss" in out and "dB on 16 held-out images" in out
     vae = f"'{tmp_path / 'my vae'}'"
-    assert out.splitlines()[-1].endswith(f"python train.py --vae {vae} --dataset digits --image-size 8")
+    assert out.splitlines()[-1].endswith(
+        f"python train.py --vae {vae} --dataset mnist --data-dir {SMALL} --image-size 8")
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def pictures(tmp_path):
 
 def test_a_folder_without_a_test_part(call, tmp_path, pictures):
     """What is held out of training is tested on; of few images every 20th; one with a test part is tested on that."""
-    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures]
+    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--image-size", 16]
     code, out, err = call(module, *flags, "--out", tmp_path / "vae")
     assert code == 0, err
     assert "41 images of 16 x 16 to train, 4 to test, colour" in out
@@ -410,7 +412,7 @@ def test_a_run_that_cannot_go_on_so(call, stopped, flags, words):
 
 
 def test_other_data_than_it_was_trained_on(call, tmp_path, pictures, monkeypatch):
-    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--out", tmp_path / "vae"]
+    flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--image-size", 0, "--out", tmp_path / "vae"]
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert call(module, *flags)[0] == 130
@@ -447,7 +449,7 @@ def test_a_disk_that_is_full(call, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_patches_that_do_not_fit(learned, tmp_path):
-    vae = build_vae(Recipe(**SMALL))
+    vae = build_vae(Recipe(**SETTINGS))
     vae.settings["patch_size"] = 3
     save_vae(vae, tmp_path / "vae")
     with pytest.raises(UserError, match="are not those of patches of 3 x 3 pixels"):
@@ -456,7 +458,7 @@ def test_a_folder_of_patches_that_do_not_fit(learned, tmp_path):
 
 def test_images_without_a_difference(call, tmp_path, monkeypatch):
     """Latents that are all the same cannot be normalized."""
-    vae = build_vae(Recipe(**SMALL))
+    vae = build_vae(Recipe(**SETTINGS))
     monkeypatch.setattr(vae, "encode", lambda x: (torch.ones(len(x), 4, 2, 2), torch.zeros(len(x), 4, 2, 2)))
     with pytest.raises(UserError, match="all the same"):
         module.measure_latents(vae, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_refused
+from conftest import REPOSITORY, SMALL, assert_refused
 from PIL import Image
 
-import dataset
 from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
-from dataset import CannotDownload, to_float, to_uint8
+from dataset import to_float, to_uint8
 from diffusion import complete, from_noise, inpaint
 from measure.classifier import load_classifier
 from video import score
@@ -19,21 +18,9 @@ from video.moving import SPEEDS, bounce, load_moving
 from video.score import FIGURES, Judge, crop, fit_bounces, fit_paths, follow, make_real, track, wasserstein
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """Scikit-learn's digits, wherever the tests are run."""
-    def fail(data_dir):
-        raise CannotDownload("no network")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "download_mnist", fail)
-        patch.chdir(tmp_path_factory.mktemp("offline"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def parts(offline):
-    return [load_moving(Config(dataset="moving"), part) for part in (True, False)]
+def parts():
+    return [load_moving(Config(data_dir=str(SMALL)), part) for part in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +39,6 @@ def figures(judge, real):
 
 
 def test_real_clips(figures):
-    """Scikit-learn's digits are not what the classifier has learned; all the rest is as it should be."""
     assert figures.keys() == FIGURES.keys()
     assert figures["frames"] > 0.9 and figures["clips"] > 0.85 and figures["constant"] > 0.9
     assert figures["jolt"] < 0.15 and figures["residual"] < 0.06 and figures["residual_90"] < 0.2
@@ -62,7 +48,7 @@ def test_real_clips(figures):
 
 def test_paces(parts):
     """Of clips labelled slow and fast; asked for the other way round, none is."""
-    data = load_moving(Config(dataset="moving", speeds=True), False)
+    data = load_moving(Config(data_dir=str(SMALL), speeds=True), False)
     judge = Judge(parts[0], data, load_classifier(), count=200)
     assert "pace" in judge.figures
     clips, labels = make_real(data, 60, 0)

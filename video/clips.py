@@ -2,14 +2,13 @@
 
 from support import parallel
 from support.commands import UserError
-from support.folders import LOOKED_AT, list_classes, place, warn_of_alike
+from support.folders import LOOKED_AT, folder_of_classes, list_classes, place, warn_of_alike
 from support.image_files import SLOWEST, TINT, is_animation, is_image, is_video, list_files, read_clip
 from support.sizes import show_size
 
 import collections
 import hashlib
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -116,7 +115,7 @@ def read_clips(config):
     if len(config.image_size) == 2:
         raise UserError(f"image_size {show_size(config.image_size)} has no frames: clips have frames x height x width, "
                         f"such as --image-size {MOST}x{'x'.join(map(str, config.image_size))}")
-    found, names = list_classes(Path(config.data_dir), wanted=is_clip, whole=find_frames)
+    found, names = list_classes(folder_of_classes(config.data_dir), wanted=is_clip, whole=find_frames)
     size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
     videos = sum(is_video(path) for path, _ in listed if not isinstance(path, list))
@@ -165,7 +164,7 @@ def open_sprites(config, device, folder="latents"):
     T, *size = config.image_size
     if T > FRAMES:
         raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {FRAMES} frames, and no more")
-    with parallel.rank_0_first():  # it may download them
+    with parallel.rank_0_first():
         frames = load_dataset("sprites", config.data_dir, image_size=size, channels=config.channels)
     starts = torch.arange(0, len(frames.labels), FRAMES)
     lengths = torch.full_like(starts, FRAMES)
@@ -177,8 +176,7 @@ def open_moving(config, device, folder="latents"):
     if config.vae or config.flips or config.channels > 1:
         raise UserError("moving digits are learned as grey pixels, and not in a mirror: leave out --vae, --flips and "
                         "--channels")
-    with parallel.rank_0_first():  # it may download the digits
-        return load_moving(config)
+    return load_moving(config)
 
 
 # What opens a data set of clips, in the place of `open_data`

@@ -9,7 +9,6 @@ import hashlib
 import math
 
 import torch
-import torch.nn.functional as F
 
 from dataset import load_dataset
 
@@ -118,18 +117,14 @@ def check_size(size):
 
 
 def load_moving(config, train=True):
-    """The clips that a `Config` says, of the training or the test part of MNIST, or where that cannot be had of
-    scikit-learn's digits: a `Moving`. Raises `UserError`."""
+    """The clips that a `Config` says, of the training or the test part of MNIST: a `Moving`. Raises
+    `UserError`."""
     size = config.image_size or SIZE
     check_size(size)
     for T, *sides in (size, *config.sizes):  # a batch of floats
         demand_memory(config.batch_size * T, 4, sides, "lower --image-size, --sizes or --batch-size")
-    data = load_dataset("auto", config.data_dir, train)
-    images = data.images[:, 0]
-    if images.shape[-1] < 28:  # scikit-learn's digits, as large as MNIST's
-        images = F.interpolate(data.images.float(), (20, 20), mode="bicubic").clamp(0, 255).round().byte()
-        images = F.pad(images, (4, 4, 4, 4))[:, 0]
-    N = len(images)
+    data = load_dataset("mnist", config.data_dir, train)
+    images, N = data.images[:, 0], len(data.images)
     first, names = torch.arange(N), [str(digit) for digit in range(10)]
     shown, labels = first[:, None], data.labels
     if config.digits == 2:
