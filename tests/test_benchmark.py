@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -130,6 +131,8 @@ def test_operations_are_counted():
     drawn, trained = (benchmark.measure(what, CONFIG, CPU, 0.01) for what in ("draw", "train"))
     forward = drawn["flops"] / drawn["images"] / 4  # per image and step; a batch of 8 is filled up to 16
     assert 2.7 < trained["flops"] / trained["images"] / (forward / 2) < 3.3
+    heun = benchmark.measure("draw", dataclasses.replace(CONFIG, sampler="heun"), CPU, 0.01)
+    assert heun["flops"] / heun["images"] == pytest.approx(7 * forward)  # two calls in three of the four steps
 
 
 @pytest.mark.parametrize(("flags", "word"), [(["--rounds", 0], "--rounds"), (["--seconds", "nan"], "--seconds"),
