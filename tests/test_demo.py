@@ -472,6 +472,7 @@ def test_inside_is_what_pytorch_sees_there(controls):
 
     middle = grid[0] // 2 * grid[1] + grid[1] // 2
     shown(0, 6, 3, middle)
+    assert controls.label("$('choices').children[2]") == "Look into image 3, 9"
     controls.do("$('choices').children[2].click()")
     shown(2, 9, 3, middle)
     controls.set(moment=0)
