@@ -673,6 +673,9 @@ def test_a_morph_is_animated_there_and_back(call, small, tmp_path):
             frames.append(np.asarray(animation.convert("L")))
             times.append(animation.info["duration"])
     assert times == [1000, *[60] * 28] * 2  # milliseconds
+    model, config = load_model(small)
+    first = np.asarray(grid(to_uint8(generate(model, config, torch.full((12,), 3))), 10), dtype=float)
+    assert np.abs(first - frames[0]).mean() < 3
     assert len(frames) == 58 and all(np.array_equal(frames[i], frames[-i]) for i in range(1, 29))
     assert not np.array_equal(frames[0], frames[len(frames) // 2])
 
