@@ -585,6 +585,7 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path, capsys):
     (tmp_path / "own" / "10" / "other").symlink_to(tmp_path / "own" / "\u00b2")
     (tmp_path / "own" / "\u00b2" / "back").symlink_to(tmp_path / "own" / "10")
     (tmp_path / "own" / "above").symlink_to(tmp_path)
+    Image.new("L", (9, 7)).save(tmp_path / "else.png")
     data = load_dataset("folder", tmp_path / "own")
     assert len(data.images) == 9 + 6 and data.classes == ["\u0663", "10", "\u00b2"]
     assert "6 circular links, 5 broken links; and 2 folders, in which it found nothing" in capsys.readouterr().err
