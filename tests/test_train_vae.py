@@ -238,6 +238,42 @@ def test_psnr():
     assert psnr(many, 255 - many) == pytest.approx(np.mean([20 * np.log10(255 / abs(255 - 2 * n)) for n in range(250)]))
 
 
+def test_the_picture_and_the_figure_are_of_the_same_images(tmp_path, monkeypatch, capsys):
+    """Each original stands above its own reconstruction; the PSNR in the log and at the end is that of all pairs."""
+    tests = torch.randint(0, 256, (45, 1, 56, 40), dtype=torch.uint8)
+    made = (tests.float() * torch.linspace(0.5, 0.95, 45).view(-1, 1, 1, 1)).byte()
+    monkeypatch.setattr(module, "reconstructions", lambda vae, images: made if len(images) == 45 else images)
+    quality = module.show(None, tests, tmp_path / "a.png")
+    error = (made.double() - tests.double()).square().flatten(1).mean(1)
+    assert quality == pytest.approx((10 * torch.log10(255**2 / error)).mean().item(), abs=1e-3)
+    with Image.open(tmp_path / "a.png") as picture:
+        shown = torch.from_numpy(np.array(picture))
+    picked = module.some(torch.arange(45), 30).tolist()
+    for i, number in enumerate(picked):
+        top, left = 2 + 2 * (i // 10) * 58, 2 + i % 10 * 42
+        assert torch.equal(shown[top:top + 56, left:left + 40], tests[number, 0])
+        assert torch.equal(shown[top + 58:top + 114, left:left + 40], made[number, 0])
+    run = module.start_run(Recipe(**SMALL), torch.device("cpu"))
+    module.finish(run, load_dataset("digits", ".").images[:40], tests, tmp_path / "vae")
+    assert f"PSNR {quality:.2f} dB on 45 held-out images" in capsys.readouterr().out
+
+
+def test_the_seed_decides_all_and_the_channels_are_those_asked_for(call, tmp_path):
+    images, parts = load_dataset("digits", ".").images, []
+    for seed in (3, 3, 4):
+        run = module.start_run(Recipe(**SMALL, seed=seed, batch_size=4), torch.device("cpu"))
+        parts.append((run.model.state_dict()["encoder.conv_in.weight"], *module.make_batch(images, run, 5)))
+    for a, b, c in zip(*parts, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(parts[0][1], module.make_batch(images, run, 6)[0])
+    code, _, err = call(module, *FLAGS, "--steps", 1, "--channels", 3, "--seed", 7, "--latent-channels", 5,
+                        "--layers-per-block", 2, "--factor", 8, "--out", tmp_path / "vae")
+    assert code == 0, err
+    vae = load_vae(tmp_path / "vae")
+    assert (vae.image_channels, vae.settings["latent_channels"], vae.factor) == (3, 5, 8)
+    assert vae.settings["layers_per_block"] == 2 and vae.settings["block_out_channels"] == (16, 32)
+
+
 # Stopping and going on
 
 
