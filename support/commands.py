@@ -162,8 +162,7 @@ def run(main, memory="--batch-size", alone=False):
     """
     if alone and "TORCHELASTIC_RUN_ID" in os.environ:
         if os.environ.pop("RANK", "0") != "0":
-            return
-        os.environ.pop("WORLD_SIZE", None)  # what it starts and what it calls waits for no others: they have left
+            return  # without RANK, what it starts waits for no others; nor may what it calls: they have left
         parallel = sys.modules.get("support.parallel")
         if parallel:
             parallel.RANK, parallel.WORLD = 0, 1

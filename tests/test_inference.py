@@ -738,6 +738,12 @@ def test_draw_changes_pictures_too(small, tmp_path):
         assert draw(3, inpaint=one, mask=other, **flags).tobytes() == draw(3, inpaint=picture, mask=mask,
                                                                            **flags).tobytes()
         assert np.array_equal(one, kept)  # it is the caller's
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be shown turned
+    pictures[0].crop((0, 0, 8, 4)).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert draw([3], edit=turned, **flags).tobytes() == draw([3], edit=tmp_path / "turned.png", **flags).tobytes()
+        assert turned.size == (8, 4)
     for wrong in ([1, 2], np.zeros((2, 3, 4, 5), np.uint8), np.zeros((4, 4), np.complex64)):
         with pytest.raises(UserError, match="the picture cannot be read as an image"):
             draw([3], edit=wrong, **flags)
