@@ -153,7 +153,7 @@ def test_what_has_no_test_part_has_some_held_out(here, capsys):
 
 
 def test_training_says_what_it_holds_out(call, here):
-    code, out, err = call(train_script, *TINY, *FOLDER, "--steps", 2, "--patch-size", 4)
+    code, out, err = call(train_script, *TINY, *FOLDER, "--image-size", 12, "--steps", 2, "--patch-size", 4)
     assert code == 0, err
     assert "data      folder: 54 images of 12 x 12, colour" in out and "each class, 6 in all, is held out" in out
     make_folder(here / "few", 9)
