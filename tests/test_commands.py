@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
 import checkpoint
+import dataset
+import diffusion
 import fid_computer
 import generator
 import inference
@@ -37,7 +40,7 @@ import train
 import video.score
 from demo import export
 from few import distill
-from latent import import_dit
+from latent import import_dit, train_vae
 
 COMMANDS = ("train", "few.distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
             "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
@@ -455,3 +458,39 @@ def test_a_command_imports_only_what_it_needs(script, flags, command, tmp_path):
     assert "torch" in imported and not imported & {
         "sympy", "torch._dynamo", "torch.distributed.fsdp", "torch._inductor", "matplotlib", "sklearn", "torchvision",
         "scipy", "diffusers"}
+
+
+def test_nothing_asks_for_a_network(call, tmp_path, monkeypatch):
+    """What the README runs with what comes with the repository, in a folder elsewhere."""
+    asked = []
+
+    def refuse(*args, **options):
+        asked.append(args)
+        raise OSError("no network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(dataset, "SHEETS", {layer: [*numbers][:2] for layer, numbers in dataset.SHEETS.items()})
+    monkeypatch.setattr(dataset, "CHARACTERS", 16)  # of the real parts
+    monkeypatch.setattr(dataset, "TRAINING_CHARACTERS", 12)
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--sample-steps", 2, "--steps", 1, "--device", "cpu"]
+    steps = ["--steps", 1, "--device", "cpu"]
+    for command in ([inference, "--device", "cpu"], [train, *tiny], [inference, "--device", "cpu"],
+                    [generator, "--count", 10, "--device", "cpu"], [export], [diffusion],
+                    [train, *tiny, "--dataset", "moving", "--image-size", "4x24x24", "--run-dir", "moving"],
+                    [train_vae, "--dataset", "sprites", "--image-size", 16, "--out", "vae", *steps],
+                    [train, *tiny, "--dataset", "sprites", "--image-size", 16, "--vae", "vae", "--run-dir", "sprites"],
+                    [inference, "--checkpoint", "sprites", "--device", "cpu"],
+                    [inference, "--checkpoint", REPOSITORY / "weights" / "sprites.pth", "--count", 1]):
+        code, _, err = call(*command)
+        assert code == 0, (command, err)
+    assert not asked
+    assert not {"MNIST", "Sprites"} & {*os.listdir()}
+
+
+@pytest.mark.parametrize("name", ["mnist", "moving", "sprites"])
+def test_the_weights_that_come_along_name_no_folder(name):
+    """So that they find the images that come along too, wherever one is."""
+    assert checkpoint.load_checkpoint(REPOSITORY / "weights" / f"{name}.pth")["config"].data_dir == ""
