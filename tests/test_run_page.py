@@ -112,7 +112,8 @@ def test_names_are_no_markup(tmp_path):
     folder.mkdir()
     train.show_run(config, folder)
     page = Page(folder / "index.html")
-    assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text and "A DiT learns auto, in <u>" in page.text
+    assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text
+    assert f"A DiT learns {config.dataset}, in <u>" in page.text
     assert "<dt>classes</dt>" in page.source.partition("As by default")[0]
 
 
