@@ -512,3 +512,10 @@ def test_weights_to_share(saved, call):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     assert_refused(call(checkpoint, path.with_name("none.pth"), small), "none.pth")
+
+
+def test_the_command_alone_knows_the_samplers(command, tmp_path):
+    """In a process where nothing else has imported diffusion.py."""
+    process = command("checkpoint.py", REPOSITORY / "weights" / "mnist.pth", tmp_path / "a.pth", "--sampler", "heun")
+    assert process.returncode == 0, process.stderr
+    assert load_checkpoint(tmp_path / "a.pth")["config"].sampler == "heun"
