@@ -1,69 +1,66 @@
 """The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
 from support.commands import UserError
-from support.sizes import LARGEST, as_size, as_sizes, show_divisors, show_size, show_sizes
+from support.sizes import LARGEST, as_size, show_divisors, show_size
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 from pathlib import PurePath
 
-SAMPLERS = {}  # the function of each name: diffusion.py fills in its own
-TORCHVISION = {  # data sets that torchvision reads and downloads, and what shows that a folder holds one
-    "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw", "EMNIST": "EMNIST/raw",
-    "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "SVHN": "train_32x32.mat"}
+from dataset import TORCHVISION, load_dataset, to_uint8
+from diffusion import DDPM, SAMPLERS, RectifiedFlow
+from dit import DiT
+
 MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float32 has 7 digits
 
 
-def flag(default, help, low=None, high=None, choices=None):
-    """A field of `Config` that is also a command-line flag; `low` and `high` are inclusive bounds."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def flag(default, help, low=None, high=None, choices=None, read=None):
+    """A field of `Config` that is also a command-line flag; `low` and `high` are inclusive bounds. read: makes the
+    value of a word."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, read=read))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. Raises `UserError` when a value has the wrong type or is out of range."""
+    """All settings of a run on images, and what they say: the data, the network and the process. Raises `UserError`
+    when a value has the wrong type or is out of range.
+
+    A wing has a class of its own below this one: more settings, and other answers to the same questions.
+    """
+
+    kind = "images"  # what a model of these settings draws; its checkpoint says so
+    trained_by, drawn_by = "train.py", "inference.py"
+    axes, size_words = (2,), "height and width, such as 28x20"  # of an image
+    # The settings that say how to draw, and those that a resumed run may change
+    SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")
+    CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
+                  "guidance", "eta", "compile", "recompute")
 
     # Data
-    dataset: str = flag("mnist", "mnist, sprites (64x64, in colour: 9 actions), folder (one folder per class); moving "
-                        "(clips of MNIST's digits), clips (one folder per class, of GIFs or folders of frames); or a "
-                        "data set that torchvision downloads",
-                        choices=("mnist", "sprites", "folder", "moving", "clips", *TORCHVISION))
-    data_dir: str = flag("", "the folder of classes, for --dataset folder and clips; else the folder that holds (or "
-                         "gets) the data set, by default the code's own, with which MNIST and the sprites come")
-    digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
-    speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
-    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
-                             "16x32x32; 0 = as the data set has them", 1, LARGEST)
-    sizes: tuple = flag((), "of clips: more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or "
-                        "image_size", 1, 1024)
+    dataset: str = flag("mnist", "mnist; folder: one folder per class; or a data set that torchvision downloads",
+                        choices=("mnist", "folder", *TORCHVISION))
+    data_dir: str = flag("", "folder that holds the data set, or gets it; for --dataset folder the folder of classes "
+                         "(empty: the code's own folder, which has MNIST)")
+    image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them", 1,
+                             LARGEST, read=as_size)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
     ground: str = flag("black", "what transparent images of your own are laid on", choices=("black", "white"))
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers
-    flips: bool = flag(False, "mirror half of the images, left to right: for photographs in folders")
-    vae: str = flag("", "learn the latents that this VAE makes of the images (2112.10752): a folder that "
-                    "latent.train_vae or diffusers wrote, or a name on the Hugging Face hub, such as sd-vae-ft-ema")
-    # Nor have these: the VAE says them.
-    vae_hash: str = ""        # `fingerprint` of the VAE; "" = not known
-    latent_shape: tuple = ()  # (C, *size) of an image's latents
-    latent_mean: tuple = ()   # the latents are normalized to (z - latent_mean) / latent_std: one number, or one for
-    latent_std: tuple = ()    # each channel
 
     # Model (DiT, arXiv 2212.09748)
-    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; of clips also the frames: 2x8x8; 0 "
-                             "= a quarter of the image, which makes 16 tokens, and of its frames", 1, 1024)
+    patch_size: tuple = flag((), "height and width of a patch, pixels: 7 or 7x5; 0 = a quarter of the image, which "
+                             "makes 16 tokens", 1, LARGEST, read=as_size)
     hidden_size: int = flag(128, "width D of a token; a multiple of 4 and of num_heads", 4, 16384)
     depth: int = flag(4, "number of DiT blocks", 1, 256)
     num_heads: int = flag(4, "attention heads in each block", 1, 256)
-    mlp_ratio: float = flag(4.0, "width of a block's MLP, as a multiple of hidden_size", 0.25, 16)
-    time_spacing: str = flag("dit", "the frequencies that embed the time: as DiT's official code spaces them, or as "
-                             "the article does", choices=("dit", "article"))
-    # Without a flag, for official weights: the MLP's GELU, exact (none) or by its tanh formula
-    gelu: str = dataclasses.field(default="none", metadata=dict(choices=("none", "tanh")))
-    rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
+    # These two have no flag: a preset or an imported checkpoint says them.
+    mlp_ratio: float = dataclasses.field(default=4.0, metadata=dict(low=0.25, high=16))  # MLP's width / hidden_size
+    time_spacing: str = dataclasses.field(default="dit", metadata=dict(choices=("dit", "article")))  # see `sinusoids`
 
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
@@ -73,37 +70,29 @@ class Config:
                         choices=("ddpm", "flow", "sit"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
-    variance: str = flag("fixed", "of a step of the ddpm sampler: fixed; or learned (2102.09672), for which the "
-                         "network of process ddpm predicts it beside the noise", choices=("fixed", "learned"))
-    shift: float = flag(2.2, "of flow: above 1, more of the T steps lie where there is much noise (2403.03206)",
-                        0.01, 100)
+    shift: float = flag(2.2, "time shift of flow: above 1, more of the T steps have much noise (2403.03206)", 0.01, 100)
     loss: str = flag("l2", "mean squared (l2) or mean absolute (l1) error of the prediction", choices=("l1", "l2"))
 
     # Training
     steps: int = flag(5000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(64, "images per step", 1, 1_000_000)
-    optimizer: str = flag("muon", "muon: for the matrices within the blocks (2502.16982), and AdamW for all else; or "
-                          "adamw alone", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "muon (2502.16982) for the matrices of the blocks and AdamW for the rest; or adamw "
+                          "for all", choices=("muon", "adamw"))
     lr: float = flag(4e-3, "peak learning rate", 0, 10)
-    lr_decay: str = flag("sqrt", "after the warm-up the learning rate stays constant, or falls to zero at the last "
-                         "step, with the steps left (linear) or their square root (sqrt)",
-                         choices=("constant", "linear", "sqrt"))
+    lr_decay: str = flag("sqrt", "learning rate after the warm-up: constant, or falling to zero with the steps left "
+                         "(linear) or their square root (sqrt)", choices=("constant", "linear", "sqrt"))
     warmup: int = flag(100, "steps of linear warm-up", 0, 1_000_000)
     weight_decay: float = flag(0.0, "decoupled weight decay", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", 0, 1e9)
-    ema_decay: float = flag(0.9999, "largest decay per step of the averaged weights, which draw every sample; until "
-                            "it is reached, they are about those of the last tenth of the steps so far", 0, 0.999999)
-    given: float = flag(0.0, "of clips: share of which some frames are given, as they are, to learn the others from: "
-                        "for inference.py --extend and its like", 0, 1)
+    ema_decay: float = flag(0.9999, "upper limit of the EMA decay; before it is reached, the average covers about the "
+                            "last tenth of the steps", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
     precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
-                          "weights computes the gradients); or auto: bf16 where it is the quicker",
+                          "weights computes the gradients); or auto: bf16 if it is faster",
                           choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): up to a minute's wait the "
-                         "first time, then shorter steps")
+    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): up to a minute's wait "
+                         "first, then shorter steps")
     recompute: bool = flag(False, "recompute each block in the backward pass: less memory, more time")
-    shard: bool = flag(False, "under torchrun, split the weights, their average and the optimizer's state among the "
-                       "processes (FSDP2), for networks that are too large for one")
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
     log_every: int = flag(50, "steps between two rows of log.csv", 1, 100_000_000)
     sample_every: int = flag(1000, "steps between two sample grids", 1, 100_000_000)
@@ -115,28 +104,21 @@ class Config:
     guidance: float = flag(1.4, "classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 sharper",
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
-    spacing: str = flag("trailing", "which of the T steps are taken: trailing, evenly spaced from the last one on "
-                        "(2305.08891); or linspace, evenly from the last to the first, as DiT's official code does",
-                        choices=("trailing", "linspace"))
-    guided_channels: int = flag(0, "so many channels, the first ones, are guided, and the others follow the label "
-                                "as at guidance 1; 0 = all. DiT's official code guides 3 of its 4", 0, 1024)
-    clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels, which latents do not have")
 
     def __post_init__(self):
-        for name, read in {**SIZES, "data_dir": as_name, "vae": as_name}.items():
-            object.__setattr__(self, name, read(getattr(self, name)))
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            read = field.metadata.get("read") or as_name
+            object.__setattr__(self, field.name, read(value))
             check_value(field, getattr(self, field.name))
+        self.check()
+
+    def check(self):
+        """Raises `UserError` unless the settings go together."""
+        for name in ("image_size", "patch_size"):
+            self.check_size(name, getattr(self, name))
         if not all(type(name) is str for name in self.classes) or len(self.classes) not in (0, self.num_classes):
             raise UserError(f"classes must be the names of {self.num_classes} classes, not {self.classes!r:.80}")
-        self.check_latents()
-        if self.sizes and (self.latent_shape or {len(size) for size in (*self.sizes, self.image_size)} - {0, 3}):
-            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several, each frames x "
-                            "height x width")
-        if self.variance == "learned" and self.process != "ddpm":
-            raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
-        if self.given and (self.variance == "learned" or len(self.image_size) == 2):
-            raise UserError("frames are given of clips alone, and the variance is then fixed: leave --given out")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.process == "ddpm" and self.log_signal() < math.log(MIN_SIGNAL):
@@ -146,57 +128,92 @@ class Config:
             raise UserError(f"sample_steps is {self.sample_steps}, but there are only T = {self.T} steps to take")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
-        if self.rope and self.hidden_size // self.num_heads % 2:
-            raise UserError(f"rope turns pairs of channels, but a head has {self.hidden_size // self.num_heads}: set "
-                            "hidden_size or num_heads, or --no-rope")
-        if self.image_size and self.patch_size:
-            self.check_patches("latent_shape" if self.latent_shape else "image_size", self.input_shape[1:])
+        size, patch = self.input_shape[1:], self.patch_size
+        if size and patch and (len(patch) != len(size) or any(n % p for n, p in zip(size, patch, strict=True))):
+            raise UserError(f"patch_size {show_size(patch)} does not divide {self.input_name} {show_size(size)}: "
+                            f"choose one of {show_divisors(size)}")
 
-    def check_latents(self):
-        """Raises `UserError` unless what is said of latents belongs together."""
-        if not self.latent_shape and not (self.vae_hash or self.latent_mean or self.latent_std):
-            return
-        C, *size = self.latent_shape or (0,)
-        if not size or not all(type(n) is int and 1 <= n <= 1024 for n in self.latent_shape):
-            raise UserError(f"latent_shape is {self.latent_shape!r:.80}, but must be channels, height and width")
-        for name, numbers in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
-            if len(numbers) not in (1, C) or not all(type(n) is float and math.isfinite(n) for n in numbers) or (
-                    name == "latent_std" and min(numbers) <= 0):
-                raise UserError(f"{name} is {numbers!r:.80}, but must be one number, or one for each of {C} channels")
-        if self.clamp:
-            raise UserError("clamp is for pixels, and latents have no bounds: --no-clamp")
-
-    def check_patches(self, name, size):
-        """Raises `UserError` unless patches divide the `size` of what the network sees, which is the setting `name`."""
-        if len(self.patch_size) != len(size) or any(
-                side % part for side, part in zip(size, self.patch_size, strict=True)):
-            raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {name} {show_size(size)}: choose "
-                            f"one of {show_divisors(size)}")
+    def check_size(self, name, size):
+        """Raises `UserError` unless `size`, the value of the setting `name`, is () or has a number for each axis."""
+        if size != () and not (type(size) is tuple and len(size) in self.axes and all(
+                type(side) is int and 1 <= side <= LARGEST for side in size)):
+            raise UserError(f"{name} is {size!r:.80}, but must be {self.size_words}, each between 1 and {LARGEST}")
 
     def log_signal(self):
         """The logarithm of sqrt(alphas_cumprod[T-1]), the share of the image that is left after all steps of ddpm."""
         step = (self.beta_end - self.beta_start) / (self.T - 1)
         return sum(math.log1p(-self.beta_start - i * step) for i in range(self.T)) / 2
 
+    input_name = "image_size"  # the setting that says its size
+
     @property
     def input_shape(self):
-        """The shape (C, *size) of what the network sees: of latents, or of the images themselves."""
-        return self.latent_shape or (self.channels, *self.image_size)
-
-    @property
-    def largest(self):
-        """The largest number along each axis of all the sizes that the network sees."""
-        return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
-
-    @property
-    def output_channels(self):
-        """What the network predicts for each position: the noise or the image, and perhaps the variance."""
-        return self.input_shape[0] * (2 if self.variance == "learned" else 1)
+        """The shape (C, *size) of what the network sees."""
+        return (self.channels, *self.image_size)
 
     @property
     def class_names(self):
         """The name of each class, a tuple of num_classes strings."""
         return self.classes or tuple(map(str, range(self.num_classes)))
+
+    def resolve(self, data):
+        """These settings, with all filled in that the data decide. Raises `UserError`."""
+        config = dataclasses.replace(self, **data.settings, patch_size=())
+        size = config.input_shape[1:]
+        if not self.patch_size and any(side % 4 for side in size):
+            near = show_size([round(side / 4) * 4 * image // side or 4
+                              for side, image in zip(size, config.image_size, strict=True)])
+            raise UserError(f"{config.input_name} {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size "
+                            f"to one of {show_divisors(size)}, or --image-size to {near}")
+        return dataclasses.replace(config, patch_size=self.patch_size or tuple(side // 4 for side in size))
+
+    def describe(self, model):
+        """The network in a few words."""
+        return f"{self.depth} blocks of width {self.hidden_size}, {math.prod(model.grid)} tokens"
+
+    # What the settings say
+
+    def build_model(self):
+        """The untrained `DiT`; the sizes must be known."""
+        return DiT(**self.network_options())
+
+    def network_options(self):
+        """The arguments of `DiT`, a dict."""
+        channels, *size = self.input_shape
+        return dict(input_size=tuple(size), patch_size=self.patch_size, channels=channels, num_classes=self.num_classes,
+                    hidden_size=self.hidden_size, depth=self.depth, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                    time_spacing=self.time_spacing, recompute=self.recompute)
+
+    def build_process(self, device="cpu"):
+        """The diffusion process."""
+        if self.process == "flow":
+            return RectifiedFlow(self.T, self.shift, device)
+        return DDPM(self.T, self.beta_start, self.beta_end, device)
+
+    def build_sampler(self, process):
+        """The sampler, a function as `diffusion.SAMPLERS` has them."""
+        return functools.partial(SAMPLERS[self.sampler], **({"eta": self.eta} if self.sampler == "ddim" else {}))
+
+    def open_data(self, device):
+        """The training images, a `Dataset`. Raises `UserError`."""
+        return load_dataset(self.dataset, self.data_dir, image_size=self.image_size, channels=self.channels,
+                            ground=self.ground)
+
+    def ready(self, checkpoint, device):
+        """These settings of the file `checkpoint`, once all is at hand that drawing needs. Raises `UserError`."""
+        return self
+
+    def drawn_how(self, device):
+        """What decides how images look, besides the weights and the labels: a dict."""
+        return {name: getattr(self, name) for name in self.SAMPLING}
+
+    def to_images(self, x):
+        """Images uint8 (B, C, H, W) of a state x of `inference.sample`. The one way to see a state."""
+        return to_uint8(x)
+
+    def from_images(self, x):
+        """Images x (B, C, H, W) in [-1, 1] as the network sees them."""
+        return x
 
 
 def check_eta(config, given):
@@ -209,13 +226,6 @@ def check_eta(config, given):
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},
-    # Clips of a moving digit: more noise, since 16 frames tell more of it than one
-    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
-                   sample_steps=8, guidance=2.0),
-    # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
-    "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
-                      num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
-                      lr=2e-3),
     # The article's own settings; the sampler takes all T steps, without guidance.
     "article": dict(patch_size=4, hidden_size=64, depth=3, num_heads=4, process="ddpm", loss="l1", batch_size=300,
                     optimizer="adamw", lr=1e-3, steps=100_000, sampler="ddpm", sample_steps=1000, guidance=1.0,
@@ -226,9 +236,6 @@ PRESETS = {
     "L": dict(hidden_size=1024, depth=24, num_heads=16) | PAPER,
     "XL": dict(hidden_size=1152, depth=28, num_heads=16) | PAPER,
 }
-
-# The fields that say how to draw
-SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "spacing", "guided_channels", "clamp", "seed", "precision")
 
 
 def as_name(value):
@@ -245,10 +252,6 @@ def check_names(given, known):
                                                                   f"; there are {', '.join(known)}"))
 
 
-# The fields that hold sizes, and how they are read
-SIZES = {"image_size": as_size, "patch_size": as_size, "sizes": as_sizes}
-
-
 def check_value(field, value):
     """Raises `UserError` unless `value` has the type of `field` and lies within its bounds or choices."""
     rule = field.metadata
@@ -256,34 +259,25 @@ def check_value(field, value):
         raise UserError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.80}")
     if rule.get("choices") and value not in rule["choices"]:
         raise UserError(f"{field.name} is {value!r:.80}, but must be one of {', '.join(rule['choices'])}")
-    if field.name in SIZES:
-        sizes = value if field.name == "sizes" else [value] if value else []
-        if not all(type(size) is tuple and len(size) in (2, 3) and all(
-                type(side) is int and rule["low"] <= side <= rule["high"] for side in size) for size in sizes):
-            raise UserError(f"{field.name} is {value!r:.80}, but must be height and width, such as 28x20, or of clips "
-                            f"frames, height and width, such as 16x32x32, each between {rule['low']} and "
-                            f"{rule['high']}")
-        return
-    if field.type in (str, bool, tuple):
-        return
-    if not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
+    if field.type in (int, float) and not rule["low"] <= value <= rule["high"]:  # NaN lies nowhere
         raise UserError(f"{field.name} is {value!r:.80}, but must lie between {rule['low']} and {rule['high']}")
 
 
-def add_flags(parser, names=None, of=Config):
+def add_flags(parser, of=Config, names=None):
     """Adds a flag to `parser` for each field of a class such as `Config`, or for those in `names`. The flags have no
     default: the namespace holds only what the user gave."""
     for field in dataclasses.fields(of):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=SIZES.get(field.name, field.type), choices=rule["choices"],
-                metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
-            default = 0 if field.name in SIZES else field.default
+                type=rule["read"] or field.type, choices=rule["choices"],
+                metavar=None if rule["choices"] else "HxW" if rule["read"] else field.type.__name__)
+            default = 0 if rule["read"] else field.default
             functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()
             each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                                 help=f"{rule['help']}{each} (default: {default})")
+
 
 
 def given_flags(args, of=Config):

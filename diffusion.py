@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from config import SAMPLERS
-
 MIN_TAU = 0.2  # the velocity's loss is not divided by less: nearly clean images teach little
 
 
@@ -28,11 +26,10 @@ class Process:
     x_0 (B, C, *size) is the clean image, in [-1, 1] if it holds pixels. t is a step 0..T-1; 0 has the least noise.
     signal, noise (T,), float64: the shares of image and noise in x_t.
     error_scale (T,), float64: the loss multiplies the network's error at t by it.
-    spacing: which steps the samplers take, see `descending_steps`.
-    spread: where the variance of the step last denoised lies between the two bounds of the sampler `ddpm`.
+    bound: every predicted x_0 is clamped to [-bound, bound], which the data must lie within.
     """
 
-    spacing, spread = "trailing", 0.0
+    bound = 1.0
 
     def __init__(self, signal, noise, error_scale, device="cpu"):
         self.T = len(signal)
@@ -44,62 +41,56 @@ class Process:
         noise = torch.randn_like(x) if noise is None else noise
         return per_image(self.signal[t], x) * x + per_image(self.noise[t], x) * noise, noise
 
-    def losses(self, model, x_0, t, y, noise, loss="l2", known=None):
+    def losses(self, model, x_0, t, y, noise, loss="l2"):
         """What training minimises: the loss of each image (B,).
 
         mean over an image's values of |error_scale[t] (model(x_t, t, y) - target)|^2    (DDPM, equation 14)
 
-        loss: l2, or l1 for the absolute value instead of the square. known: bool, broadcasts over x_0: what the network
-            sees without noise, and need not predict (RaMViD, 2206.07696); not all of an image.
+        loss: l2, or l1 for the absolute value instead of the square.
         """
         x_t, _ = self.forward_add_noise(x_0, t, noise)
-        x_t = x_t if known is None else torch.where(known, x_0, x_t)
         error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
-        losses = error.abs() if loss == "l1" else error.square()
-        if known is None:
-            return losses.flatten(1).mean(dim=1)
-        return losses.masked_fill(known, 0).flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
+        return (error.abs() if loss == "l1" else error.square()).flatten(1).mean(dim=1)
 
-    def predict(self, model, x, t, y, guidance, guided_channels=0):
+    def predict(self, model, x, t, y, guidance):
         """The network's output for x (B, C, *size) at steps t (B,), for labels y (B,), guided.
 
         guidance: the scale of classifier-free guidance (2207.12598): 0 ignores the labels, 1 follows them, above 1
             exaggerates them. Both predictions go through the network as one batch.
-        guided_channels: how many of the C channels, the first ones, are guided; 0 = all. The others take the
-            conditional prediction.
         """
         null = torch.full_like(y, model.null_label)
         if guidance in (0, 1):
             return model(x, t, y if guidance else null)
         cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        n = guided_channels or x.shape[1]
-        return torch.cat([uncond[:, :n] + guidance * (cond[:, :n] - uncond[:, :n]), cond[:, n:]], dim=1)
+        return self.guide(cond, uncond, guidance)
 
-    def denoise(self, model, x, t, y, guidance, bound, guided_channels=0):
+    def guide(self, cond, uncond, guidance):
+        """The guided prediction, from those with and without labels, like either (2207.12598, equation 6)."""
+        return uncond + guidance * (cond - uncond)
+
+    def denoise(self, model, x, t, y, guidance, bound=None):
         """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
 
-        guidance, guided_channels: as for `predict`.
-        bound: x_0 is clamped to [-bound, bound], which the data must lie within; inf for data without bounds. x_t is
-            never clamped: on the true marginal a good part of its pixels lie outside [-1, 1].
+        guidance: as for `predict`. bound: instead of `self.bound`. x_t is never clamped: on the true marginal a good
+        part of its pixels lie outside [-1, 1].
         """
-        output = self.predict(model, x, torch.full_like(y, t), y, guidance, guided_channels)
+        output = self.predict(model, x, torch.full_like(y, t), y, guidance)
+        bound = self.bound if bound is None else bound
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
     def descending_steps(self, count, strength=1.0):
-        """`count` of the T steps from T-1 down, for the samplers: a list of (t, (signal, noise) at t, (signal, noise)
-        at the next step). The last leads to the clean image. `self.spacing` says which steps: "trailing", evenly spaced
-        (2305.08891, table 2), or "linspace", evenly spaced and ending at step 0, as in DiT's official code.
+        """`count` of the T steps from T-1 down, evenly spaced (2305.08891, table 2, "trailing"), for the samplers: a
+        list of (t, (signal, noise) at t, (signal, noise) at the next step). The last leads to the clean image.
 
         strength: in (0, 1]: take them from this share of the T steps, the least noisy ones. There may be fewer than
             `count` of these.
         """
         top = max(1, round(strength * self.T))
         count = min(count, top)
-        if self.spacing == "linspace" and count > 1:
-            strides = itertools.repeat((top - 1) / (count - 1), count - 1)
-            steps = [round(t) for t in itertools.accumulate(strides, initial=0.0)][::-1]
-        else:
-            steps = [round(top - i * top / count) - 1 for i in range(count)]
+        return self.pairs([round(top - i * top / count) - 1 for i in range(count)])
+
+    def pairs(self, steps):
+        """The list that `descending_steps` returns, of these steps."""
         return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
 
 
@@ -127,61 +118,6 @@ class DDPM(Process):
         """The clean image that the network's output for x at the one step t stands for (equation 4, solved)."""
         signal, noise = self.path[t]
         return (x - noise * output) / signal
-
-
-class LearnedVarianceDDPM(DDPM):
-    """DDPM whose network also predicts the variance of each step (improved DDPM, 2102.09672). It answers with 2C
-    channels: the noise, and v, which should lie in [-1, 1].
-
-    log variance = f log(beta) + (1 - f) log(posterior variance),  f = (v + 1) / 2      (equation 15)
-    """
-
-    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
-        super().__init__(T, beta_start, beta_end, device)
-        before = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
-        variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)  # (T,), of equation 7 of DDPM
-        variance[0] = variance[1]  # its logarithm would be infinite
-        # What an error of the noise amounts to in the mean of the step before (DDPM, equation 11)
-        error_to_mean = self.betas / (1 - self.alphas_cumprod).sqrt() / self.alphas.sqrt()
-        self.log_posterior, self.log_betas, self.error_to_mean = (
-            a.float().to(device) for a in (variance.log(), self.betas.log(), error_to_mean))
-
-    def losses(self, model, x_0, t, y, noise, loss="l2"):
-        """What training minimises: the loss of the noise, that of `DDPM`, and T / 1000 times the term at t of the
-        variational bound in bits per value, which teaches the variance alone (equation 16)."""
-        answer = []
-
-        def predict_noise(*inputs):
-            answer.extend(model(*inputs).chunk(2, dim=1))
-            return answer[0]
-
-        losses = super().losses(predict_noise, x_0, t, y, noise, loss)
-        eps, v = answer
-        return losses + self.T / 1000 * self.bound_terms(eps.detach() - noise, v, x_0, t)
-
-    def bound_terms(self, error, v, x_0, t):
-        """The terms at t (B,) of the variational bound, in bits per value, of each image (B,): the divergence of what
-        the network says from the posterior (DDPM, equation 5), and at t = 0 the negative log likelihood of x_0 among
-        the 256 levels of pixels (DDPM, equation 13), which DiT's official code takes of latents as well.
-
-        error: of the predicted noise, like x_0. v: the network's answer, like x_0.
-        """
-        low, high, scale = (per_image(a[t], x_0) for a in (self.log_posterior, self.log_betas, self.error_to_mean))
-        f = (v + 1) / 2
-        log_variance, gap = f * high + (1 - f) * low, scale * error  # gap: x_0 or the posterior's mean, less ours
-        divergence = (log_variance - low - 1 + (low - log_variance).exp() + gap.square() / log_variance.exp()) / 2
-
-        upper, lower = (0.5 + torch.erf((gap + half) * (-log_variance / 2).exp() / math.sqrt(2)) / 2
-                        for half in (1 / 255, -1 / 255))
-        upper, lower = upper.masked_fill(x_0 > 0.999, 1), lower.masked_fill(x_0 < -0.999, 0)  # the outermost levels
-        unlikelihood = -(upper - lower).clamp(min=1e-12).log()
-        return torch.where(per_image(t, x_0) == 0, unlikelihood, divergence).flatten(1).mean(dim=1) / math.log(2)
-
-    def to_x_0(self, output, x, t):
-        """The clean image that the network's output stands for, as in `DDPM`; keeps f in `self.spread`."""
-        eps, v = output.chunk(2, dim=1)
-        self.spread = (v + 1) / 2
-        return super().to_x_0(eps, x, t)
 
 
 class RectifiedFlow(Process):
@@ -213,66 +149,6 @@ class RectifiedFlow(Process):
         """The clean image that the network's output stands for: the output."""
         return output
 
-    def matching_losses(self, x_0, t, y, noise, teacher, fake, guidance, guided_channels=0):
-        """What a student minimises that draws x_0 (B, C, *size) with a gradient, for labels y (B,), so that what it
-        draws spreads as what its teacher draws: a loss of each image (B,), whose gradient is
-
-        (fake(x_t) - teacher(x_t)) / mean |x_0 - teacher(x_t)|      (DMD, 2311.18828, equations 7 and 8)
-
-        over the number of an image's values; half the mean of its squares is the loss's value. Either network knows the
-        score of a distribution at noise of t (B,): the teacher, guided, of the one to match, and `fake`, which is
-        trained on x_0 all the while (2405.14867), of the student's. Where these are one, the gradient is 0 on average.
-        """
-        with torch.no_grad():
-            x_t, _ = self.forward_add_noise(x_0, t, noise)
-            real = self.predict(teacher, x_t, t, y, guidance, guided_channels)
-            error = fake(x_t, t, y) - real
-            gradient = error / per_image((x_0 - real).abs().flatten(1).mean(dim=1), x_0)
-        return (x_0 - (x_0 - gradient).detach()).square().flatten(1).mean(dim=1) / 2
-
-
-class SiT(Process):
-    """The straight path as SiT's official code has it (2401.08740): the network predicts the velocity x_0 - eps, and is
-    shown 1 - tau for a time: 0 is noise, 1 the image.
-
-    x_t = (1 - tau) x_0 + tau eps,  tau = (t + 1) / T
-    """
-
-    def __init__(self, T=1000, device="cpu"):
-        tau = torch.arange(1, T + 1, dtype=torch.float64).div(T).clamp(max=1 - 1e-6)  # `dpm` divides by the signal
-        super().__init__(1 - tau, tau, torch.ones(T), device)
-
-    def random_t(self, u):
-        """The steps (B,) to train on, from random numbers u (B,) in [0, 1): each step as often as any other."""
-        return (u * self.T).long()
-
-    def target(self, x_0, noise):
-        """What the network should answer when shown x_t, like x_0."""
-        return x_0 - noise
-
-    def to_x_0(self, output, x, t):
-        """The clean image that the network's output for x at the one step t stands for."""
-        return x + self.path[t][1] * output
-
-    def losses(self, model, *args, **options):
-        return super().losses(lambda x, t, y: model(x, 1 - (t + 1) / self.T, y), *args, **options)
-
-    def predict(self, model, x, t, *args):
-        return super().predict(model, x, 1 - (t + 1) / self.T, *args)
-
-
-def build_process(config, device="cpu"):
-    """The process of a `Config`."""
-    if config.process == "flow":
-        process = RectifiedFlow(config.T, config.shift, device)
-    elif config.process == "sit":
-        process = SiT(config.T, device)
-    else:
-        kind = LearnedVarianceDDPM if config.variance == "learned" else DDPM
-        process = kind(config.T, config.beta_start, config.beta_end, device)
-    process.spacing = config.spacing
-    return process
-
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
 # bars, strips and animations.
@@ -292,16 +168,12 @@ def posterior(x_0, x_t, at, after):
     return mean, beta * s_after**2 / s**2
 
 
-def ddpm(denoise, x, steps, noise, spread=lambda: 0.0):
-    """Ancestral sampling (DDPM, 2006.11239, algorithm 2): over all T steps or any subset of them.
-
-    spread(): where the variance of the step just denoised lies between its bounds, in logarithms: 0 is the posterior's,
-        1 the step's beta (improved DDPM, 2102.09672, equation 15). A number, or one for each value of x.
-    """
+def ddpm(denoise, x, steps, noise):
+    """Ancestral sampling (DDPM, 2006.11239, algorithm 2): over all T steps or any subset of them."""
     for t, at, after in steps:
-        x, posterior_variance = posterior(denoise(x, t), x, at, after)
-        if posterior_variance:  # beta is (s / s_after)^2 times as large
-            x = x + math.sqrt(posterior_variance) * (at[1] / after[1]) ** spread() * noise()
+        x, variance = posterior(denoise(x, t), x, at, after)
+        if variance:
+            x = x + math.sqrt(variance) * noise()
         yield x
 
 
@@ -361,68 +233,14 @@ def heun(denoise, x, steps, noise):
 
 
 # All that knows a sampler's name takes it from here: settings, flags and their help, tables, counts of network calls.
-SAMPLERS.update(ddpm=ddpm, ddim=ddim, dpm=dpm, heun=heun)
-
-
-# What to do with a sampler: these share one signature as well, and yield what they start from, then x after each step.
-#   process, sampler, count: whose steps to take, how, and how many      denoise, noise: as for the samplers
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
 def from_noise(process, sampler, denoise, noise, count):
-    """Draws new images."""
+    """Draws new images in `count` steps of a sampler: yields the noise, then x after each step."""
     x = noise()
     yield x
     yield from sampler(denoise, x, process.descending_steps(count), noise)
-
-
-def edit(process, sampler, denoise, noise, count, picture, strength):
-    """SDEdit (2108.01073, algorithm 1): noises `picture`, like x or (1, C, *size), to a share `strength` of the T
-    steps, and denoises it from there. What the noise hides is drawn anew; of 1 that is nearly everything."""
-    steps = process.descending_steps(count, strength)
-    a, s = steps[0][1]
-    x = a * picture + s * noise()
-    yield x
-    yield from sampler(denoise, x, steps, noise)
-
-
-def inpaint(process, sampler, denoise, noise, count, picture, known, rounds=4):
-    """RePaint (2201.09865, algorithm 1): draws what `picture`, like x or (1, C, *size), is not `known` to be.
-
-    The known pixels are put in after each step, as noisy as x is by then. So they shape the next step, but what was
-    drawn beside them did not know them: each step is noised again and repeated, `rounds` times in all.
-    known: bool, broadcasts over x. x ends with just these pixels. The rest is drawn from about, not from just, the
-    conditional distribution: on Gaussians its mean is closer to the pixels' own mean than it should be.
-    """
-    steps = process.descending_steps(count)
-    (a, s), x = steps[0][1], noise()
-    x = torch.where(known, a * picture + s * x, x)
-    yield x
-    for t, (a, s), (a_after, s_after) in steps:
-        for left in reversed(range(rounds)):
-            *_, x = sampler(denoise, x, [(t, (a, s), (a_after, s_after))], noise)
-            x = torch.where(known, a_after * picture + s_after * noise(), x)
-            if left:
-                x = a / a_after * x + math.sqrt(s**2 - (a / a_after * s_after) ** 2) * noise()
-        yield x
-
-
-def complete(process, sampler, denoise, noise, count, picture, known):
-    """Draws what `picture`, like x or (1, C, *size), is not `known` to be, with a network that has learned to (RaMViD,
-    2206.07696): it sees what is known without noise. known: bool, broadcasts over x. x ends with just that."""
-    def put_in(x):
-        return torch.where(known, picture, x)
-
-    x = noise()
-    yield put_in(x)
-    steps = process.descending_steps(count)
-    yield from map(put_in, sampler(lambda x, t: denoise(put_in(x), t), x, steps, noise))
-
-
-def between(a, b, share):
-    """Noise on the way from noise a (share 0) to noise b (share 1), both (B, ...), by shares (B,): on a quarter of a
-    circle, where it is standard normal all the way. On a straight line it would be weaker midway."""
-    angle = per_image(share, a) * (math.pi / 2)
-    return angle.cos() * a + angle.sin() * b
 
 
 def main():

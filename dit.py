@@ -4,6 +4,7 @@
 """
 
 from support.commands import run
+from support.flops import flops
 
 import math
 
@@ -49,14 +50,17 @@ def on_meta():
     return torch.get_default_device().type == "meta"
 
 
+def count_to(n):
+    """0..n-1, float64, on the CPU: positions are not in a file, so they are needed even `on_meta`."""
+    return torch.arange(n, dtype=torch.float64, device="cpu")
+
+
 def sincos_positions(grid, hidden_size):
     """Fixed positions of a grid's patches (1, N, D): an equal share of D for each axis, the last axis first, as in the
     paper's code. Channels that cannot be shared equally (three axes of a width such as 128) are zero."""
-    if on_meta():
-        return torch.empty(1, math.prod(grid), hidden_size)
     half = hidden_size // len(grid) // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
+    frequencies = 10000.0 ** -(count_to(half) / half)
+    places = torch.meshgrid(*map(count_to, grid), indexing="ij")                                     # each (*grid)
     angles = [place.flatten()[:, None] * frequencies for place in reversed(places)]                  # each (N, half)
     waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
     positions = torch.cat(waves, dim=1)                                                              # (N, 2 half axes)
@@ -68,11 +72,9 @@ def rotations(grid, head_size, base=100.0):
     (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
     base is small, as for images (2403.13298), since there are few patches along an axis."""
     half, axes = head_size // 2, len(grid)
-    if on_meta():
-        return torch.empty(2, *grid, half)
     shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
-    places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")    # each (*grid)
-    angles = torch.cat([place[..., None] * base ** -(torch.arange(n, dtype=torch.float64) / max(1, n))
+    places = torch.meshgrid(*map(count_to, grid), indexing="ij")                                     # each (*grid)
+    angles = torch.cat([place[..., None] * base ** -(count_to(n) / max(1, n))
                         for place, n in zip(places, shares, strict=True)], dim=-1)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
@@ -188,27 +190,6 @@ class DiT(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-
-def build_model(config):
-    """The untrained `DiT` of a `Config` whose sizes are all known."""
-    return DiT(config.largest, config.patch_size, config.input_shape[0], config.num_classes, config.hidden_size,
-               config.depth, config.num_heads, config.mlp_ratio, config.time_spacing, config.recompute,
-               config.output_channels, config.rope, config.gelu)
-
-
-def flops(call):
-    """The floating-point operations of the matrix products in `call()`: 2 M K N where (M, K) meets (K, N)."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it takes a while to import
-
-    def attention(products):  # of N x N weights in the kernel that torch does not count
-        return lambda shape, *_, **__: 2 * products * math.prod(shape) * shape[-2]  # shape (B, h, N, D/h)
-
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention(2), backward: attention(4)}) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def main():

@@ -4,7 +4,6 @@ from support import parallel
 from support.commands import UserError, flag_words, run, some_path
 from support.files import make_dir, write_atomically
 from support.image_files import list_images
-from support.sizes import show_size
 
 import argparse
 import hashlib
@@ -19,9 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import SAMPLING, Config
+from config import Config
 from dataset import load_dataset
-from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, to_images
+from inference import draw_batches, load_for_sampling, sampling_parser
 
 
 def check_classes(config, data):
@@ -116,20 +115,16 @@ def fill_real(folder, data, todo, seed=0):
 def fill_fake(folder, model, config, labels, todo, batch_size):
     """Draws the images number `todo`, each a function of the model, the settings, its index and its label, one of
     `labels` (count,)."""
-    device = next(model.parameters()).device
-    with tqdm(total=len(todo), desc=f"fake images to {folder}", unit=" images", disable=parallel.RANK > 0) as bar:
-        for start in range(0, len(todo), batch_size):
-            indices = todo[start:start + batch_size]
-            images = to_images(generate(model, config, labels[indices].to(device), indices), config).cpu()
-            for index, label, image in zip(indices, labels[indices], images, strict=True):
-                write_image(folder / f"{index:06d}_{label}.png", image)
-            bar.update(len(indices))
+    for rows, images in draw_batches(model, config, labels[todo], todo, batch_size, hidden=parallel.RANK > 0):
+        for row, image in zip(rows.tolist(), images, strict=True):
+            write_image(folder / f"{todo[row]:06d}_{labels[todo[row]]}.png", image)
 
 
 @parallel.one_for_all()
-def main():
+def main(of=Config):
     parser = sampling_parser("Fills a folder with real and a folder with generated images, to score them with "
-                             "fid_computer.py. A second call with a larger --count goes on where the first one ended.")
+                             "fid_computer.py. A second call with a larger --count goes on where the first one ended.",
+                             of)
     parser.add_argument("--count", type=int, default=10_000, help="images in each folder (default: 10000)")
     parser.add_argument("--real", type=some_path, default=Path("images/real"), help="(default: images/real)")
     parser.add_argument("--fake", type=some_path, default=Path("images/fake"), help="(default: images/fake)")
@@ -146,10 +141,9 @@ def main():
     if os.path.realpath(args.real) == os.path.realpath(args.fake):
         raise UserError(f"--real and --fake are both {args.fake}: choose two folders")
     args.device = parallel.join(args.device)
-    model, config = load_for_sampling(args)
-    if config.channels not in (1, 3) or len(config.image_size) != 2:
-        raise UserError(f"{args.checkpoint} draws {config.channels} channels of {show_size(config.image_size)}, which "
-                        "are no picture")
+    model, config = load_for_sampling(args, (of,))
+    if config.channels not in (1, 3):
+        raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
     with parallel.rank_0_first():
         data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
                             ground=config.ground)
@@ -167,11 +161,10 @@ def main():
                                           "image_size": list(config.image_size), "channels": config.channels})
     fake = open_folder(args.fake, args.count, {
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
-        **({"vae": find_vae(config, args.device).hash_of("decoder", "post_quant_conv")} if config.latent_shape else {}),
-        "classes": weights.tolist() if unequal else None, **{name: getattr(config, name) for name in SAMPLING}})
+        "classes": weights.tolist() if unequal else None, **config.drawn_how(args.device)})
     fill_real(args.real, data, real)
     fill_fake(args.fake, model, config, labels_by(weights, args.count), fake,
-              config.batch_size if "batch_size" in args else batch_that_fits(config, args.device))
+              config.batch_size if "batch_size" in args else None)
     parallel.wait()  # until the others' images are there too
     folders = [shlex.join(flag_words(f"--{name}", getattr(args, name))) for name in ("real", "fake")
                if getattr(args, name) != parser.get_default(name)]

@@ -6,7 +6,6 @@
 
 from support.commands import Parser, UserError, run, some_path
 from support.files import check_output, write_atomically
-from support.sizes import show_size
 
 import base64
 import functools
@@ -18,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import averaged_model, load_checkpoint
 from config import Config
 from dataset import BOUND
-from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
+from diffusion import SAMPLERS, from_noise
 from dit import DiT
+from edit.ways import edit, inpaint
 from inference import find_checkpoint
+from record.checkpoint import averaged_model, load_checkpoint
 
 LARGEST = 6_000_000  # bytes of the page: what a phone loads in a few seconds
 MOST_STEPS = 100  # of the page's slider
@@ -53,7 +53,7 @@ def reference(content):
     """What the page must compute too (`check` of worker.js), from the same weights in float32: the network's output at
     one step, and the images that the samplers, an edit and a completion make of the same noise. A dict for JSON."""
     model, config = averaged_model(content, precision="fp32"), content["config"]
-    process, label, t = build_process(config), torch.tensor([config.num_classes // 2]), config.T // 2
+    process, label, t = config.build_process(), torch.tensor([config.num_classes // 2]), config.T // 2
     noise = torch.randn(NOISES, 1, config.channels, *config.image_size, generator=torch.Generator().manual_seed(0))
 
     def denoise(x, t):
@@ -79,17 +79,13 @@ def export(path):
     if not math.isclose(probe(), KNOWN, rel_tol=1e-3):
         raise UserError("the network of dit.py is no longer the one that demo/dit.js computes, and the page would draw "
                         "something else: change demo/dit.js too, then KNOWN in demo/export.py")
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, (Config,))
     config = content["config"]
-    for name in ("latent_shape", "variance", "spacing", "guided_channels", "clamp", "rope"):
-        if getattr(config, name) != getattr(Config, name):
-            raise UserError(f"{path} draws with {name} {getattr(config, name)}, which the page does not know")
     if f"*{config.sampler}(" not in (HERE / "diffusion.js").read_text(encoding="utf-8"):
         raise UserError(f"{path} draws with the sampler {config.sampler}, which the page does not know: "
                         "checkpoint.py --sampler writes it with another")
-    if config.channels not in (1, 3) or len(config.image_size) != 2:
-        raise UserError(f"{path} draws {config.channels} channels of {show_size(config.image_size)}, but the page "
-                        "shows images, grey (1 channel) or colour (3)")
+    if config.channels not in (1, 3):
+        raise UserError(f"{path} draws {config.channels} channels, but the page shows grey (1 channel) or colour (3)")
     halves = {name: weight.half() for name, weight in content["ema"].items()}
     if not all(weight.isfinite().all() for weight in halves.values()):
         raise UserError(f"{path} has weights that half precision cannot hold")

@@ -3,7 +3,7 @@ to noise: no data are needed. Everything that step i draws is a function of (see
 
 Distribution matching (DMD, 2311.18828; DMD2, 2405.14867, algorithm 1 without its GAN). Three networks begin alike: the
 student draws images; the fake learns, as train.py does, to denoise what the student draws; and the student moves its
-images from where the fake sees them to where the teacher does (`RectifiedFlow.matching_losses`).
+images from where the fake sees them to where the teacher does (`matching_losses`).
 """
 
 from support import parallel
@@ -19,24 +19,22 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
 from config import add_flags, given_flags
-from dataset import BOUND
-from diffusion import SAMPLERS
+from diffusion import SAMPLERS, per_image
 from inference import load_for_sampling, sampling_parser, say_default
+from record.checkpoint import load_checkpoint
+from record.resume import load_to_resume, open_run
 from train import (
     announce,
-    configure,
     descend,
     loop,
-    open_run,
     round_weights,
     save,
     say_end,
     start_run,
     step_generator,
-    train_step,
 )
+from video.config import ANY, ClipConfig
 
 SCRIPT = ("-m", "few.distill")  # of python
 STEPS = 4000
@@ -48,7 +46,25 @@ CHANGEABLE = ("steps", "recompute", "log_every", "sample_every", "checkpoint_eve
 
 def student_of(config):
     """The configuration of the student, from that of the fake, whose guidance is the teacher's."""
-    return dataclasses.replace(config, lr=SLOWER * config.lr, guidance=1.0, sampler="ddpm", eta=0.0, spacing="trailing")
+    return dataclasses.replace(config, lr=SLOWER * config.lr, guidance=1.0, sampler="ddpm", eta=0.0)
+
+
+def matching_losses(process, x_0, t, y, noise, teacher, fake, guidance):
+    """What a student minimises that draws x_0 (B, C, *size) with a gradient, for labels y (B,), so that what it
+    draws spreads as what its teacher draws: a loss of each image (B,), whose gradient is
+
+    (fake(x_t) - teacher(x_t)) / mean |x_0 - teacher(x_t)|      (DMD, 2311.18828, equations 7 and 8)
+
+    over the number of an image's values; half the mean of its squares is the loss's value. Either network knows the
+    score of a distribution at noise of t (B,): the teacher, guided, of the one to match, and `fake`, which is
+    trained on x_0 all the while (2405.14867), of the student's. Where these are one, the gradient is 0 on average.
+    """
+    with torch.no_grad():
+        x_t, _ = process.forward_add_noise(x_0, t, noise)
+        real = process.predict(teacher, x_t, t, y, guidance)
+        error = fake(x_t, t, y) - real
+        gradient = error / per_image((x_0 - real).abs().flatten(1).mean(dim=1), x_0)
+    return (x_0 - (x_0 - gradient).detach()).square().flatten(1).mean(dim=1) / 2
 
 
 def draw(run, y, step, noise):
@@ -57,11 +73,11 @@ def draw(run, y, step, noise):
 
     noise(): fresh noise like x_0.
     """
-    config, process, bound = run.config, run.process, BOUND if run.config.clamp else math.inf
+    config, process = run.config, run.process
     *before, (t, *_) = process.descending_steps(config.sample_steps)[:1 + step % config.sample_steps]
     x = noise()
     with torch.no_grad():
-        for state in SAMPLERS["ddpm"](lambda x, t: process.denoise(run.worker, x, t, y, 1, bound), x, before, noise):
+        for state in SAMPLERS["ddpm"](lambda x, t: process.denoise(run.worker, x, t, y, 1), x, before, noise):
             x = state
     return process.denoise(run.worker, x, t, y, 1, math.inf)
 
@@ -80,10 +96,11 @@ def distill_step(student, fake, teacher, step):
     y = torch.randint(config.num_classes, (B,), generator=generator, device=device)
     round_weights(student)
     x_0 = draw(student, y, step, noise)
-    train_step(fake, (x_0.detach(), y, times(), noise()), step)
+    round_weights(fake)
+    descend(fake, process.losses(fake.worker, x_0.detach(), y=y, t=times(), noise=noise(), loss=config.loss), step)
     round_weights(fake)
     t = times()
-    losses = process.matching_losses(x_0, t, y, noise(), teacher, fake.worker, config.guidance, config.guided_channels)
+    losses = matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance)
     return descend(student, losses, step), t
 
 
@@ -97,7 +114,7 @@ def find_fakes(run_dir, data):
     found = []
     for path in run_dir.glob("fake_*.pth"):
         with contextlib.suppress(UserError):
-            content = load_checkpoint(path)
+            content = load_checkpoint(path, ANY)
             if content.get("data") == data and path == fake_path(run_dir, content["step"]):
                 found.append(path)
     return found
@@ -128,14 +145,15 @@ def start(config, settings, data, run_dir, resume):
         for other in set(run_dir.glob("fake_*.pth")) - set(find_fakes(run_dir, data)):
             raise UserError(f"{other} is no fake of this teacher's: choose another --run-dir, or remove it")
         unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
-        config = dataclasses.replace(config, **unset | settings, given=0.0, sizes=(), shard=False, compile=False)
+        of_clips = dict(given=0.0, sizes=()) if isinstance(config, ClipConfig) else {}
+        config = dataclasses.replace(config, **unset | settings | of_clips, compile=False)
         return config, None, None
-    student = load_checkpoint(path)
+    student = load_checkpoint(path, ANY)
     own = fake_path(run_dir, student["step"])
     if not own.is_file():
         raise UserError(f"{path} cannot be trained on: its fake, {own.name}, is not beside it. Bring it back, or make "
                         "a new student in another --run-dir")
-    config, fake = configure(settings, own, True, CHANGEABLE)
+    config, fake = load_to_resume(own, settings, type(student["config"]), CHANGEABLE)
     if not student.get("data") == fake["data"] == data or student["config"] != student_of(fake["config"]):
         raise UserError(f"{path} was not made of this teacher: name the one that it was made of with --checkpoint")
     return config, student, fake
@@ -147,8 +165,8 @@ def distill(args):
     (0: none). Raises `UserError`."""
     if parallel.WORLD > 1:
         raise UserError("few.distill is work for one process: start it without torchrun")
-    settings, args.precision = given_flags(args), "fp32"  # in which the weights are as they were saved
-    teacher, config = load_for_sampling(args)
+    settings, args.precision = given_flags(args, ClipConfig), "fp32"  # in which the weights are as they were saved
+    teacher, config = load_for_sampling(args, ANY)
     if config.process != "flow":
         raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
                         "to nothing about the image; a model of --process flow can learn to draw in one call")
@@ -166,17 +184,18 @@ def distill(args):
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)
         return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
-                    config.steps, saver(fake), shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
+                    config.steps, save=saver(fake),
+                    script=shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
 
 
 def parse_args():
     parser = sampling_parser("Makes a model that draws in one network call, or a few, of one that takes many. It needs "
-                             "no data.", SAMPLING)
+                             "no data.", ClipConfig, SAMPLING)
     parser.add_argument("--run-dir", type=some_path, default=Path("run_few"), help="folder that gets model.pth, a "
                         "checkpoint like any other, and all else that train.py leaves (default: run_few)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
                         "last checkpoint is")
-    add_flags(parser, TRAINING)
+    add_flags(parser, ClipConfig, TRAINING)
     say_default(parser, TRAINING, "the teacher's own")
     for name, default in (("steps", STEPS), ("sample_steps", 1), ("lr", "half of the teacher's")):
         say_default(parser, [name], default)
@@ -185,7 +204,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    say_end(*distill(args), args.run_dir, *SCRIPT)
+    say_end(*distill(args), args.run_dir, script=SCRIPT)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import load_dataset, to_float, to_uint8
+from dataset import to_float, to_uint8
+from latent.sprites import load_images
 from latent.vae import check_same, check_shapes, load_vae
 
 BLOCK = 256     # images between two notes
@@ -40,9 +41,9 @@ LOOKED_AT = 2**26  # bytes of the latents, at the most, that are held against wh
 FORMAT = "latents-1"
 
 
-def open_data(config, device, folder="latents", images=None):
-    """What a `Config` says to learn from: a `Dataset`, or with a VAE the `Latents` kept in `folder`; either is there
-    once it is `load`ed. images: a `Dataset` to take instead. With torchrun, every process must call both. Raises
+def open_data(config, device, images=None):
+    """What a `LatentConfig` says to learn from: a `Dataset`, or with a VAE its `Latents`; either is there once it is
+    `load`ed. images: a `Dataset` to take instead. With torchrun, every process must call both. Raises
     `UserError`."""
     if config.flips and config.dataset not in ("folder", "CIFAR10", "CIFAR100"):
         raise UserError(f"--flips is for photographs (--dataset folder, CIFAR10 or CIFAR100): what {config.dataset} "
@@ -50,7 +51,7 @@ def open_data(config, device, folder="latents", images=None):
     of = dict(image_size=config.image_size, channels=config.channels, ground=config.ground)
     with parallel.rank_0_first():  # it may download them
         if not config.vae:
-            images = images or load_dataset(config.dataset, config.data_dir, **of)
+            images = images or load_images(config.dataset, config.data_dir, **of)
             return dataclasses.replace(images, flips=config.flips)
         vae = load_vae(config.vae, device)
         if config.latent_shape:  # of a run that goes on
@@ -60,9 +61,9 @@ def open_data(config, device, folder="latents", images=None):
         if not images and config.dataset == "folder":
             images = Folder(config.data_dir, **of)
             images.check()
-        images = images or load_dataset(config.dataset, config.data_dir, **of)
+        images = images or load_images(config.dataset, config.data_dir, **of)
     check_shapes(config.vae, vae, images.shape)
-    return Latents(images, config.vae, vae, config.flips, Path(folder))
+    return Latents(images, config.vae, vae, config.flips, Path(config.latents))
 
 
 class Latents:

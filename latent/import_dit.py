@@ -2,7 +2,7 @@
 of the weights that its authors released, or of what its train.py has saved.
 
     python -m latent.import_dit DiT-XL-2-256x256.pt xl.pth
-    python inference.py --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
+    python -m latent.draw --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
 
 A file of SiT's code (github.com/willisma/SiT, 2401.08740) too, which is the same network: by the flags of its train.py,
 or since the half of its output that DiT's variance would be is zero. It draws as SiT's sample.py does in the mode ODE
@@ -14,7 +14,7 @@ The two codes are the same network. What differs, and where it is bridged:
                     cosines before sines           columns of time_embedding.mlp.0 change places here
                     a patch is (C, p, p)           columns of patch_embedding.linear change places here
                     GELU by tanh                   config.gelu = "tanh"
-    the process     noise and v, 2C channels       config.variance = "learned": diffusion.LearnedVarianceDDPM, which
+    the process     noise and v, 2C channels       config.variance = "learned": official.LearnedVarianceDDPM, which
                     learned variance, its loss     draws and learns with it
     SiT's process   velocity, t = 1 is the image   config.process = "sit": diffusion.SiT; the unused outputs are dropped
     drawing         250 steps, the last is t = 0   config.spacing = "linspace"
@@ -41,10 +41,11 @@ import types
 import numpy as np
 import torch
 
-from checkpoint import check_out, save_checkpoint
-from config import PAPER, PRESETS, Config
-from dit import build_model, sincos_positions
+from config import PAPER, PRESETS
+from dit import sincos_positions
+from latent.config import LatentConfig
 from latent.vae import load_vae
+from record.checkpoint import check_out, save_checkpoint
 
 NAMES = (("patch_embedding.linear", "x_embedder.proj"), ("time_embedding", "t_embedder"),
          ("label_embedding", "y_embedder.embedding_table"), ("attention.out", "attn.proj"), ("attention", "attn"),
@@ -94,7 +95,7 @@ def read_official(path):
 
 
 def read_sizes(weights):
-    """The fields of `Config` that the shapes of `weights`, by their official names, tell: a dict. Raises `UserError`
+    """The fields of `LatentConfig` that the shapes of `weights`, by their official names, tell: a dict. Raises `UserError`
     when they are not those of a DiT."""
     try:
         D, C, p, _ = weights["x_embedder.proj.weight"].shape
@@ -129,7 +130,7 @@ def class_names(count):
 
 
 def latents_of(vae, shape):
-    """The fields of `Config` that the VAE called `vae` tells of latents of this shape; None: as DiT's code has it."""
+    """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: as DiT's code has it."""
     if vae is None:
         factor, channels, found = VAE_FACTOR, VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
     else:
@@ -144,11 +145,11 @@ def latents_of(vae, shape):
 
 
 def make_config(weights, flags, num_heads=None, vae=None):
-    """The `Config` of official weights, that draws as DiT's sample.py does. flags: of DiT's train.py, a dict."""
+    """The `LatentConfig` of official weights, that draws as DiT's sample.py does. flags: of DiT's train.py, a dict."""
     sizes = read_sizes(weights)
     if flags.get("num_classes") == sizes["num_classes"] + 1:
         raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
-    return Config(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
+    return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
                   num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
                   sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
                   guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
@@ -158,7 +159,7 @@ def convert(weights, config):
     """Official weights by our names, for a `DiT` of `config`. Only what differs is copied. Raises `UserError` unless
     names, shapes, types and positions are those of the official code."""
     with torch.device("meta"):  # shapes without memory, however large a size the file claims
-        shapes = {name: weight.shape for name, weight in build_model(config).state_dict().items()}
+        shapes = {name: weight.shape for name, weight in config.build_model().state_dict().items()}
     names = {official_name(name): name for name in shapes}
     (C, *_), (p, _), D = config.latent_shape, config.patch_size, config.hidden_size
     grid = [side // p for side in config.latent_shape[1:]]
@@ -229,7 +230,7 @@ def main():
     if sit:
         print("it is a SiT: the network predicts the velocity on the way from noise to image")
     vae = args.vae or "sd-vae-ft-ema"
-    print(f"draw with: python inference.py --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} --labels "
+    print(f"draw with: python -m latent.draw --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} --labels "
           + ("207 360" if config.classes else "0"))
 
 

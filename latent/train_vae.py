@@ -22,7 +22,6 @@ from support.files import MARK, check_output, lock_dir, make_dir, write_atomical
 from support.folders import has_test_part
 from support.muon import Muon
 from support.pictures import grid, psnr, save_picture
-from support.run_log import Bar, kept_rows, to_csv
 from support.sizes import as_size, show_size
 from support.tensors import check_tensors, read_tensors
 
@@ -39,15 +38,16 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, add_flags, check_value, flag, given_flags
-from dataset import load_dataset, to_float, to_uint8
+from dataset import to_float, to_uint8
+from latent.sprites import load_images
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
+from record.log import Bar, kept_rows, to_csv
+from record.resume import change_settings
 from train import (
-    change_settings,
     learning_rate,
     round_weights,
     step_generator,
     take_gradients,
-    update_average,
     warned,
 )
 
@@ -310,7 +310,7 @@ def split(recipe, data):
             raise UserError(f"{recipe.data_dir} holds a single image: training needs some, and others to test on")
         images, tests = data.images[~apart], data.images[apart]
     else:
-        images, tests = data.images, load_dataset(data.name, recipe.data_dir, False, recipe.image_size,
+        images, tests = data.images, load_images(data.name, recipe.data_dir, False, recipe.image_size,
                                                   recipe.channels, recipe.ground).images
     return images, some(tests, HELD_OUT)
 
@@ -407,7 +407,7 @@ def train_vae(settings, out="vae", resume=False, device=None):
         check_folder(out)
     make_dir(out)
     with lock_dir(out):
-        data = load_dataset(recipe.dataset, recipe.data_dir, image_size=recipe.image_size, channels=recipe.channels,
+        data = load_images(recipe.dataset, recipe.data_dir, image_size=recipe.image_size, channels=recipe.channels,
                             ground=recipe.ground)
         fingerprint = data.fingerprint
         if saved and saved["data"] != fingerprint:
@@ -513,7 +513,7 @@ def parse_args():
     parser = Parser(description="Trains a small autoencoder (VAE), whose latents train.py --vae learns to draw.")
     parser.add_argument("--out", type=some_path, default=Path("vae"), help="the folder that gets it (default: vae)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it was")
-    add_flags(parser, of=Recipe)
+    add_flags(parser, Recipe)
     parser.add_argument("--widths", type=int, nargs="+", default=argparse.SUPPRESS, metavar="N",
                         help="channels of each level; a level but the last halves the image, and patches that become "
                         f"channels do the rest of the factor (default: {' '.join(map(str, Recipe.widths))})")

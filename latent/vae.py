@@ -259,6 +259,12 @@ class VAE(nn.Module):
         return digest.hexdigest()[:16]
 
 
+def each_frame(function, x):
+    """`function` of images (N, C, H, W), of every frame of clips x (B, C, T, H, W), or of images as they are."""
+    frames = x.movedim(1, -3)                                                         # (B, T, C, H, W)
+    return function(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3]).movedim(-3, 1)
+
+
 def in_full_batches(function, x, pixels):
     """`function` of x (B, ...), in batches of one size for images of so many pixels, the last one filled up: libraries
     compute another batch in another order, and round otherwise."""

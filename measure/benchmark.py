@@ -18,6 +18,7 @@ from support.commands import (
     some_path,
 )
 from support.files import check_output, write_atomically
+from support.flops import flops
 from support.sizes import as_size
 
 import argparse
@@ -39,10 +40,9 @@ from tqdm import tqdm
 
 from config import PRESETS, Config, add_flags, given_flags
 from dataset import Dataset, to_float
-from dit import build_model, flops
 from inference import CHECKPOINTS, FULL_BATCH, sample, say_default
 from measure.results import network_calls
-from train import make_batch, start_run, train_step
+from train import learn, start_run
 
 REPOSITORY = Path(__file__).parent.parent
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
@@ -106,9 +106,9 @@ def measure(what, config, device, at_least):
         training, data = start_run(config, device), Dataset("random", images, labels, [])
 
         def call(i):
-            train_step(training, make_batch(data, training.process, config, i), i)
+            learn(training, data, i)
     elif what == "draw":
-        model = build_model(config).to(device, dtype).eval()
+        model = config.build_model().to(device, dtype).eval()
         y = labels[:count]
         states = itertools.chain.from_iterable(sample(model, config, y) for _ in itertools.count())
 
@@ -176,7 +176,7 @@ def parse_args():
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
     parser.add_argument("--json", type=some_path, help="a file that gets the figures as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
-    add_flags(parser, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
+    add_flags(parser, names=("batch_size", "precision", "compile", "sample_steps", "guidance"))
     say_default(parser, ("batch_size", "sample_steps", "guidance"), "the preset's own")
     add_device_flag(parser)
     args = parser.parse_args()

@@ -18,7 +18,6 @@ from support.commands import (
     some_path,
 )
 from support.files import check_output, make_dir, write_atomically
-from support.run_log import Bar
 from support.sizes import show_size
 
 import math
@@ -32,7 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import Config, add_flags, given_flags
-from dataset import load_dataset, to_float
+from dataset import to_float
+from inference import say_default
+from latent.config import LatentConfig
+from latent.sprites import load_images
+from record.log import Bar
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
@@ -195,9 +198,9 @@ def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
     """The training part and the test part of a data set, and the fingerprint of the first: both are as for train.py,
     which learns nothing of the second. Where a folder has no test/, a line on standard error says what is held out.
     Raises `UserError` as `load_dataset`."""
-    train = load_dataset(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
+    train = load_images(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
     C, *size = train.images.shape[1:]
-    test = load_dataset(train.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
+    test = load_images(train.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
     if train.held_out:
         print(f"{data_dir} has no test/: every tenth image of each class, {train.held_out:,} in all, is held out to "
               "test on, and train.py learns none of these", file=sys.stderr)
@@ -277,14 +280,16 @@ def accuracy_on(classifier, data):
 def main():
     parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
                                 "of any labelled data set.")
-    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "ground", "flips", "seed"])
+    add_flags(parser, LatentConfig, ["dataset", "data_dir", "image_size", "channels", "ground", "flips", "seed"])
+    parser.set_defaults(dataset="mnist")
+    say_default(parser, ["dataset"], "mnist")
     parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
                         "1,000 to 5,000 steps; fewer for digits)")
     parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "
                         "weights/digit_classifier.pth for MNIST, else in classifiers/)")
     add_device_flag(parser)
     args = parser.parse_args()
-    config = Config(**given_flags(args))  # it knows what each may be
+    config = LatentConfig(**given_flags(args, LatentConfig))  # it knows what each may be
     if args.epochs is not None and not 1 <= args.epochs <= 10_000:
         raise UserError(f"--epochs {args.epochs}: must lie between 1 and 10,000")
     if args.out:

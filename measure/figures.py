@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageOps
 
-from checkpoint import averaged_model, load_checkpoint
+from config import Config
 from inference import draw_states
 from measure.results import save_figure
+from record.checkpoint import averaged_model, load_checkpoint
+from video.config import ClipConfig
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
@@ -26,7 +28,7 @@ WIDTH, GAP, FRAMES, MILLISECONDS, COLOURS = 840, 10, 16, 140, 48  # of the colla
 
 def drawn(name, labels, shown=1, **settings):
     """What the weights `name` draw of labels: uint8 (shown, B, C, *size), see `draw_states`."""
-    content = load_checkpoint(ROOT / "weights" / name)
+    content = load_checkpoint(ROOT / "weights" / name, (Config, ClipConfig))
     config = dataclasses.replace(content["config"], **settings)
     return draw_states(averaged_model(content), config, labels, 1, shown)
 

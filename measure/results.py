@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import averaged_model, load_checkpoint
 from config import Config, add_flags
 from diffusion import SAMPLERS
-from inference import FULL_BATCH, find_checkpoint, sample, say_default
+from inference import FULL_BATCH, find_checkpoint, noise_source, sample, say_default
+from latent.config import IMAGES
 from measure.score import draw_fakes, few, open_judge
+from record.checkpoint import averaged_model, load_checkpoint
 
 LINES = (":", "--", "-", "-.")  # of the plot, for the samplers in turn
 
@@ -33,12 +34,14 @@ def network_calls(config):
 
     def network(x, t, y):
         passed.append(len(x))
-        return x.new_zeros(len(x), config.output_channels, *x.shape[2:])
+        return x.new_zeros(len(x), config.network_options().get("out_channels", x.shape[1]), *x.shape[2:])
+
+    def one_pixel(seed, indices, shape, *rest):
+        return noise_source(seed, indices, (shape[0], *[1] * len(shape[1:])), *rest)
 
     config = dataclasses.replace(config, channels=config.channels or 1)  # before the data have said how many
     network.null_label = config.num_classes
-    one_pixel = [1] * len(config.input_shape[1:])
-    for _ in sample(network, config, torch.zeros(FULL_BATCH, dtype=torch.long), size=one_pixel):
+    for _ in sample(network, config, torch.zeros(FULL_BATCH, dtype=torch.long), source=one_pixel):
         pass
     return sum(passed) // FULL_BATCH
 
@@ -76,7 +79,7 @@ def settings(args, config):
 
 def samplers(args, judge, real):
     """The table of sampler x steps x guidance for one model."""
-    content = load_checkpoint(args.paths[0])
+    content = load_checkpoint(args.paths[0], IMAGES)
     model, config = averaged_model(content, judge.device), content["config"]
     rows, labels = settings(args, config), judge.labels(args.count)
     print("read as asked, Fréchet distance\n")
@@ -102,7 +105,7 @@ def runs(args, judge, real):
 
     labels, alike = judge.labels(args.count), {}  # runs that differ in nothing but the seed
     for path in args.paths:
-        content = load_checkpoint(path)
+        content = load_checkpoint(path, IMAGES)
         config = dataclasses.replace(content["config"], seed=0)
         fakes = draw_fakes(averaged_model(content, judge.device), config, labels)
         alike.setdefault(dataclasses.replace(config, data_dir=""), []).append(
@@ -168,7 +171,7 @@ def main():
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
                               help="(default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
-        add_flags(part, ["data_dir"])
+        add_flags(part, names=["data_dir"])
         say_default(part, ["data_dir"], "as in training")
         part.add_argument("--out", type=some_path, default=Path("images"),
                           help="folder for the pictures (default: images)")
@@ -185,7 +188,7 @@ def main():
         check_picture(args.out / name)
     if len(set(map(os.path.realpath, args.paths))) < len(args.paths):
         raise UserError("a run that is named twice would count as two: name each once")
-    configs = [dataclasses.replace(load_checkpoint(path)["config"], **data_dir) for path in args.paths]
+    configs = [dataclasses.replace(load_checkpoint(path, IMAGES)["config"], **data_dir) for path in args.paths]
     check_alike(configs)
     if args.what == "samplers":
         settings(args, configs[0])  # before the work

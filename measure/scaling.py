@@ -12,6 +12,7 @@ work in one --out, each on seeds of its own; one with all the seeds then only re
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import check_output, make_dir, write_atomically
+from support.flops import flops
 from support.pictures import check_picture, grid
 from support.sizes import as_size, show_time
 
@@ -31,12 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import averaged_model, load_checkpoint
 from config import PAPER, PRESETS, Config, add_flags, given_flags
-from dit import build_model, flops
+from latent.config import LatentConfig
+from latent.train_dit import train
 from measure.results import network_calls, save_figure
 from measure.score import METRICS, draw_fakes, few, open_judge
-from train import train
+from record.checkpoint import averaged_model, load_checkpoint
 
 HEAD = 32  # the width of a head, for sizes that are named by depth x width
 # Drawn without guidance, as in the paper: it would hide what a model cannot do
@@ -49,7 +50,7 @@ STUDIES = {
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
-OWN = ("patch_size", "sizes", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
+OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
        "checkpoint_every", "shard")
 SCORE = ("step", "seconds", "scoring", "accuracy", *METRICS)  # what scores.json has of each score
 MEASURES = ("parameters", "tokens", "flops", "speed")  # ... and of a model of the first seed
@@ -71,7 +72,7 @@ class Model:
     @property
     def config(self):
         """Without what the data decide."""
-        return Config(**self.settings)
+        return LatentConfig(**self.settings)
 
     @property
     def kind(self):
@@ -115,7 +116,7 @@ def plan(args):
     """The models of the study, a list of `Model`, seed by seed. Raises `UserError` for settings that are none, and
     where --out holds another study."""
     study = STUDIES[args.preset]
-    recipe = study["recipe"] | given_flags(args)
+    recipe = study["recipe"] | given_flags(args, LatentConfig)
     usual = recipe.get("lr", Config.lr)
     sizes, patches, rates = args.models or study["sizes"], args.patches or study["patches"], args.rates or [usual]
     patches = patches[len(patches) // 2:][:1] if args.rates else patches
@@ -127,7 +128,7 @@ def plan(args):
         settings = recipe | size_settings(size) | dict(patch_size=as_size(patch), lr=rate, seed=seed,
                                                        sample_every=steps, checkpoint_every=max(1, steps // 16))
         marks = sorted({max(1, steps >> i) for i in range(count if seed == args.seeds[0] else 1)})
-        record = read_record(folder, Config(**settings), args.count)
+        record = read_record(folder, LatentConfig(**settings), args.count)
         models.append(Model(size, patch, seed, folder, settings, marks, record))
     return models
 
@@ -175,7 +176,7 @@ def advance(model, until, args):
     model.write()  # before there is a checkpoint that could be taken for another study's
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            return train(model.settings, model.folder, model.file.exists(), args.device, args.latents, until)[1]
+            return train(model.settings, model.folder, model.file.exists(), args.device, until)[1]
         except UserError as error:
             raise UserError(f"{model.folder.name}: {error}") from None
 
@@ -183,7 +184,7 @@ def advance(model, until, args):
 def probe(model, args):
     """Makes the first steps of a model, and takes its measures. Returns as `advance`."""
     stopped = advance(model, min(PROBE, model.marks[0]), args)
-    content = load_checkpoint(model.file)
+    content = load_checkpoint(model.file, (LatentConfig,))
     config = content["config"]
     model.record |= {"parameters": sum(weight.numel() for weight in content["ema"].values()),
                      "tokens": math.prod(config.input_shape[1:]) // math.prod(config.patch_size),
@@ -195,14 +196,14 @@ def probe(model, args):
 def forward_flops(config):
     """The floating-point operations of a forward pass of one image. As torch counts, a multiplication and the addition
     to it are two; the paper's Gflops count them as one."""
-    with torch.device("meta"):  # counts without computing
-        network, x, zero = build_model(config), torch.empty(1, *config.input_shape), torch.zeros(1, dtype=torch.long)
+    with torch.device("meta"):  # on a CPU torch does not count its own attention
+        network, x, zero = config.build_model(), torch.empty(1, *config.input_shape), torch.zeros(1, dtype=torch.long)
     return flops(lambda: network(x, zero, zero))
 
 
 def draw(model, labels, device):
     """What `draw_fakes` draws with the model's checkpoint, and the content of that."""
-    content = load_checkpoint(model.file)
+    content = load_checkpoint(model.file, (LatentConfig,))
     fakes = draw_fakes(averaged_model(content, device), dataclasses.replace(content["config"], seed=0), labels)
     return fakes, content
 
@@ -443,10 +444,8 @@ def parse_args():
                         "half of it, a quarter ... (default: the preset's, 5 or 3; with --rates 1)")
     parser.add_argument("--count", type=int, default=2000, help="images drawn for each score (default: 2000)")
     parser.add_argument("--out", type=some_path, default=Path("scaling"), help="folder of the study (default: scaling)")
-    parser.add_argument("--latents", type=some_path, default=Path("latents"), help="of --vae: the folder that keeps "
-                        "the latents (default: latents)")
     add_flags(parser.add_argument_group("settings of every run, as of train.py"),
-              [field.name for field in dataclasses.fields(Config) if field.name not in OWN])
+              LatentConfig, [field.name for field in dataclasses.fields(LatentConfig) if field.name not in OWN])
     add_device_flag(parser)
     args = parser.parse_args()
     if not 10 <= args.count <= 100_000 or args.marks not in (None, *range(1, 21)):

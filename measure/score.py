@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import Config, add_flags, given_flags
+from config import add_flags, given_flags
 from dataset import to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from generator import check_classes, class_weights, labels_by
-from inference import batch_that_fits, find_vae, generate, load_for_sampling, sampling_parser, say_default, to_images
+from inference import draw_batches, load_for_sampling, sampling_parser, say_default
+from latent.config import IMAGES, LatentConfig
 from latent.vae import check_shapes, load_vae
 from measure.classifier import DIGITS, FEATURES, find_classifier, load_parts
 
@@ -439,19 +440,12 @@ def read_fakes(folder, mode="L"):
 def draw_fakes(model, config, labels):
     """The images number 0, 1, ... that `config` draws with `model`, of these labels int64 (N,): uint8 (N, C, H, W), on
     the CPU."""
-    device = next(model.parameters()).device
-    fakes = []
-    with tqdm(total=len(labels), desc="drawing", unit=" images", leave=False, disable=None) as bar:
-        for indices in torch.arange(len(labels)).split(batch_that_fits(config, device)):
-            x = generate(model, config, labels[indices].to(device), indices.tolist())
-            fakes.append(to_images(x, config).cpu())
-            bar.update(len(indices))
-    return torch.cat(fakes)
+    return torch.cat([images for _, images in draw_batches(model, config, labels)])
 
 
 def score_folder(args, device):
     """Scores the images in the folder `--images`. Returns the judge, the images, and their labels or None."""
-    given = {name: value for name, value in given_flags(args).items() if name in ("dataset", "data_dir")}
+    given = {name: value for name, value in given_flags(args, LatentConfig).items() if name in ("dataset", "data_dir")}
     size = fake_size(args.images)
     if "dataset" not in given:
         if size != DIGITS[1][1:]:
@@ -459,7 +453,7 @@ def score_folder(args, device):
                             "hold them against with --dataset and --data-dir (only MNIST's, 28 x 28, are known by "
                             "their size)")
         given["dataset"] = DIGITS[0]
-    judge = open_judge(Config(**given, image_size=size), device)
+    judge = open_judge(LatentConfig(**given, image_size=size), device)
     fakes, labels = read_fakes(args.images, "L" if judge.train.images.shape[1] == 1 else "RGB")
     if labels is not None and labels.max() >= judge.num_classes:
         raise UserError(f"{args.images} holds an image whose name ends in _{labels.max()}, but the labels of "
@@ -470,7 +464,7 @@ def score_folder(args, device):
 
 def score_vae(args, device):
     """Scores the VAE `--vae` alone, and keeps the result in its folder, where it is one."""
-    flags = given_flags(args)
+    flags = given_flags(args, LatentConfig)
     if "dataset" not in flags:
         raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
                         "and --data-dir, or the model that draws its latents with --checkpoint")
@@ -479,7 +473,7 @@ def score_vae(args, device):
         check_output(path, b'"vae_hash"')
     vae = load_vae(args.vae, device)
     C = vae.image_channels
-    config = Config(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
+    config = LatentConfig(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels", "ground") if name in flags})
     train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
                                           config.ground)
@@ -500,14 +494,15 @@ def parse_args():
     parser = sampling_parser("Draws images from a checkpoint, or takes those in a folder, and scores them against the "
                              "real ones, with the classifier that measure.classifier has trained on these (MNIST's "
                              "comes with the repository). With --vae and no --checkpoint, scores "
-                             "what the VAE makes of real images, and keeps that in its folder as round_trip.json.")
+                             "what the VAE makes of real images, and keeps that in its folder as round_trip.json.",
+                             LatentConfig)
     parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
                         "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
     parser.add_argument("--count", type=int, help="how many to draw (default: 10000, or as many as there are training "
                         "images; scores of different counts do not compare)")
     parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as "
                         "generator.py does)")
-    add_flags(parser, ["dataset", "data_dir", "image_size", "channels", "ground"])
+    add_flags(parser, LatentConfig, ["dataset", "data_dir", "image_size", "channels", "ground"])
     say_default(parser, ["dataset", "data_dir"], "as in training; of --images, what their size says")
     say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
     parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
@@ -517,12 +512,12 @@ def parse_args():
     if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
     if args.images and (args.checkpoint is not None or args.count or args.equal
-                        or given_flags(args).keys() - {"dataset", "data_dir"}):
+                        or given_flags(args, LatentConfig).keys() - {"dataset", "data_dir"}):
         raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
-    if not args.vae_alone and given_flags(args).keys() & {"image_size", "channels", "ground"}:
+    if not args.vae_alone and given_flags(args, LatentConfig).keys() & {"image_size", "channels", "ground"}:
         raise UserError("--image-size, --channels and --ground are for --vae alone: whatever else is scored has its "
                         "own")
-    if args.vae_alone and (args.pictures or args.equal or given_flags(args).keys() - {
+    if args.vae_alone and (args.pictures or args.equal or given_flags(args, LatentConfig).keys() - {
             "vae", "dataset", "data_dir", "image_size", "channels", "ground"}):
         raise UserError("--vae without --checkpoint scores the VAE alone, which draws nothing: leave out the flags "
                         "that say how to draw, or name the model with --checkpoint")
@@ -542,9 +537,10 @@ def main():
     if args.images:
         judge, fakes, labels = score_folder(args, pick_device(args.device))
     else:
-        model, config = load_for_sampling(args)
+        model, config = load_for_sampling(args, IMAGES)
         device = next(model.parameters()).device
-        judge, vae = open_judge(config, device), find_vae(config, device) if config.latent_shape else None
+        judge = open_judge(config, device)
+        vae = config.find_vae(device) if config.kind == "latents" and config.latent_shape else None
         labels = judge.labels(args.count or min(10_000, len(judge.train.images)), args.equal)
         fakes = draw_fakes(model, config, labels)
         print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "

@@ -13,8 +13,9 @@ import sys
 import torch
 from tqdm import tqdm
 
-from dataset import FRAMES, Dataset, load_dataset
+from dataset import Dataset
 from latent.cache import open_data
+from latent.sprites import CELL, FRAMES, load_images
 from video.moving import load_moving
 
 MOST = 16  # frames of a clip, where the user says nothing and none is shorter
@@ -150,28 +151,26 @@ def read_clips(config):
     return frames, lengths.cumsum(0) - lengths, lengths, labels, T
 
 
-def open_clips(config, device, folder="latents"):
+def open_clips(config, device):
     """The clips in the user's files, as pixels or as latents; see `open_data`."""
     with parallel.rank_0_first():
         frames, *rest = read_clips(config)
-    return Clips("clips", open_data(config, device, folder, frames), *rest)
+    return Clips("clips", open_data(config, device, frames), *rest)
 
 
-def open_sprites(config, device, folder="latents"):
-    """The sprites in motion, or for an image_size without frames as images; see `open_data`."""
-    if len(config.image_size) != 3:
-        return open_data(config, device, folder)
-    T, *size = config.image_size
+def open_sprites(config, device):
+    """The sprites in motion; see `open_data`."""
+    T, *size = config.image_size or (FRAMES, CELL, CELL)
     if T > FRAMES:
         raise UserError(f"image_size {show_size(config.image_size)}: the sprites move in {FRAMES} frames, and no more")
-    with parallel.rank_0_first():
-        frames = load_dataset("sprites", config.data_dir, image_size=size, channels=config.channels)
+    with parallel.rank_0_first():  # it may download them
+        frames = load_images("sprites", config.data_dir, image_size=size, channels=config.channels)
     starts = torch.arange(0, len(frames.labels), FRAMES)
     lengths = torch.full_like(starts, FRAMES)
-    return Clips("sprites", open_data(config, device, folder, frames), starts, lengths, frames.labels[starts], T)
+    return Clips("sprites", open_data(config, device, frames), starts, lengths, frames.labels[starts], T)
 
 
-def open_moving(config, device, folder="latents"):
+def open_moving(config, device):
     """The clips of moving digits; see `open_data`."""
     if config.vae or config.flips or config.channels > 1:
         raise UserError("moving digits are learned as grey pixels, and not in a mirror: leave out --vae, --flips and "

@@ -7,6 +7,7 @@ they move as they should? Each figure stands beside the same figure of real clip
 
 from support.commands import UserError, run, some_path
 from support.pictures import check_picture, frames_of, grid, save_animation
+from support.sizes import show_size
 
 import argparse
 import functools
@@ -15,25 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from config import show_size
-from dataset import FRAMES, to_float, to_uint8
-from diffusion import complete, from_noise, inpaint
-from inference import (
-    FRAME,
-    FULL_BATCH,
-    batch_that_fits,
-    fill_batch,
-    from_images,
-    load_for_sampling,
-    sample,
-    sampling_parser,
-    to_images,
-)
+from dataset import to_float, to_uint8
+from diffusion import from_noise
+from inference import FULL_BATCH, batch_that_fits, draw_batches, load_for_sampling, sampling_parser
+from latent.sprites import FRAMES
 from measure.classifier import load_classifier
 from measure.results import check_alike
 from measure.score import nearest, share
+from video.config import ClipConfig
+from video.draw import FRAME, fill_batch
+from video.given import complete
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
 from video.sprites import SpriteJudge
 
@@ -176,18 +169,16 @@ def draw(model, config, labels, pictures=None, known=None):
 
     pictures: clips in [-1, 1] (N, 1, T, H, W), of which `known` (T, 1, 1), bool, is given, and the rest is drawn.
     """
-    device, clips = next(model.parameters()).device, []
+    device = next(model.parameters()).device
     size = max(FULL_BATCH, batch_that_fits(config, device) // FULL_BATCH * FULL_BATCH)
-    with tqdm(total=len(labels), desc="drawing", unit=" clips", leave=False, disable=None) as bar:
-        for index in torch.arange(len(labels)).split(size):
-            way = from_noise
-            if pictures is not None:
-                way = functools.partial(complete if config.given else inpaint, known=known.to(device),
-                                        picture=fill_batch(pictures[index].to(device)))
-            *_, x = sample(model, config, labels[index].to(device), index.tolist(), way)
-            clips.append(to_images(x, config).cpu())
-            bar.update(len(index))
-    return torch.cat(clips)
+
+    def way_of(rows):
+        if pictures is None:
+            return from_noise
+        return functools.partial(complete, known=known.to(device), picture=fill_batch(pictures[rows].to(device)))
+
+    batches = draw_batches(model, config, labels, batch_size=size, way_of=way_of, what="clips")
+    return torch.cat([clips for _, clips in batches])
 
 
 def follow(model, config, clips, labels, given):
@@ -224,7 +215,7 @@ def load_models(args):
     models = {}
     for path in (args.checkpoint, *args.beside):
         one = argparse.Namespace(**vars(args) | {"checkpoint": path})
-        model, config = load_for_sampling(one)
+        model, config = load_for_sampling(one, (ClipConfig,))
         path = Path(one.checkpoint)
         name = path.parent.name if path.name == "model.pth" and path.parent.name else path.stem
         if name in models:
@@ -253,7 +244,7 @@ def open_judge(config, given):
 def main():
     parser = sampling_parser("Draws clips of one moving digit, or of sprites, and scores them beside real clips of "
                              "test digits or characters: are they what was asked for, in all frames, and do they move "
-                             "as they should?")
+                             "as they should?", ClipConfig)
     parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
                         "500)")
     parser.add_argument("--shown", type=int, default=4, help="of moving digits: frames of real clips to continue "
@@ -275,7 +266,7 @@ def main():
     real, asked = judge.real_clips(args.count, config.image_size[1:])
     if config.latent_shape:  # as the VAE shows them
         device = next(next(iter(models.values()))[0].parameters()).device
-        real = torch.cat([to_images(from_images(to_float(part.to(device)), config), config).cpu()
+        real = torch.cat([config.to_images(config.from_images(to_float(part.to(device)))).cpu()
                           for part in real.split(16)])
     labels, columns, errors, first = torch.arange(args.count) % config.num_classes, {}, {}, []
     for name, (model, config) in models.items():
@@ -287,7 +278,7 @@ def main():
         title = name if len(models) > 1 else "drawn"
         columns[title] = judge.score(clips, labels)
         first.append(clips[:SHOWN])
-        if config.dataset == "moving":
+        if config.dataset == "moving" and config.given:
             errors[title], stays = follow(model, config, real[:128], asked[:128], args.shown)
     print(report(judge.figures, columns | {"real": judge.score(real, asked)}))
     if errors:

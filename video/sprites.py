@@ -3,7 +3,8 @@
 import torch
 
 from config import Config
-from dataset import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_dataset, resize, split_characters
+from dataset import resize
+from latent.sprites import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_images, split_characters
 
 SIDE = 16  # pixels: clips are compared in this size
 CHOICES = 6  # of each part
@@ -32,7 +33,7 @@ class SpriteJudge:
 
     def __init__(self, data_dir=Config.data_dir, channels=3):
         self.data_dir, self.channels = data_dir, channels
-        parts = [load_dataset("sprites", data_dir, train, (SIDE, SIDE), channels) for train in (True, False)]
+        parts = [load_images("sprites", data_dir, train, (SIDE, SIDE), channels) for train in (True, False)]
         self.kinds = len(parts[0].classes)
         self.gallery = torch.empty(CHARACTERS, self.kinds, FRAMES, channels * SIDE**2, dtype=torch.uint8)
         self.training = torch.zeros(CHARACTERS, dtype=torch.bool)
@@ -43,7 +44,7 @@ class SpriteJudge:
 
     def real_clips(self, count, size, seed=0):
         """`count` clips of test characters, uint8 (N, C, 8, H, W) of `size` (H, W), and their labels."""
-        data = load_dataset("sprites", self.data_dir, False, size, self.channels)
+        data = load_images("sprites", self.data_dir, False, size, self.channels)
         clips = data.images.unflatten(0, (-1, FRAMES))
         index = torch.randint(len(clips), (count,), generator=torch.Generator().manual_seed(seed))
         return clips[index].movedim(1, 2), data.labels[::FRAMES][index]

@@ -1,7 +1,8 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
     format       FORMAT
-    config       the fields of `Config`, a dict
+    kind         what it draws: the `kind` of its class of settings
+    config       the settings, a dict
     step         training steps so far
     seconds      training time so far
     ema          the moving average of the weights, by the plain model's names: what every sample is drawn with
@@ -10,14 +11,13 @@ To resume the run:
     model        the weights
     optimizers   the state of AdamW and of Muon: a dict for each, by the index of the weight
     window       the losses that are not in log.csv yet
-Weights to share (`python checkpoint.py run/model.pth shared.pth`) have only the first five. In shared.safetensors the
-weights are its tensors, and the other four are JSON in its metadata, under "checkpoint".
+Weights to share (`python -m demo.share run/model.pth shared.pth`) have only the first six. In shared.safetensors the
+weights are its tensors, and the other five are JSON in its metadata, under "checkpoint".
 """
 
-from support.commands import Parser, UserError, dtype_of, first_line, run, some_path
+from support.commands import UserError, dtype_of, first_line
 from support.files import check_output, write_atomically
 from support.muon import split_parameters
-from support.run_log import NOISE_LEVELS
 from support.tensors import check_tensors, misfit, read_tensors
 
 import contextlib
@@ -25,19 +25,16 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-import diffusion  # noqa: F401 -- the settings of a checkpoint may name any of its samplers
-from config import SAMPLING, Config, add_flags, check_eta, given_flags
-from dit import build_model, rotations, sincos_positions
+from record.log import NOISE_LEVELS
 
-FORMAT = "dit-checkpoint-2"
-OLD_FORMATS = ("dit-checkpoint-1",)  # without the fingerprint of the data: to draw with, not to train on
-OLD_SETTINGS = {"time_spacing": "article"}  # what was not a setting yet, as it was then
+FORMAT = "dit-checkpoint-3"
+OLDER = ("dit-checkpoint-1", "dit-checkpoint-2")
+DRAWN_BY = {"images": "inference.py", "latents": "-m latent.draw", "clips": "-m video.draw"}
 TO_RESUME = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
 
@@ -46,7 +43,8 @@ def save_checkpoint(path, config, step, seconds, ema, **to_resume):
     """Writes a checkpoint with the contents that the module's docstring lists. `to_resume` is all of `TO_RESUME` or
     nothing, which it is of a path that ends in .safetensors. Raises `UserError` when the file cannot be written; what
     was there stays."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), "step": step, "seconds": seconds}
+    content = {"format": FORMAT, "kind": config.kind, "config": dataclasses.asdict(config), "step": step,
+               "seconds": seconds}
     if Path(path).suffix == ".safetensors":
         shared = safetensors.torch.save({name: weight.contiguous() for name, weight in ema.items()},
                                         {"checkpoint": json.dumps(content)})
@@ -59,8 +57,8 @@ def check_out(path, source):
     """Finds out before the work whether weights to draw with, made of the file `source`, may be written to `path`: else
     `UserError`. They replace others of their kind, and never what a run goes on from."""
     own = b""
-    with contextlib.suppress(UserError):
-        own = b"" if "optimizers" in load_checkpoint(path) else b"dit-checkpoint-"
+    with contextlib.suppress(Exception):  # read_tensors raises nearly anything when it is another file
+        own = b"" if "optimizers" in read_tensors(path) else b"dit-checkpoint-"
     check_output(path, own, [source])
 
 
@@ -75,8 +73,9 @@ def checkpoint_file(path):
     return path
 
 
-def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU. Returns its dict, with a checked `Config` under "config".
+def load_checkpoint(path, kinds):
+    """Reads a checkpoint onto the CPU. Returns its dict, with checked settings under "config", of that one of the
+    classes `kinds` which it names.
 
     Nothing in the file can run code (`weights_only=True`). No model is built before every name, type, shape and value
     fits. What does not belong there is dropped. Raises `UserError` for a file that is not a whole checkpoint of this
@@ -89,22 +88,28 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is not a checkpoint, or is cut short "
                         f"({first_line(error)})") from None
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, *OLD_FORMATS):
+    if isinstance(content, dict) and content.get("format") in OLDER:
+        raise UserError(f"{path} was made by an older version of this code, and can be used with that one")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
+    kind = content.get("kind")
+    of = next((of for of in kinds if of.kind == kind), None)
+    if of is None:
+        raise UserError(f"{path} draws {kind!r:.20}" + (
+            f": use python {DRAWN_BY[kind]} for it" if isinstance(kind, str) and kind in DRAWN_BY else ""))
     names = ["config", "step", "seconds", "ema"]
-    if content["format"] == FORMAT and any(name in content for name in TO_RESUME):
+    if any(name in content for name in TO_RESUME):
         names += TO_RESUME
     different = ""
     try:
-        old = content["format"] in OLD_FORMATS
         content = {name: content[name] for name in names}
-        settings = (OLD_SETTINGS if old else {}) | {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["config"].items()}
-        strange = sorted(settings.keys() - Config.__dataclass_fields__.keys())
+        settings = {name: tuple(value) if isinstance(value, list) else value
+                    for name, value in content["config"].items()}
+        strange = sorted(settings.keys() - of.__dataclass_fields__.keys())
         if not strange:
-            content["config"] = Config(**settings)
+            content["config"] = of(**settings)
             with torch.device("meta"):  # shapes without memory, however large a size the file claims
-                network = build_model(content["config"])
+                network = content["config"].build_model()
             shapes = {name: weight.shape for name, weight in network.state_dict().items()}
             different = misfit(content["ema"], shapes)
         if not strange and not different:
@@ -153,55 +158,17 @@ def check_content(content, network, shapes, file_size):
         raise UserError("its weights claim more than the file holds")
 
 
-def load_model(path, device="cpu", precision="auto"):
-    """Loads the averaged model of a checkpoint to sample in that precision (see `Config`). Returns (model, config)."""
-    content = load_checkpoint(path)
+def load_model(path, device="cpu", precision="auto", kinds=()):
+    """Loads the averaged model of a checkpoint to sample in that precision ("fp32", "bf16" or "auto"). kinds: as for
+    `load_checkpoint`. Returns (model, config)."""
+    content = load_checkpoint(path, kinds)
     return averaged_model(content, device, precision), content["config"]
 
 
 def averaged_model(content, device="cpu", precision="auto"):
     """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
     dict, where their type and device can stay."""
-    config = content["config"]
     with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
-        model = build_model(config)
+        model = content["config"].build_model()
     model.load_state_dict(content["ema"], assign=True)
-    model.patch_embedding.positions = sincos_positions(model.grid, config.hidden_size)
-    if config.rope:
-        model.rotations = rotations(model.grid, config.hidden_size // config.num_heads)
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)
-
-
-def main():
-    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
-                                "precision. How they draw when nothing else is asked for can be set anew.")
-    parser.add_argument("checkpoint", type=some_path, help="a checkpoint that train.py wrote, or its run folder")
-    parser.add_argument("out", type=some_path, help="the file to write, .pth or .safetensors")
-    add_flags(parser, [name for name in SAMPLING if name not in ("seed", "precision")])
-    args = parser.parse_args()
-    args.checkpoint = checkpoint_file(args.checkpoint)
-    check_out(args.out, args.checkpoint)
-    content = load_checkpoint(args.checkpoint)
-    ema, wide = {}, 0
-    for name, weight in content["ema"].items():
-        half = weight.half()
-        fits = bool(half.isfinite().all())
-        ema[name], wide = (half, wide) if fits else (weight, wide + 1)
-    config = content["config"]
-    # A path of this machine concerns nobody. The folder of a VAE is looked for beside its checkpoint too
-    places = (Path(config.vae), Path(args.checkpoint).parent / config.vae)
-    folder = next((place.resolve() for place in places if config.vae and place.is_dir()), None)
-    config = dataclasses.replace(config, data_dir=Config.data_dir, vae=folder.name if folder else config.vae,
-                                 **given_flags(args))
-    check_eta(config, given_flags(args))
-    save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
-    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
-    if wide:
-        print(f"{wide} of {len(ema)} tensors hold numbers that half precision cannot, and stay as they are")
-    if folder and folder.parent != Path(args.out).resolve().parent:
-        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(str(folder))} "
-              f"{shlex.quote(str(Path(args.out).parent))}/")
-
-
-if __name__ == "__main__":
-    run(main, alone=True)

@@ -1,14 +1,19 @@
 """The page of a training run, index.html: one static file that shows the run's other files. It asks nothing of any
 network or server, and is a function of those files, of the settings and of the time of training alone."""
 
+from support.commands import flag_words
 from support.files import write_atomically
-from support.run_log import read_log
-from support.sizes import show_time
+from support.sizes import show_size, show_time
 
+import dataclasses
 import math
 import re
+import shlex
 from html import escape
+from pathlib import Path
 from urllib.parse import quote
+
+from record.log import read_log
 
 POINTS = 600  # of a curve at most: a long log is thinned out
 
@@ -187,3 +192,28 @@ def show_settings(settings, defaults):
             f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>")
     other, same = ("<dl>\n" + "\n".join(part) + "\n</dl>" for part in parts)
     return f"{other}\n<details>\n<summary>As by default</summary>\n{same}\n</details>"
+
+
+def show_setting(value):
+    """The value of a setting in a few words: 28x20 for a size, names of classes, at most ten."""
+    if value and type(value) is tuple:
+        if all(type(part) is int for part in value):
+            return show_size(value)
+        return ", ".join(map(show_setting, value[:10])) + (" ..." if len(value) > 10 else "")
+    return "0" if value == () else str(value)
+
+
+def show_run(config, run_dir, seconds, script):
+    """Writes the page of the run in the folder `run_dir`, index.html. seconds: of training so far. script: the command
+    that trains it, without the run folder."""
+    settings, defaults = ({field.name: show_setting(getattr(of, field.name)) for field in dataclasses.fields(of)}
+                          for of in (config, type(config)()))
+    columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
+    folder, checkpoint = ("" if run_dir == Path("run") else " " + shlex.join(flag_words(*words)) for words in (
+        ("--run-dir", run_dir), ("--checkpoint", run_dir)))
+    commands = {"Draw with its last checkpoint:": f"python {config.drawn_by}{checkpoint}",
+                "Go on where it was stopped:": f"python {script}{folder} --resume",
+                "Train it for longer:": f"python {script}{folder} --resume --steps {2 * config.steps}"}
+    data = Path(config.data_dir).resolve().name if config.dataset == "folder" else config.dataset
+    write_page(run_dir / "index.html", f"A DiT learns {data}, in {run_dir.resolve().name}", config.steps, seconds,
+               columns, settings, defaults, commands)

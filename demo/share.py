@@ -1,0 +1,53 @@
+"""Makes a small file to share of a checkpoint: the averaged weights alone, in half precision.
+
+    python -m demo.share run/model.pth shared.pth     or shared.safetensors
+"""
+
+from support.commands import Parser, run, some_path
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+
+from config import Config, add_flags, check_eta, check_names, given_flags
+from latent.config import LatentConfig
+from record.checkpoint import check_out, checkpoint_file, load_checkpoint, save_checkpoint
+from video.config import ANY, ClipConfig
+
+
+def main():
+    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
+                                "precision. How they draw when nothing else is asked for can be set anew.")
+    parser.add_argument("checkpoint", type=some_path, help="a checkpoint that train.py wrote, or its run folder")
+    parser.add_argument("out", type=some_path, help="the file to write, .pth or .safetensors")
+    add_flags(parser, ClipConfig, [name for name in ClipConfig.SAMPLING if name not in ("seed", "precision", "vae")])
+    args = parser.parse_args()
+    args.checkpoint = checkpoint_file(args.checkpoint)
+    check_out(args.out, args.checkpoint)
+    content = load_checkpoint(args.checkpoint, ANY)
+    ema, wide = {}, 0
+    for name, weight in content["ema"].items():
+        half = weight.half()
+        fits = bool(half.isfinite().all())
+        ema[name], wide = (half, wide) if fits else (weight, wide + 1)
+    config = content["config"]
+    changes, folder = {"data_dir": Config.data_dir}, None
+    if getattr(config, "vae", ""):  # a path of this machine concerns nobody; a VAE is looked for beside its checkpoint
+        places = (Path(config.vae), Path(args.checkpoint).parent / config.vae)
+        folder = next((place.resolve() for place in places if place.is_dir()), None)
+        changes |= {"vae": folder.name if folder else config.vae, "latents": LatentConfig.latents}
+    check_names(given_flags(args, ClipConfig), config.SAMPLING)
+    config = dataclasses.replace(config, **changes, **given_flags(args, ClipConfig))
+    check_eta(config, given_flags(args, ClipConfig))
+    save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
+    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
+    if wide:
+        print(f"{wide} of {len(ema)} tensors hold numbers that half precision cannot, and stay as they are")
+    if folder and folder.parent != Path(args.out).resolve().parent:
+        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(str(folder))} "
+              f"{shlex.quote(str(Path(args.out).parent))}/")
+
+
+if __name__ == "__main__":
+    run(main, alone=True)

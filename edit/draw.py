@@ -1,0 +1,212 @@
+"""Changes pictures and clips, completes them, and leads from one label or seed to another.
+
+    python -m edit.draw --edit three.png --labels 7                     the 3 becomes a 7 in its place
+    python -m edit.draw --inpaint three.png --mask mask.png --labels 8  completes what is white in the mask
+    python -m edit.draw --morph 3:8                                     from a 3 to an 8
+"""
+
+from support.commands import UserError, run, some_path
+from support.image_files import fit, name_of, read_image, to_tensor
+from support.labels import parse_labels, parse_morph
+from support.pictures import frames_of, grid, save_animation
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import math
+
+import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from config import check_names
+from edit.ways import between, edit, inpaint
+from inference import (
+    ANIMATION,
+    STRIP,
+    check_out,
+    draw_states,
+    drawing_parser,
+    label_grid,
+    load_for_sampling,
+    noise_source,
+    save_views,
+    say_drawn,
+    strips,
+)
+from latent.vae import each_frame
+from video.config import ANY, ClipConfig
+from video.draw import read_given, save_clips
+
+STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
+
+
+def check_changes(args):
+    """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
+    kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
+    if len(kinds) != 1:
+        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other" if kinds else
+                        "say what to do: --edit PICTURE, --inpaint PICTURE --mask PICTURE, or --morph A:B")
+    for name, kind in (("strength", "edit"), ("mask", "inpaint"), ("to_seed", "morph")):
+        if getattr(args, name) is not None and kind not in kinds:
+            raise UserError(f"--{name.replace('_', '-')} is for --{kind}: add that, or leave it out")
+    if args.inpaint is not None and args.mask is None:
+        raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
+                        "is drawn anew")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"--strength {args.strength:g}: must lie between 0, which would change nothing, and 1, which "
+                        "keeps nothing")
+    if args.morph is not None and args.labels is not None:
+        raise UserError("--morph names its labels itself: leave --labels out")
+    if args.to_seed is not None and not (0 <= args.to_seed < 2**63 and args.to_seed != getattr(args, "seed", 0)):
+        raise UserError(f"--to-seed {args.to_seed}: must be another seed than --seed, and not below 0")
+
+
+def prepare(model, config, args, frames):
+    """What the flags ask for, as arguments of `draw_states`: the configuration, the labels of a row, and a dict of the
+    options.
+
+    A morph has `frames` images in a row. Reads the pictures; gives the model the labels of a morph.
+    """
+    if args.morph is not None:
+        ends = parse_morph(args.morph, config.class_names)
+        if ends[0] == ends[1] and args.to_seed is None:
+            raise UserError(f"--morph {args.morph} leads nowhere: name two labels, or another seed with --to-seed")
+        add_labels_between(model, *ends, frames)
+        return config, list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
+    labels, device = parse_labels(args.labels, config.class_names), next(model.parameters()).device
+    if args.edit is not None:
+        picture, _ = read_picture(args.edit, config)
+        strength = STRENGTH if args.strength is None else args.strength
+        steps = len(config.build_process().descending_steps(config.sample_steps, strength))
+        return dataclasses.replace(config, sample_steps=steps), labels, dict(
+            way=functools.partial(edit, picture=config.from_images(picture.to(device)), strength=strength))
+    picture, known = read_picture(args.inpaint, config, args.mask)
+    picture, known = config.from_images(picture.to(device)), known.to(device)
+    if known.shape[-2:] != picture.shape[-2:]:  # a latent is known if all of its pixels are
+        known = each_frame(lambda part: adaptive_avg_pool2d(part.float(), picture.shape[-2:]) == 1, known)
+    return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known))
+
+
+def read_picture(path, config, mask=None):
+    """A picture, or the first frames of a clip, as the model of `config` sees images, (1, C, *size), and which of it is
+    known by the picture `mask`, bool (1, 1, *size): what is black there, in every frame. Without a mask None.
+
+    Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
+    Raises `UserError`.
+    """
+    *frames, height, width = config.image_size
+    (clip, size), count = read_given(path, config, still=not frames), math.prod(frames)
+    if clip.shape[2] < count:
+        raise UserError(f"{name_of(path)} has {clip.shape[2]} frames, but the model draws clips of {count}")
+    picture = clip[:, :, :count].reshape(1, -1, *config.image_size)
+    if mask is None:
+        return picture, None
+    nearest = Image.Resampling.NEAREST
+    known = to_tensor(fit(read_image(mask, "L").resize(size, nearest), (height, width), nearest)) < 128
+    known = known.view(1, 1, *[1] * len(frames), height, width)
+    if known.all() or not known.any():
+        raise UserError(f"{name_of(mask)} is {'black' if known.all() else 'white'} all over the part that the model "
+                        "sees: let it be black where the picture is kept, and white where it is drawn anew")
+    return picture, known
+
+
+def add_labels_between(model, first, last, count):
+    """Gives a `DiT`, in place, other labels: 0..count-1, which lead from its label `first` to its label `last`. Their
+    embeddings lie on a straight line."""
+    table = model.label_embedding.weight
+    rows = torch.stack([torch.lerp(table[first].float(), table[last].float(), i / (count - 1)) for i in range(count)])
+    rows = torch.cat([rows.to(table.dtype), table[model.null_label, None]])
+    model.label_embedding, model.null_label = torch.nn.Embedding.from_pretrained(rows), count
+
+
+def morphing_noise(count, to_seed, seed, indices, *rest):
+    """`noise_source` for rows of `count` images: in row k all have the noise of image k of `seed`, or lead from there
+    to that of `to_seed`."""
+    rows, places = [i // count for i in indices], [i % count / (count - 1) for i in indices]
+    here = noise_source(seed, rows, *rest)
+    if to_seed is None:
+        return here
+    there = noise_source(to_seed, rows, *rest)
+
+    def noise():
+        a, b = here(), there()
+        return between(a, b, torch.tensor(places, device=a.device))
+
+    return noise
+
+
+def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
+         morph=None, to_seed=None, **settings):
+    """A changed picture for a notebook, a PIL image: draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). The
+    frames of a clip stand side by side.
+
+    labels, count and settings: as for `inference.draw`. edit, inpaint, mask: files, PIL images, or arrays uint8 (H, W)
+    or (H, W, 3). The others: as the flags of these names. Raises `UserError`.
+    """
+    check_names(settings, [*ClipConfig.SAMPLING, *inspect.signature(draw).parameters][:-1])  # the last: `settings`
+    args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
+                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
+    check_changes(args)
+    model, config = load_for_sampling(args, ANY)
+    config, labels, options = prepare(model, config, args, STRIP)
+    frames = frames_of(draw_states(model, config, labels, count, **options)[-1])
+    if len(frames) > 1:
+        return strips(torch.stack(frames))
+    return grid(frames[0], len(labels)) if morph is not None else label_grid(frames[0], config, labels)
+
+
+def parse_args():
+    parser = drawing_parser("Changes pictures and clips, completes them, or leads from one label or seed to another.",
+                            ClipConfig)
+    parser.add_argument("--edit", type=some_path, metavar="PICTURE", help="draw the labels onto this picture: noise "
+                        "it, and denoise it as what they ask for (SDEdit, 2108.01073)")
+    parser.add_argument("--strength", type=float, help="how much of --edit's picture is drawn anew, above 0 and at "
+                        f"most 1, which is all (default: {STRENGTH})")
+    parser.add_argument("--inpaint", type=some_path, metavar="PICTURE", help="complete this picture where --mask is "
+                        "white; the rest of it stays as it is (RePaint, 2201.09865; four times the network calls)")
+    parser.add_argument("--mask", type=some_path, metavar="PICTURE",
+                        help="picture that is black where --inpaint's is known")
+    parser.add_argument("--morph", metavar="A:B", help="draw the way from one label to another, 3:8 or cat:dog, as a "
+                        "strip, or with --gif there and back")
+    parser.add_argument("--to-seed", type=int, metavar="SEED", help="end of --morph: go from --seed to this seed as "
+                        "well")
+    return parser.parse_args()
+
+
+def there_and_back(frames, args):
+    """The way of a morph as an animation: PIL pictures of rows, and how long each is shown, milliseconds. frames: uint8
+    (count * steps, C, H, W)."""
+    rows = frames.unflatten(0, (args.count, -1)).unbind(1)
+    there, way = [grid(images, min(args.count, 10)) for images in rows], [60] * (len(rows) - 2)
+    return there + there[-2:0:-1], [1000, *way, 1000, *way]
+
+
+def main():
+    args = parse_args()
+    check_changes(args)
+    model, config = load_for_sampling(args, ANY)
+    frames, morph = math.prod(config.image_size[:-2]), args.morph is not None
+    if args.count is None:
+        args.count = 1 if not morph and (args.strip or frames > 1) else 8
+    animated = args.gif or (frames > 1 and not args.strip)
+    if args.out is None:
+        args.out = "samples.gif" if animated else "strip.png" if args.strip or morph else "samples.png"
+    config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
+    shown = 1 if morph or frames > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+    check_out(args, config, labels, shown * frames, animated, [args.edit, args.inpaint, args.mask])
+    states = draw_states(model, config, labels, args.count, shown, **options)
+    if morph and frames == 1:
+        pictures = there_and_back(states[-1], args) if args.gif else ([grid(states[-1], len(labels))], [0])
+        save_animation(args.out, *pictures)
+        say_drawn(args, config, f"{states.shape[1]} images")
+    elif frames == 1:
+        save_views(args, states, config, labels, [1500 // len(states)] * (len(states) - 1) + [2000])
+        say_drawn(args, config, f"{states.shape[1]} images")
+    else:
+        save_clips(args, states[-1], config, labels)
+
+
+if __name__ == "__main__":
+    run(main, memory="--count", alone=True)

@@ -1,0 +1,56 @@
+"""How a run begins in its folder, or goes on there."""
+
+from support.commands import UserError
+from support.files import MARK, check_output
+
+import dataclasses
+
+from record.checkpoint import load_checkpoint
+from record.log import LOG
+
+AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
+             "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
+
+
+def change_settings(config, settings, path, changeable, automatic):
+    """The configuration of the run saved at `path`, with those of `settings` (a dict) that are `changeable`. Raises
+    `UserError` when others contradict it; "auto", 0 or nothing for what is `automatic` contradicts nothing."""
+    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
+                   if name not in changeable and read(config, name, value) != getattr(config, name)
+                   and not (name in automatic and value in ("auto", 0, (), ""))]
+    if differences:
+        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
+    return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
+
+
+def read(config, name, value):
+    """The value of a setting as its class would read it: "28x20" is (28, 20)."""
+    return (config.__dataclass_fields__[name].metadata.get("read") or (lambda value: value))(value)
+
+
+def open_run(run_dir):
+    """Makes a folder ready for a new run. Raises `UserError` when a run has left a checkpoint there, or another program
+    a file where the run will write. The grids of an earlier run without a checkpoint go: a page shows one run's."""
+    path = run_dir / "model.pth"
+    grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
+    if path.exists():
+        raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+    for file, own in ((run_dir / "log.csv", LOG), *((file, MARK) for file in (
+            run_dir / "loss.png", run_dir / "index.html", *grids))):
+        check_output(file, own)
+    if grids:
+        print(f"{len(grids)} sample grids of an earlier run, whose checkpoint is gone, are removed from {run_dir}")
+    for file in grids:
+        file.unlink()
+
+
+def load_to_resume(path, settings, of, changeable=None):
+    """The configuration, of the class `of`, of the run saved at `path`, changed as `settings` (a dict) say, and its
+    checkpoint. changeable: the names of the settings that may change, if not those of the class. Raises `UserError`."""
+    saved = load_checkpoint(path, (of,))
+    if "optimizers" not in saved:
+        raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
+    config = change_settings(saved["config"], settings, path, changeable or of.CHANGEABLE, AUTOMATIC)
+    if saved["step"] > config.steps:
+        raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
+    return config, saved

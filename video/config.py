@@ -1,0 +1,76 @@
+"""The settings of a run on clips: those of `LatentConfig`, and what only moves."""
+
+from support.commands import UserError
+from support.sizes import LARGEST, as_size, as_sizes, show_sizes
+
+import dataclasses
+
+from config import Config, flag
+from latent.config import LatentConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig(LatentConfig):
+    """All settings of a run of `video.train_dit`; see `Config`."""
+
+    kind = "clips"
+    trained_by, drawn_by = "-m video.train_dit", "-m video.draw"
+    axes, size_words = (3,), "frames, height and width, such as 16x32x32"
+
+    # Data
+    dataset: str = flag("moving", "moving (MNIST's digits move and bounce), sprites, or clips: one folder per class, "
+                        "of GIFs or folders of frames", choices=("moving", "sprites", "clips"))
+    image_size: tuple = flag((), "frames, height and width of the clips: 16x32x32; 0 = as the data set has them", 1,
+                             LARGEST, read=as_size)
+    digits: int = flag(1, "digits per clip of --dataset moving: 1, or 2 (half of the clips then still show one)", 1, 2)
+    speeds: bool = flag(False, "labels of --dataset moving also say slow or fast")
+    sizes: tuple = flag((), "more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or image_size",
+                        1, LARGEST, read=as_sizes)
+
+    # Model
+    patch_size: tuple = flag((), "frames, height and width of a patch: 2x8x8; 0 = a quarter of each", 1, LARGEST,
+                             read=as_size)
+    rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
+
+    # Training
+    given: float = flag(0.0, "share of clips in which some frames are shown clean (needed for --extend)", 0, 1)
+
+    def check(self):
+        super().check()
+        for size in self.sizes if type(self.sizes) is tuple else [self.sizes]:
+            self.check_size("sizes", size)
+        if self.sizes and self.latent_shape:
+            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several")
+        if self.given and self.variance == "learned":
+            raise UserError("frames are given only with a fixed variance: leave --given or --variance out")
+        if self.rope and self.hidden_size // self.num_heads % 2:
+            raise UserError(f"rope turns pairs of channels, but a head has {self.hidden_size // self.num_heads}: set "
+                            "hidden_size or num_heads, or --no-rope")
+
+    @property
+    def largest(self):
+        """The largest number along each axis of all the sizes that the network sees."""
+        return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
+
+    def network_options(self):
+        return super().network_options() | dict(input_size=self.largest, rope=self.rope)
+
+    def open_data(self, device):
+        """The clips. Raises `UserError`."""
+        from video.clips import CLIPS
+
+        return CLIPS[self.dataset](self, device)
+
+
+PRESETS = {
+    "default": {},
+    # More noise, since 16 frames tell more of a digit than one
+    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
+                   sample_steps=8, guidance=2.0),
+    # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
+    "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
+                      num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
+                      lr=2e-3),
+}
+# All kinds of models, for the rulers that score any
+ANY = (Config, LatentConfig, ClipConfig)

@@ -1,0 +1,170 @@
+"""Draws clips, and makes clips longer.
+
+    python -m video.draw --checkpoint weights/moving.pth --labels 7 --count 1 --out seven.gif
+    python -m video.draw --checkpoint weights/moving.pth --labels 7 --extend seven.gif --frames 64 --out long.gif
+"""
+
+from support.commands import UserError, run, some_path
+from support.image_files import name_of, read_clip
+from support.labels import parse_labels
+from support.sizes import as_size, demand_memory, show_size
+
+import functools
+
+import torch
+from tqdm import tqdm
+
+from dataset import to_float
+from inference import (
+    FULL_BATCH,
+    check_out,
+    draw_states,
+    drawing_parser,
+    generate,
+    load_for_sampling,
+    noise_source,
+    sample,
+    save_views,
+    say_drawn,
+)
+from video.config import ClipConfig
+from video.given import complete
+
+FRAME = 100  # milliseconds that a clip shows each of its frames
+LONGER = ("extend", "before", "between", "loop", "frames")  # the flags that make clips longer
+
+
+def check_flags(config, args):
+    """Raises `UserError` unless the flags go together, and the model can do what they ask for."""
+    longer = [name for name in LONGER if getattr(args, name) is not None]
+    if len(longer) > 1 and (longer[-1] != "frames" or longer[0] in ("between", "loop")):
+        raise UserError(f"--{longer[0]} and --{longer[1]} do not go together: do one after the other")
+    if longer and not config.given:
+        raise UserError(f"--{longer[0]} needs a model that was trained with frames given: video.train_dit --given 0.3")
+    if not args.size:
+        return
+    if longer:
+        raise UserError("--size is for clips drawn from noise, and not for given ones")
+    if config.latent_shape:
+        raise UserError(f"--size {show_size(args.size)}: this model draws only {show_size(config.image_size)}")
+    if type(args.size) is not tuple or len(args.size) != 3 or any(
+            not 0 < side <= most for side, most in zip(args.size, config.largest, strict=True)):
+        raise UserError(f"--size {show_size(args.size)}: this model draws clips of at most "
+                        f"{show_size(config.largest)}, frames x height x width")
+
+
+def read_given(path, config, still=False):
+    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and the
+    first one's size in the file, (width, height); still: the first frame alone. Raises `UserError`."""
+    if config.channels not in (1, 3):
+        raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which "
+                        "are no picture")
+    mode = "L" if config.channels == 1 else "RGB"
+    clip, size = read_clip(path, config.image_size[-2:], mode, config.ground, still)
+    return to_float(clip.movedim(0, 1))[None], size
+
+
+def fill_batch(x):
+    """x (B, ...) as `sample` fills its batch up."""
+    return torch.cat([x, x[:1].expand(-len(x) % FULL_BATCH, *x.shape[1:])])
+
+
+def draw_window(model, config, y, before, after, number=0):
+    """What lies between the last frames `before` and the first frames `after`, both (B, C, t, H, W), of which it knows
+    as many as leave half of the model's frames to be drawn: (B, C, T / 2, H, W), or more where there are fewer.
+
+    y: labels (B,). number: of the window, each of which has noise of its own.
+    """
+    T = config.input_shape[1]
+    most = T // 2 if min(before.shape[2], after.shape[2]) == 0 else T // 4
+    start, end = before[:, :, max(0, before.shape[2] - most):], after[:, :, :most]
+    missing = T - start.shape[2] - end.shape[2]
+    new = torch.zeros(len(y), start.shape[1], missing, *start.shape[3:], device=start.device)
+    known = torch.ones(T, 1, 1, dtype=torch.bool, device=start.device)
+    known[start.shape[2]:T - end.shape[2]] = False
+    way = functools.partial(complete, picture=fill_batch(torch.cat([start, new, end], 2)), known=known)
+    *_, x = sample(model, config, y, [k + number * 2**32 for k in range(len(y))], way)
+    return x[:, :, start.shape[2]:T - end.shape[2]]
+
+
+def draw_longer(model, config, labels, count, args):
+    """Draws `count` rows of `labels` as the flags `LONGER` ask for: clips uint8 (B, C, frames, H, W), on the CPU. The
+    frames that are given are in them as the model sees them."""
+    device = next(model.parameters()).device
+    y = torch.tensor(labels * count, device=device)
+    if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
+        raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+
+    def ask(frames):
+        demand_memory(len(y) * frames, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
+
+    ask(args.frames or config.image_size[0])
+    paths = [args.extend, args.before, *(args.between or ()), args.loop]
+    clips = [config.from_images(read_given(path, config)[0].to(device)).expand(len(y), -1, -1, -1, -1)
+             for path in paths if path is not None] or [generate(model, config, y)]
+    ask(sum(clip.shape[2] for clip in clips) + config.image_size[0])
+    x, none = clips[0], clips[0][:, :, :0]
+    if args.between or args.loop:
+        middle = draw_window(model, config, y, x, clips[-1])
+        x = torch.cat([x, middle, *clips[1:]], dim=2)
+    total, number = args.frames or x.shape[2] + (0 if args.between or args.loop else config.image_size[0] // 2), 0
+    with tqdm(total=total, initial=x.shape[2], desc=f"drawing {len(y)} clips", unit=" frames", leave=False,
+              disable=None) as bar:
+        while x.shape[2] < total:
+            number += 1
+            if args.before is not None:
+                x = torch.cat([draw_window(model, config, y, none, x, number), x], dim=2)
+            else:
+                x = torch.cat([x, draw_window(model, config, y, x, none, number)], dim=2)
+            bar.update(x.shape[2] - bar.n)
+    x = x[:, :, -total:] if args.before is not None else x[:, :, :total]
+    return config.to_images(x).cpu()
+
+
+def sized_noise(size, seed, indices, shape, *rest):
+    """`noise_source` for clips of another `size`, (T, H, W)."""
+    return noise_source(seed, indices, (shape[0], *size), *rest)
+
+
+def parse_args():
+    parser = drawing_parser("Draws clips with a trained model, and makes clips longer. Settings that are not given "
+                            "here are the model's own.", ClipConfig)
+    parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="draw clips of another size that the "
+                        "model has learned (video.train_dit --sizes)")
+    for name, count, metavar, text in (
+            ("extend", None, "CLIP", "draw how this clip, or picture, goes on"),
+            ("before", None, "CLIP", "draw what leads to this clip"),
+            ("between", 2, ("CLIP", "CLIP"), "draw what leads from the first clip to the second"),
+            ("loop", None, "CLIP", "draw what leads from the end of this clip to its beginning")):
+        parser.add_argument(f"--{name}", type=some_path, nargs=count, metavar=metavar, help=text)
+    parser.add_argument("--frames", type=int, help="length of the clips, frames; it may exceed the length trained on")
+    return parser.parse_args()
+
+
+def save_clips(args, clips, config, labels):
+    """Writes clips uint8 (B, C, T, H, W) as `--out`, an animation, or with --strip their frames side by side."""
+    views = clips.movedim(2, 0)
+    save_views(args, views, config, labels, [FRAME] * len(views))
+    say_drawn(args, config, f"{len(clips)} clips of {len(views)} frames")
+
+
+def main():
+    args = parse_args()
+    if args.out is None:
+        args.out = "strip.png" if args.strip else "samples.gif"
+    model, config = load_for_sampling(args, (ClipConfig,))
+    check_flags(config, args)
+    args.count, labels = 1 if args.count is None else args.count, parse_labels(args.labels, config.class_names)
+    frames = args.frames or (args.size or config.image_size)[0]
+    inputs = [args.extend, args.before, *(args.between or ()), args.loop]
+    check_out(args, config, labels, frames, not args.strip, inputs)
+    if any(getattr(args, name) is not None for name in LONGER):
+        clips = draw_longer(model, config, labels, args.count, args)
+    else:
+        options = {"source": functools.partial(sized_noise, args.size)} if args.size else {}
+        clips = draw_states(model, config, labels, args.count, **options)[-1]
+    save_clips(args, clips, config, labels)
+
+
+if __name__ == "__main__":
+    run(main, memory="--count", alone=True)

@@ -1,0 +1,41 @@
+"""Frames that are given: which ones a network is shown clean, its loss, and how the rest is drawn."""
+
+import torch
+
+from diffusion import per_image
+
+
+def given_frames(B, T, share, generator):
+    """A random mask of clean frames for this share of B clips of T, bool (B, 1, T, 1, 1): the first, the last, both
+    ends or any, equally often; between one frame and all but one."""
+    device = generator.device
+    count, kind, chosen = torch.rand(3, B, generator=generator, device=device)
+    any_order = torch.rand(B, T, generator=generator, device=device).argsort(dim=1)                    # (B, T)
+    place = torch.arange(T, device=device).expand(B, T)
+    both = torch.minimum(2 * place, 2 * (T - 1 - place) + 1)  # from the ends inwards
+    orders = torch.stack([place, T - 1 - place, both, any_order], dim=1)                               # (B, 4, T)
+    ranks = orders[torch.arange(B, device=device), (4 * kind).long()]                                  # (B, T)
+    count = (1 + ((T - 1) * count).long()).clamp(max=T - 1) * (chosen < share)
+    return (ranks < count[:, None])[:, None, :, None, None]
+
+
+def losses(process, model, x_0, t, y, noise, known, loss="l2"):
+    """`Process.losses` of a network that sees what is `known`, bool (broadcasts over x_0), without noise and need not
+    predict it (RaMViD, 2206.07696); not all of a clip."""
+    x_t, _ = process.forward_add_noise(x_0, t, noise)
+    output = model(torch.where(known, x_0, x_t), t, y)
+    error = per_image(process.error_scale[t], x_0) * (output - process.target(x_0, noise))
+    error = (error.abs() if loss == "l1" else error.square()).masked_fill(known, 0)
+    return error.flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
+
+
+def complete(process, sampler, denoise, noise, count, picture, known):
+    """Draws what `picture`, like x or (1, C, *size), is not `known` to be, with a network that has learned to (RaMViD,
+    2206.07696): it sees what is known without noise. known: bool, broadcasts over x. x ends with just that."""
+    def put_in(x):
+        return torch.where(known, picture, x)
+
+    x = noise()
+    yield put_in(x)
+    steps = process.descending_steps(count)
+    yield from map(put_in, sampler(lambda x, t: denoise(put_in(x), t), x, steps, noise))

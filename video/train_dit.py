@@ -1,0 +1,66 @@
+"""Trains a DiT on clips; see train.py.
+
+    python -m video.train_dit --preset moving --steps 10000 --run-dir run_moving
+"""
+
+from support import parallel
+from support.commands import run
+from support.pictures import frames_of, grid, save_animation
+
+import torch
+
+import train as root
+from config import given_flags
+from inference import sample
+from video.config import PRESETS, ClipConfig
+from video.draw import FRAME
+from video.given import given_frames, losses
+
+
+def learn(run, data, step):
+    """One optimizer step on clips, perhaps of another size, some of them with frames given; see `train.learn`."""
+    config, part = run.config, parallel.share(run.config.batch_size)
+    generator = root.step_generator(config.seed, step, data.labels.device)
+    if config.sizes:
+        data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
+    x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
+    root.round_weights(run)
+    if config.given:
+        generator.manual_seed(generator.initial_seed() ^ 1)  # another stream than the batch's
+        known = given_frames(config.batch_size, data.shape[1], config.given, generator)[part]
+        each = losses(run.process, run.worker, x_0, t, y, noise, known, config.loss)
+    else:
+        each = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
+    return root.descend(run, each, step), t
+
+
+def show(run, path, stop):
+    """Writes the animated grid of samples; see `train.show`."""
+    labels = torch.arange(10, device=next(run.model.parameters()).device).remainder(run.config.num_classes).repeat(6)
+    for state in sample(run.ema, run.config, labels):
+        if stop():
+            return
+        x = state
+    with root.warned():
+        save_animation(path, [grid(view, columns=10) for view in frames_of(run.config.to_images(x))], FRAME)
+
+
+def train(config, *args, **options):
+    """`train.train` of a `ClipConfig`, or a dict of its settings. Several sizes are not compiled, since each would be
+    compiled anew."""
+    if isinstance(config, dict) and config.get("sizes"):
+        config = {"compile": False} | config
+    return root.train(config, *args, learn=learn, show=show, of=ClipConfig, **options)
+
+
+@parallel.one_for_all()
+def main():
+    args = root.train_parser("Trains a diffusion transformer on clips: moving digits unless told otherwise.",
+                             ClipConfig, PRESETS).parse_args()
+    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, ClipConfig), args.run_dir, args.resume,
+                          args.device)
+    root.say_end(done, stopped, args.run_dir, ClipConfig.drawn_by, ("-m", "video.train_dit"))
+
+
+if __name__ == "__main__":
+    run(main, memory="--batch-size, --image-size or --hidden-size, or try --recompute")
