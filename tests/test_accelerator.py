@@ -1,8 +1,6 @@
 """What runs on a GPU, run here on fake CUDA tensors: they have a device and a shape, but no values. An operation that
 mixes devices raises, as it would there."""
 
-from support.run_log import RunLog
-
 import dataclasses
 import functools
 
@@ -14,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 import inference
 import train
 from config import Config
-from diffusion import SAMPLERS, build_process, edit, inpaint
-from dit import build_model
+from diffusion import SAMPLERS
+from edit.ways import edit, inpaint
 from latent.vae import VAE
 from measure.classifier import DigitClassifier
 from measure.score import embed
+from record.log import RunLog
 from train import start_run, train_step
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
@@ -44,7 +43,7 @@ def fake(monkeypatch):
     def make_process(config, device="cpu"):
         """The process computes with the values of its schedule, so it is made of real tensors, and they made fake."""
         with unset_fake_temporarily():
-            diffusion = build_process(config)
+            diffusion = config.build_process()
         for name in set(SCHEDULES) & vars(diffusion).keys():
             setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
         return diffusion
@@ -86,7 +85,7 @@ def test_a_training_step(process, variance, optimizer, precision, fake, tmp_path
 def test_sampling(process, variance, sampler, fake, monkeypatch):
     config = dataclasses.replace(CONFIG, process=process, variance=variance, sampler=sampler,
                                  eta=0.5 * (sampler == "ddim"))
-    model = build_model(config).to(CUDA)
+    model = config.build_model().to(CUDA)
 
     def noise_source(seed, indices, shape, device, *_):
         return lambda: torch.randn(len(list(indices)), *shape, device=device)
@@ -120,7 +119,7 @@ def test_changing_pictures(way, fake, monkeypatch):
     """None: a morph."""
     monkeypatch.setattr(inference, "noise_source", lambda seed, indices, shape, device, *_: (
         lambda: torch.randn(len(indices), *shape, device=device)))
-    model, picture = build_model(CONFIG).to(CUDA), torch.rand(1, 1, 8, 8, device=CUDA)
+    model, picture = CONFIG.build_model().to(CUDA), torch.rand(1, 1, 8, 8, device=CUDA)
     options = {edit: dict(strength=0.5), inpaint: dict(known=picture > 0.5)}
     if way is None:
         inference.add_labels_between(model, 1, 2, 4)
@@ -132,14 +131,14 @@ def test_changing_pictures(way, fake, monkeypatch):
 
 
 def test_numbers_for_times_and_labels(fake):
-    model = build_model(CONFIG).to(CUDA)
+    model = CONFIG.build_model().to(CUDA)
     assert model(torch.randn(2, 1, 8, 8, device=CUDA), 5, 1).device == CUDA
 
 
 def test_times_to_train_on_have_a_kernel_everywhere():
     """The normal quantile by erfinv, which MPS has, is that of ndtri, which it has not."""
     u = (torch.arange(10_000) + 0.5) / 10_000
-    t = build_process(CONFIG).random_t(u)
+    t = CONFIG.build_process().random_t(u)
     exact = (torch.special.ndtri(u.double()).sigmoid() * CONFIG.T).long()
     assert (t - exact).abs().max() <= 1 and (t == exact).float().mean() > 0.999
     assert np.array_equal(np.sort(t), t)

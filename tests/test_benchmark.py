@@ -7,7 +7,6 @@ import torch
 from conftest import assert_refused
 
 from config import Config
-from dit import build_model
 from measure import benchmark
 
 CPU = torch.device("cpu")
@@ -69,7 +68,7 @@ def test_rates_are_those_of_the_clock(monkeypatch):
     monkeypatch.setattr(benchmark, "matrix_rate", lambda *_: 7.0)
     drawn, trained = (benchmark.measure(what, CONFIG, CPU, 1) for what in ("draw", "train"))
     assert drawn["images"] == 8 / (0.5 * 5) and trained["images"] == 8 / 0.5 and drawn["matrix_rate"] == 7
-    model = build_model(CONFIG)
+    model = CONFIG.build_model()
     forward = benchmark.flops(lambda: model(torch.randn(16, 1, 8, 8), 5, 1))  # a batch of 8 is filled up to 16
     assert drawn["flops"] * 0.5 * 5 == 4 * forward
     assert (drawn["count"], drawn["precision"], trained["count"]) == (8, "float32", 8)

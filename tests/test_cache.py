@@ -21,12 +21,13 @@ from test_parallel import assert_alike, finish, torchrun
 
 import inference
 import train
-from checkpoint import load_checkpoint
 from config import Config
 from dataset import Dataset, load_dataset, to_float
 from latent import cache
 from latent.cache import Latents, open_data
 from latent.vae import VAE, load_vae, save_vae
+from record.checkpoint import load_checkpoint
+from video.config import ANY
 
 SMALL = dict(latent_channels=2, block_out_channels=(4, 8), norm_num_groups=2, mid_block_add_attention=False)
 
@@ -385,7 +386,7 @@ def test_a_resumed_run_is_the_same_run(call, flags, tmp_path):
     save_vae(vae, tmp_path / "moved")
     resumed = [*flags, "--vae", tmp_path / "moved", "--steps", 7, "--run-dir", parts, "--resume"]
     assert call(train, *resumed)[0] == 0
-    a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(parts / "model.pth")
+    a, b = load_checkpoint(whole / "model.pth", ANY), load_checkpoint(parts / "model.pth", ANY)
     for part in ("model", "ema", "optimizers", "window", "step", "data"):
         assert same(a[part], b[part]), part
     assert a["config"].vae == str(flags[-3]) and b["config"].vae == str(tmp_path / "moved")

@@ -16,15 +16,15 @@ import safetensors.torch
 import torch
 from conftest import REPOSITORY, TINY, assert_refused, same
 
-import checkpoint
 import dit_block
 import inference
 import measure.benchmark
 import measure.classifier
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import SAMPLING, Config
-from dit import build_model
+from config import Config
+from record import checkpoint
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
+from video.config import ANY
 
 CONFIG = Config(dataset="mnist", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
                 num_heads=2)
@@ -32,7 +32,7 @@ CONFIG = Config(dataset="mnist", image_size=8, channels=1, num_classes=10, patch
 
 @pytest.fixture
 def saved(tmp_path):
-    model = build_model(CONFIG)
+    model = CONFIG.build_model()
     torch.nn.init.normal_(model.final_layer.linear.weight)
     save_checkpoint(tmp_path / "model.pth", CONFIG, 7, 1.5, model.state_dict())
     return tmp_path / "model.pth", model
@@ -71,7 +71,7 @@ def test_malicious_pickle_does_not_run(tmp_path, monkeypatch):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
     for name in ("evil.pth", "plain.pth"):
         with pytest.raises(UserError, match="not a checkpoint"):
-            load_checkpoint(name)
+            load_checkpoint(name, ANY)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -82,7 +82,7 @@ def test_files_that_are_no_checkpoint(saved, damage):
     path, _ = saved
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match="not a checkpoint, or is cut short") as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -90,11 +90,11 @@ def test_checkpoints_of_other_projects(tmp_path):
     for content in ({"state_dict": {}}, [1, 2], torch.zeros(3), {"format": "dit-checkpoint-0"}):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(UserError, match="not a checkpoint of this project"):
-            load_checkpoint(tmp_path / "other.pth")
+            load_checkpoint(tmp_path / "other.pth", ANY)
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as file:
         file.writestr("readme", "hello")
     with pytest.raises(UserError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "other.pth")
+        load_checkpoint(tmp_path / "other.pth", ANY)
 
 
 @pytest.mark.parametrize("changes", [
@@ -106,7 +106,7 @@ def test_damaged_content(saved, changes):
     path, _ = saved
     change(path, **changes)
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
     assert "\n" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_weights_that_do_not_fit_their_settings(saved, changes):
     path, _ = saved
     change(path, **changes)
     with pytest.raises(UserError, match=r"another network than dit\.py makes") as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
     assert "\n" not in str(caught.value)
 
 
@@ -155,7 +155,7 @@ def test_checkpoints_of_another_version(saved, config):
     change(path, config=config)
     words = r"made by another version of this code.*'no such\\nsetting' is not known"
     with pytest.raises(UserError, match=words) as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
     assert "\n" not in str(caught.value)
 
 
@@ -163,10 +163,10 @@ def test_weights_that_claim_more_than_the_file_holds(saved):
     path, _ = saved
     big = Config(**{**vars(CONFIG), "hidden_size": 4096, "depth": 200})
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build_model(big).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in big.build_model().state_dict().items()}
     change(path, config=vars(big), ema={name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
     with pytest.raises(UserError, match="claim more than the file holds"):
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
 
 
 def test_weights_that_share_what_is_stored(saved):
@@ -174,11 +174,11 @@ def test_weights_that_share_what_is_stored(saved):
     path, _ = saved
     deep = Config(**{**vars(CONFIG), "depth": 9})
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build_model(deep).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in deep.build_model().state_dict().items()}
     numbers = torch.randn(max(shape.numel() for shape in shapes.values()))
     change(path, config=vars(deep), ema={name: numbers[:shape.numel()].view(shape) for name, shape in shapes.items()})
     with pytest.raises(UserError, match="claim more than the file holds"):
-        load_checkpoint(path)
+        load_checkpoint(path, ANY)
 
 
 def replaced(tree, keys, value):
@@ -243,7 +243,7 @@ def test_what_was_no_setting_yet_is_as_it_was_then(saved):
     for values, format, expected in ((settings, "dit-checkpoint-1", "article"), (settings, checkpoint.FORMAT, "dit"),
                                      (vars(CONFIG), "dit-checkpoint-1", "dit")):
         change(path, config=values, format=format)
-        assert load_checkpoint(path)["config"].time_spacing == expected
+        assert load_checkpoint(path, ANY)["config"].time_spacing == expected
 
 
 def test_parts_that_are_gone(call, trained, tmp_path):
@@ -257,7 +257,7 @@ def test_parts_that_are_gone(call, trained, tmp_path):
 def test_what_trains_on_is_what_was_saved(trained):
     """The check passes a sound file unchanged, and drops what does not belong there."""
     content = torch.load(trained / "model.pth", weights_only=True)
-    loaded = load_checkpoint(trained / "model.pth")
+    loaded = load_checkpoint(trained / "model.pth", ANY)
     assert set(content) - set(loaded) == {"format"}
     assert dataclasses.asdict(loaded["config"]) == content["config"]
     for name in ("ema", "model", "optimizers", "window", "data", "step", "seconds"):
@@ -299,7 +299,7 @@ def test_an_archive_that_grows(saved, call, tmp_path):
             packed.writestr(name, data)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="its archive is compressed"):
         patch.setattr(torch, "load", None)
-        load_checkpoint(tmp_path / "packed.pth")
+        load_checkpoint(tmp_path / "packed.pth", ANY)
     assert_refused(call(inference, "--checkpoint", tmp_path / "packed.pth"), "packed.pth", "compressed")
 
 
@@ -320,7 +320,7 @@ def test_weights_as_safetensors(trained, call, tmp_path):
         code, _, err = call(inference, "--checkpoint", tmp_path / name, *flags)
         assert code == 0, err
     assert (tmp_path / "small.pth.png").read_bytes() == (tmp_path / "small.safetensors.png").read_bytes()
-    pth, shared = (load_checkpoint(tmp_path / name) for name in ("small.pth", "small.safetensors"))
+    pth, shared = (load_checkpoint(tmp_path / name, ANY) for name in ("small.pth", "small.safetensors"))
     assert same(pth["ema"], shared["ema"]) and pth["config"] == shared["config"]
     assert (pth["step"], pth["seconds"]) == (shared["step"], shared["seconds"]) and set(pth) == set(shared)
     assert same(safetensors.torch.load_file(tmp_path / "small.safetensors"), pth["ema"])
@@ -328,7 +328,7 @@ def test_weights_as_safetensors(trained, call, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(tmp_path / "small.safetensors", tmp_path / "run" / "model.pth")
     assert call(checkpoint, tmp_path / "run", tmp_path / "again.pth")[0] == 0
-    assert same(load_checkpoint(tmp_path / "again.pth")["ema"], pth["ema"])
+    assert same(load_checkpoint(tmp_path / "again.pth", ANY)["ema"], pth["ema"])
     (tmp_path / "run" / "log.csv").write_text("")
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path / "run", "--resume"), "weights to draw with")
 
@@ -338,9 +338,9 @@ def test_settings_that_are_lists_of_numbers_and_names_survive_json(saved, tmp_pa
                 "latent_shape": (4, 8, 8), "latent_mean": (0.1, 0.2, 0.3, 1e-7), "latent_std": (1.0,), "clamp": False}
     config = Config(**settings)
     with torch.device("cpu"):
-        weights = build_model(config).state_dict()
+        weights = config.build_model().state_dict()
     save_checkpoint(tmp_path / "a.safetensors", config, 3, 0.0, weights)
-    assert load_checkpoint(tmp_path / "a.safetensors")["config"] == config
+    assert load_checkpoint(tmp_path / "a.safetensors", ANY)["config"] == config
 
 
 SHARED = {
@@ -387,11 +387,11 @@ def test_weights_beyond_half_precision(saved, call, tmp_path):
     change(path, ema=ema)
     code, out, _ = call(checkpoint, path, tmp_path / "small.pth")
     assert code == 0 and f"1 of {len(ema)} tensors hold numbers that half precision cannot" in out
-    small = load_checkpoint(tmp_path / "small.pth")["ema"]
+    small = load_checkpoint(tmp_path / "small.pth", ANY)["ema"]
     assert torch.equal(small["blocks.0.mlp.0.weight"], ema["blocks.0.mlp.0.weight"])
     assert {name for name, weight in small.items() if weight.dtype != torch.float16} == {"blocks.0.mlp.0.weight"}
     code, out, _ = call(checkpoint, path.with_name("small.pth"), tmp_path / "again.safetensors")
-    assert code == 0 and same(load_checkpoint(tmp_path / "again.safetensors")["ema"], small)
+    assert code == 0 and same(load_checkpoint(tmp_path / "again.safetensors", ANY)["ema"], small)
 
 
 @pytest.mark.parametrize("named", ["vae", "vae/", "link", "beside"])
@@ -414,7 +414,7 @@ def test_the_vae_is_copied_beside_shared_weights(named, saved, call, tmp_path, m
     hint = next(line for line in out.splitlines() if "cp -r" in line)
     words = shlex.split(hint[hint.index("cp -r"):])
     assert words == ["cp", "-r", str(tmp_path / "made" / "the vae"), f"{tmp_path / 'new place'}/"]
-    assert load_checkpoint(tmp_path / "new place" / "small.pth")["config"].vae == "the vae"
+    assert load_checkpoint(tmp_path / "new place" / "small.pth", ANY)["config"].vae == "the vae"
     assert "cp -r" not in call(checkpoint, path, tmp_path / "made" / "small.pth")[1]  # where it is already
 
 
@@ -430,14 +430,14 @@ def test_every_flag_of_weights_to_share(saved, call, tmp_path):
         flags += ["--sampler", "ddim"] if name == "eta" else []
         assert call(checkpoint, path, tmp_path / "small.pth", *flags)[0] == 0
         expected = {name: value, **({"sampler": "ddim"} if name == "eta" else {})}
-        assert load_checkpoint(tmp_path / "small.pth")["config"] == dataclasses.replace(CONFIG, **expected), name
+        assert load_checkpoint(tmp_path / "small.pth", ANY)["config"] == dataclasses.replace(CONFIG, **expected), name
 
 
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
-        load_checkpoint(tmp_path / "none.pth")
+        load_checkpoint(tmp_path / "none.pth", ANY)
     with pytest.raises(UserError, match="not a checkpoint"):
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path, ANY)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -497,7 +497,7 @@ def test_an_eta_that_no_sampler_asks_for(call, trained, tmp_path):
     assert_refused(call(train, *TINY, "--eta", 0.5, "--run-dir", tmp_path / "run"), "--eta", "ddim", "dpm")
     assert not small.exists() and not (tmp_path / "run").exists()
     assert call(checkpoint, trained, small, "--eta", 0.5, "--sampler", "ddim")[0] == 0
-    assert (load_checkpoint(small)["config"].eta, load_checkpoint(small)["config"].sampler) == (0.5, "ddim")
+    assert (load_checkpoint(small, ANY)["config"].eta, load_checkpoint(small, ANY)["config"].sampler) == (0.5, "ddim")
 
 
 def test_weights_to_share(saved, call):
@@ -518,4 +518,4 @@ def test_the_command_alone_knows_the_samplers(command, tmp_path):
     """In a process where nothing else has imported diffusion.py."""
     process = command("checkpoint.py", REPOSITORY / "weights" / "mnist.pth", tmp_path / "a.pth", "--sampler", "heun")
     assert process.returncode == 0, process.stderr
-    assert load_checkpoint(tmp_path / "a.pth")["config"].sampler == "heun"
+    assert load_checkpoint(tmp_path / "a.pth", ANY)["config"].sampler == "heun"

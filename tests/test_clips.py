@@ -14,13 +14,14 @@ from PIL import Image
 
 import inference
 import train
-from checkpoint import load_checkpoint
 from config import Config
 from dataset import Dataset, to_float
 from latent import cache
 from latent.vae import VAE, save_vae
+from record.checkpoint import load_checkpoint
 from video import clips as clips_module
 from video.clips import CLIPS, Clips, read_clips
+from video.config import ANY
 
 
 def frames_of(*greys, size=(8, 8), mode="L"):
@@ -334,7 +335,7 @@ def test_training_on_clips_and_drawing_them(call, folder, tmp_path, monkeypatch)
     assert code == 0 and "4 clips of 4 to 7 frames, 4 at a time" in out
     train_until(call, [*flags, "--run-dir", "parts"], 3)
     assert call(train, *flags, "--run-dir", "parts", "--resume")[0] == 0
-    whole, parts = (load_checkpoint(f"{name}/model.pth") for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(f"{name}/model.pth", ANY) for name in ("whole", "parts"))
     assert all(same(whole[name], parts[name]) for name in ("data", "ema", "model", "optimizers", "window"))
     code, out, _ = call(inference, "--checkpoint", "whole", "--labels", "right", "--count", 1)
     assert code == 0 and out.startswith("samples.gif: 1 clips of 4 frames")
@@ -356,7 +357,7 @@ def test_clips_of_latents(call, folder, tmp_path, monkeypatch):
     flags = [*FLAGS, "--data-dir", folder, "--vae", "vae", "--patch-size", "2x2x2"]
     code, out, err = call(train, *flags, "--run-dir", "run")
     assert code == 0 and "latents   2 x 4 x 4 of vae" in out, err
-    config = load_checkpoint("run/model.pth")["config"]
+    config = load_checkpoint("run/model.pth", ANY)["config"]
     assert (config.image_size, config.latent_shape) == ((4, 8, 8), (2, 4, 4, 4))
     code, out, _ = call(inference, "--checkpoint", "run", "--labels", "right", "--count", 1, "--strip")
     assert code == 0 and out.startswith("strip.png: 1 clips of 4 frames")
@@ -411,5 +412,5 @@ def test_sprites_in_motion(call, tmp_path, monkeypatch):
     save_vae(VAE(3, 3, 2, (8, 8), norm_num_groups=4), "vae")
     code, out, err = call(train, *TINY, "--dataset", "sprites", "--image-size", "8x8x8", "--vae", "vae", "--steps", 2)
     assert code == 0 and "12 clips of 8 frames" in out, err
-    config = load_checkpoint("run/model.pth")["config"]
+    config = load_checkpoint("run/model.pth", ANY)["config"]
     assert (config.latent_shape, config.patch_size, config.image_size) == ((2, 8, 4, 4), (2, 1, 1), (8, 8, 8))

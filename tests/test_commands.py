@@ -26,7 +26,6 @@ import pytest
 import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
-import checkpoint
 import dataset
 import diffusion
 import fid_computer
@@ -41,6 +40,8 @@ import video.score
 from demo import export
 from few import distill
 from latent import import_dit, train_vae
+from record import checkpoint
+from video.config import ANY
 
 COMMANDS = ("train", "few.distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
             "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
@@ -113,7 +114,7 @@ def test_closed_streams(closed, tmp_path):
     words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in closed])
     assert process.wait(HANGS) == 0
-    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 2
 
 
 FULL = "/dev/full"  # what is written there finds no space left
@@ -126,7 +127,7 @@ def test_a_run_outlives_its_bar(err, tmp_path):
     with open(FULL if err == "full" else closed_pipe(), "w") as stream:
         process = subprocess.run(words, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=HANGS)
     assert process.returncode == 0 and "trained in" in process.stdout
-    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 2
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -296,7 +297,7 @@ def test_a_signal_ends_a_run_after_the_step_and_saves(number, tmp_path):
     process = in_a_process(SIGNALLED, int(number), *TINY, "--steps", 10**6, "--no-compile", "--run-dir",
                            tmp_path / "run")
     assert process.returncode == 128 + number and "Traceback" not in process.stderr
-    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 4
     assert not list((tmp_path / "run").glob("samples*")) and (tmp_path / "run" / "loss.png").exists()
     if number != signal.SIGHUP:  # then nobody is there to read
         assert "stopping" in process.stderr and "stopped after step 4" in process.stdout
@@ -493,4 +494,4 @@ def test_nothing_asks_for_a_network(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mnist", "moving", "sprites"])
 def test_the_weights_that_come_along_name_no_folder(name):
     """So that they find the images that come along too, wherever one is."""
-    assert checkpoint.load_checkpoint(REPOSITORY / "weights" / f"{name}.pth")["config"].data_dir == ""
+    assert checkpoint.load_checkpoint(REPOSITORY / "weights" / f"{name}.pth", ANY)["config"].data_dir == ""

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from config import PRESETS, SIZES, Config, add_flags, given_flags
+from config import PRESETS, Config, add_flags, given_flags
 from diffusion import DDPM
 
 

@@ -21,8 +21,7 @@ import torchvision
 from conftest import SMALL, small_mnist
 from PIL import Image
 
-from config import TORCHVISION
-from dataset import load_dataset, to_float, to_uint8
+from dataset import TORCHVISION, load_dataset, to_float, to_uint8
 
 
 def write_idx(path, array):

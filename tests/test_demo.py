@@ -14,12 +14,13 @@ from conftest import HANGS, REPOSITORY, assert_refused
 
 import dit
 import dit_block
-from checkpoint import averaged_model, load_checkpoint, save_checkpoint
 from config import Config
 from dataset import BOUND
 from demo import export
-from diffusion import SAMPLERS, build_process, edit, from_noise, inpaint
-from dit import build_model
+from diffusion import SAMPLERS, from_noise
+from edit.ways import edit, inpaint
+from record.checkpoint import averaged_model, load_checkpoint, save_checkpoint
+from video.config import ANY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SMALL = Config(image_size=(12, 6), patch_size=(3, 2), channels=1, num_classes=10, hidden_size=32, depth=2, num_heads=2,
@@ -110,7 +111,7 @@ class Browser:
 def make_checkpoint(path, config=SMALL, **changes):
     """A checkpoint of random weights, with gates that are not zero, so that every part of the network counts."""
     config = dataclasses.replace(config, **changes)
-    weights = build_model(config).state_dict()
+    weights = config.build_model().state_dict()
     save_checkpoint(path, config, 1, 1.0, {name: weight + 0.05 * torch.randn_like(weight) if weight.ndim else weight
                                            for name, weight in weights.items()})
     return path
@@ -274,10 +275,10 @@ class Controls:
     """A page of `make_checkpoint` whose controls are used, beside what PyTorch makes of the same noise and weights."""
 
     def __init__(self, browser, checkpoint):
-        self.browser, content = browser, load_checkpoint(checkpoint)
+        self.browser, content = browser, load_checkpoint(checkpoint, ANY)
         self.config = content["config"]
         content["ema"] = {name: weight.half().float() for name, weight in content["ema"].items()}
-        self.model, self.process = averaged_model(content, precision="fp32"), build_process(self.config)
+        self.model, self.process = averaged_model(content, precision="fp32"), self.config.build_process()
         self.shape = (1, self.config.channels, *self.config.image_size)
         browser.run(FOLLOW)
         browser.wait(SETTLED)

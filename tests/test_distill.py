@@ -10,11 +10,12 @@ import torch
 from conftest import SMALL, TINY, assert_refused, same
 
 import train
-from checkpoint import load_checkpoint, load_model
 from diffusion import RectifiedFlow, per_image
 from dit import DiT
 from few import distill
 from inference import draw, generate
+from record.checkpoint import load_checkpoint, load_model
+from video.config import ANY
 
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-every", "2"]
 
@@ -137,7 +138,7 @@ def test_it_draws_in_so_many_network_calls(trained, tmp_path, calls):
 
 def test_each_call_is_trained_from_what_the_calls_before_have_drawn(trained):
     """The second one sees the first one's images, noised anew, and alone has a gradient."""
-    config = dataclasses.replace(load_checkpoint(trained / "model.pth")["config"], sample_steps=2)
+    config = dataclasses.replace(load_checkpoint(trained / "model.pth", ANY)["config"], sample_steps=2)
     started = train.start_run(distill.student_of(config), torch.device("cpu"))
     seen, y, fresh = [], torch.zeros(4, dtype=torch.long), [torch.full((4, 1, 8, 8), value) for value in (1.0, 2.0)]
 
@@ -162,10 +163,10 @@ def test_a_resumed_run_is_the_same_run(trained, student, tmp_path, until, capsys
     folder = tmp_path / "run"
     assert run(trained, folder, until=until) == 130
     assert f"go on with: python -m few.distill --checkpoint {trained}" in capsys.readouterr().out
-    assert load_checkpoint(folder / "model.pth")["step"] == until
+    assert load_checkpoint(folder / "model.pth", ANY)["step"] == until
     assert run(trained, folder, "--resume") == 0
     for name in ("model.pth", "fake_000007.pth"):
-        ours, theirs = ({**load_checkpoint(place / name), "seconds": 0} for place in (folder, student))
+        ours, theirs = ({**load_checkpoint(place / name, ANY), "seconds": 0} for place in (folder, student))
         assert same(ours, theirs), name
     assert (folder / "log.csv").read_text() == (student / "log.csv").read_text()
 
@@ -181,20 +182,20 @@ def test_a_run_that_is_killed_between_two_files_is_the_same_run(trained, student
 
     with mock.patch.object(distill, "save", killed), pytest.raises(KeyboardInterrupt):
         run(trained, folder, "--checkpoint-every", 2)
-    assert load_checkpoint(folder / "model.pth")["step"] == 2
+    assert load_checkpoint(folder / "model.pth", ANY)["step"] == 2
     assert run(trained, folder, "--resume", "--checkpoint-every", 1000) == 0
     assert [path.name for path in folder.glob("fake*")] == ["fake_000007.pth"]
-    assert same(load_checkpoint(folder / "model.pth")["model"], load_checkpoint(student / "model.pth")["model"])
+    assert same(load_checkpoint(folder / "model.pth", ANY)["model"], load_checkpoint(student / "model.pth", ANY)["model"])
 
 
 def test_it_starts_as_its_teacher_and_learns(trained, tmp_path):
     """A student that learns nothing answers as its teacher does. Weights of half precision will do."""
     shared = tmp_path / "shared.pth"
-    content = load_checkpoint(trained / "model.pth")
+    content = load_checkpoint(trained / "model.pth", ANY)
     train.save_checkpoint(shared, content["config"], 6, 1.0, {n: w.half() for n, w in content["ema"].items()})
     for lr in (0, 0.01):
         assert run(shared, tmp_path / str(lr), "--lr", lr, "--steps", 1) == 0
-        left = [load_checkpoint(tmp_path / str(lr) / name)["model"] for name in ("model.pth", "fake_000001.pth")]
+        left = [load_checkpoint(tmp_path / str(lr) / name, ANY)["model"] for name in ("model.pth", "fake_000001.pth")]
         for weights in left:
             assert same(weights, {n: w.half().float() for n, w in content["ema"].items()}) == (lr == 0)
 
@@ -239,7 +240,7 @@ def test_guidance_is_what_the_teacher_answers_with(trained, tmp_path, monkeypatc
     seen, original = [], RectifiedFlow.matching_losses
     monkeypatch.setattr(RectifiedFlow, "matching_losses", lambda *args: (seen.append(args[7]), original(*args))[1])
     assert run(trained, tmp_path / "run", "--steps", 2, *flags) == 0
-    assert seen == [guidance] * 2 and load_checkpoint(tmp_path / "run" / "model.pth")["config"].guidance == 1
+    assert seen == [guidance] * 2 and load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].guidance == 1
 
 
 def test_a_process_without_signal_at_its_end_is_refused(call, tmp_path):

@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel
 
 import dit
 from config import PRESETS, Config
-from dit import DiT, build_model, flops, patchify, rotations, sincos_positions, unpatchify
+from dit import DiT, flops, patchify, rotations, sincos_positions, unpatchify
 from dit_block import Attention, DiTBlock, rotate
 from time_emb import TimeEmbedding
 
@@ -340,7 +340,7 @@ def test_flops_are_those_of_the_matrix_products(dtype, device):
     block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D + 6 * D * D  # qkv, out, the MLP; attention; the modulation
     forward = 2 * B * (N * P * D + 256 * D + D * D + 2 * block + 2 * D * D + N * D * P)
     with torch.device(device):
-        network, x, t = build_model(config).to(dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
+        network, x, t = config.build_model().to(dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
     assert flops(lambda: network(x, t, t)) == forward
     assert flops(lambda: network(x, t, t).sum().backward()) == 3 * forward - 2 * B * (N * P * D + 256 * D)
 

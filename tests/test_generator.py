@@ -14,13 +14,13 @@ import generator
 import inference
 import measure.results
 import measure.score
-from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from dataset import load_dataset, to_float, to_uint8
-from dit import build_model
 from generator import class_weights, labels_by
 from inference import generate
 from measure.classifier import load_classifier
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
+from video.config import ANY
 
 
 def folders(tmp_path):
@@ -81,7 +81,7 @@ def unequal(tmp_path):
             Image.fromarray(image).save(tmp_path / "data" / "train" / name / f"{i}.png")
     config = Config(dataset="folder", data_dir=str(tmp_path / "data"), image_size=8, channels=1, num_classes=2,
                     classes=("noise", "shade"), patch_size=4, hidden_size=8, depth=1, num_heads=2, sample_steps=1)
-    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     return tmp_path / "model.pth"
 
 
@@ -132,7 +132,7 @@ def test_data_of_other_classes(call, unequal, tmp_path):
 
 def test_a_model_of_no_classes(call, tmp_path):
     config = Config(image_size=8, channels=1, patch_size=4, hidden_size=8, depth=1, num_heads=2)
-    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     flags = ["--checkpoint", tmp_path / "model.pth"]
     for command, *more in ((generator, *folders(tmp_path)), (measure.score,), (inference,),
                            (few.distill, "--run-dir", tmp_path),
@@ -246,7 +246,7 @@ def test_says_how_to_score_them(call, trained, tmp_path, monkeypatch):
 
 def test_what_the_shipped_weights_draw_is_what_the_names_say(call, tmp_path, monkeypatch):
     """Through the files, read back as the score reads them, by the classifier that comes with the repository."""
-    content = load_checkpoint(REPOSITORY / "weights" / "mnist.pth")
+    content = load_checkpoint(REPOSITORY / "weights" / "mnist.pth", ANY)
     config = dataclasses.replace(content["config"], data_dir=str(SMALL))
     save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, content["ema"])
     assert call(generator, "--checkpoint", tmp_path / "model.pth", "--count", 100, *folders(tmp_path))[0] == 0
@@ -286,7 +286,7 @@ def test_each_flag_reaches_the_drawing(call, unequal, tmp_path, monkeypatch):
     assert code == 0, err
     config, dtype = seen[0]
     assert config == dataclasses.replace(
-        load_checkpoint(unequal)["config"], data_dir=str(tmp_path / "moved"), sampler="ddim", sample_steps=4, eta=0.5,
+        load_checkpoint(unequal, ANY)["config"], data_dir=str(tmp_path / "moved"), sampler="ddim", sample_steps=4, eta=0.5,
         guidance=3.0, spacing="linspace", guided_channels=1, clamp=False, seed=7, precision="bf16")
     assert dtype == torch.bfloat16
     assert len(read(tmp_path / "real")) == 3

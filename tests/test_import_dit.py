@@ -23,21 +23,23 @@ from conftest import REPOSITORY, assert_refused
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 
-import checkpoint
 import generator
 import inference
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from dataset import to_uint8
 from demo import export
-from diffusion import SiT, ddim, ddpm, dpm
-from dit import build_model, sincos_positions
+from diffusion import ddim, ddpm, dpm
+from dit import sincos_positions
 from inference import generate, noise_source, parse_labels
 from latent import import_dit
 from latent.import_dit import class_names, make_config
+from latent.official import SiT
 from latent.vae import VAE, load_vae, save_vae
 from measure.score import draw_fakes
+from record import checkpoint
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
+from video.config import ANY
 
 D, DEPTH, HEADS, CLASSES = 48, 2, 3, 1000
 
@@ -262,7 +264,7 @@ def test_a_sit_says_what_it_is(weights, call, tmp_path):
         torch.save(content, tmp_path / "official.pt")
         code, out, _ = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
         assert code == 0 and ("it is a SiT" in out) == said
-        assert load_checkpoint(tmp_path / "xl.pth")["config"].process == ("sit" if said else "ddpm")
+        assert load_checkpoint(tmp_path / "xl.pth", ANY)["config"].process == ("sit" if said else "ddpm")
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -303,11 +305,11 @@ def test_the_process_of_a_sit():
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_the_names(prefix, weights, bring):
     """What DistributedDataParallel and torch.compile put before them."""
-    plain = load_checkpoint(bring(weights))["ema"]
+    plain = load_checkpoint(bring(weights), ANY)["ema"]
     for content in (weights, dict(model=weights), dict(ema=weights, model={})):
         renamed = {name: {prefix + key: value for key, value in part.items()} for name, part in content.items()
                    } if "pos_embed" not in content else {prefix + key: value for key, value in content.items()}
-        brought = load_checkpoint(bring(renamed))["ema"]
+        brought = load_checkpoint(bring(renamed), ANY)["ema"]
         assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
 
 
@@ -316,7 +318,7 @@ def test_flags_that_are_no_plain_values(weights, call, bring, tmp_path):
     flags = argparse.Namespace(path=Path("data"), pure=PureWindowsPath("C:/x"), lr=np.float64(1e-4), steps=np.int64(3),
                                device=torch.device("cpu"), dtype=torch.float32, at=datetime.datetime(2026, 1, 2),
                                more=types.SimpleNamespace(a={1, 2}), num_classes=1000)
-    plain = load_checkpoint(bring(weights))["ema"]
+    plain = load_checkpoint(bring(weights), ANY)["ema"]
     brought = load_checkpoint(bring(dict(ema=weights, args=flags)))["ema"]
     assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
     assert vars(import_dit.read_official(tmp_path / "official.pt")[1]["more"]) == {"a": {1, 2}}
@@ -357,21 +359,21 @@ def test_a_checkpoint_of_its_train_py(weights, bring):
     """Its average is taken, its flags are no obstacle, and its optimizer stays behind."""
     flags = argparse.Namespace(model="DiT-S/2", num_classes=1000, image_size=64, data_path="x", vae="ema")
     other = {name: weight + 1 for name, weight in weights.items()}
-    plain = load_checkpoint(bring(weights))["ema"]
+    plain = load_checkpoint(bring(weights), ANY)["ema"]
     for content in (dict(model=other, ema=weights, opt={"state": {0: {"exp_avg": torch.zeros(9)}}}, args=flags),
                     dict(model=weights, args=flags)):
         path = bring(content)
-        brought = load_checkpoint(path)
+        brought = load_checkpoint(path, ANY)
         assert all(torch.equal(weight, plain[name]) for name, weight in brought["ema"].items())
         assert set(brought) == {"config", "step", "seconds", "ema"}
         assert os.path.getsize(path) < sum(weight.nbytes for weight in weights.values()) + 40_000
 
 
 def test_old_files_and_half_precision(weights, tmp_path, call, bring):
-    plain = load_checkpoint(bring(weights))["ema"]
+    plain = load_checkpoint(bring(weights), ANY)["ema"]
     torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert call(import_dit, tmp_path / "old.pt", tmp_path / "old.pth", "--num-heads", HEADS)[0] == 0
-    brought = load_checkpoint(tmp_path / "old.pth")["ema"]
+    brought = load_checkpoint(tmp_path / "old.pth", ANY)["ema"]
     assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
     half = load_checkpoint(bring({name: weight.half() for name, weight in weights.items()}))["ema"]
     assert all(torch.equal(weight, plain[name].half()) for name, weight in half.items())
@@ -452,7 +454,7 @@ def test_wrong_files(kind, weights, call, tmp_path, monkeypatch):
     content, words = FILES[kind]
     torch.save(content(weights), "official.pt")
     config = Config(num_classes=10, channels=1, image_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2)
-    save_checkpoint("xl.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint("xl.pth", config, 0, 0.0, config.build_model().state_dict())
     before = (tmp_path / "xl.pth").read_bytes()  # weights like those to be written
     result = call(import_dit, "official.pt", "xl.pth", "--num-heads", HEADS)
     assert_refused(result, "official.pt", words)
@@ -493,7 +495,7 @@ def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
     statistics = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 3.0, 4.0, 5.0], scaling_factor=1.0)
     (vae / "config.json").write_text(json.dumps(config | statistics))
     path = bring(weights, "--vae", vae)
-    made = load_checkpoint(path)["config"]
+    made = load_checkpoint(path, ANY)["config"]
     assert (made.vae, made.vae_hash) == (str(vae), load_vae(vae).fingerprint)
     assert (made.latent_mean, made.latent_std) == ((1, 2, 3, 4), (2, 3, 4, 5))
     flags = ["--checkpoint", path, "--labels", 1, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png"]
@@ -533,7 +535,7 @@ def test_a_vae_that_does_not_fit(weights, bring, vae, call, tmp_path):
 def test_shared_weights_find_the_vae_beside_them(weights, bring, vae, call, tmp_path, monkeypatch):
     path = bring(weights, "--vae", vae)
     assert call(checkpoint, path, tmp_path / "shared.pth", "--sample-steps", 2)[0] == 0
-    assert load_checkpoint(tmp_path / "shared.pth")["config"].vae == "vae"
+    assert load_checkpoint(tmp_path / "shared.pth", ANY)["config"].vae == "vae"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert call(inference, "--checkpoint", "../shared.pth", "--labels", 0, "--count", 1)[0] == 0
@@ -606,7 +608,7 @@ def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
         assert code == 0, err
         with Image.open(tmp_path / "a.png") as picture:
             assert picture.height in (68, 82)
-    config = load_checkpoint(path)["config"]
+    config = load_checkpoint(path, ANY)["config"]
     picture, known = inference.read_picture(tmp_path / "in.png", config, tmp_path / "mask.png")
     latents, kept = inference.from_images(picture, config, known)
     assert torch.equal(latents, load_vae(vae).encode(picture)[0]) and latents.shape == (1, 4, 8, 8)

@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw
 import generator
 import inference
 import train
-from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
 from dataset import to_float, to_uint8
-from diffusion import complete, edit, from_noise, inpaint
+from diffusion import from_noise
+from edit.ways import edit, inpaint
 from inference import (
     batch_that_fits,
     draw,
@@ -40,6 +40,8 @@ from inference import (
     sampling_parser,
 )
 from measure.classifier import load_classifier
+from record.checkpoint import load_model, save_checkpoint
+from video.given import complete
 
 SHIPPED, SPRITES = (REPOSITORY / "weights" / name for name in ("mnist.pth", "sprites.pth"))
 DIGITS = tuple("0123456789")
@@ -50,7 +52,7 @@ def make_checkpoint(path, seed=0, **settings):
     config = Config(**dict(dataset="folder", image_size=8, channels=1, num_classes=10, patch_size=4, hidden_size=16,
                            depth=1, num_heads=2, sample_steps=3) | settings)
     torch.manual_seed(seed)
-    model = build_model(config)
+    model = config.build_model()
     torch.nn.init.normal_(model.final_layer.linear.weight)
     save_checkpoint(path, config, 5, 1.0, model.state_dict())
     return path

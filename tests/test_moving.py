@@ -10,11 +10,12 @@ from conftest import SMALL, TINY, assert_refused, same, train_until
 from PIL import Image
 
 import train
-from checkpoint import load_checkpoint
 from config import Config
 from dataset import load_dataset
 from diffusion import RectifiedFlow
+from record.checkpoint import load_checkpoint
 from train import given_frames, make_batch
+from video.config import ANY
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving, place
 
 MOVING = [*TINY, "--dataset", "moving", "--image-size", "4x24x24", "--patch-size", "2x12x12"]
@@ -189,7 +190,7 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path):
     train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 5)
     code, _, err = call(train, *flags, "--run-dir", tmp_path / "parts", "--resume")
     assert code == 0, err
-    whole, parts = (load_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", ANY) for name in ("whole", "parts"))
     config = whole["config"]
     assert (config.image_size, config.sizes, config.largest) == ((4, 24, 24), ((1, 24, 24), (4, 24, 36)), (4, 24, 36))
     for name in ("step", "data", "ema", "model", "optimizers", "window"):
@@ -241,7 +242,7 @@ def test_given_frames_are_trained_on(call, tmp_path):
     assert call(train, *flags, "--run-dir", tmp_path / "whole")[0] == 0
     train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 2)
     assert call(train, *flags, "--run-dir", tmp_path / "parts", "--resume")[0] == 0
-    whole, parts = (load_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", ANY) for name in ("whole", "parts"))
     assert whole["config"].given == 0.5
     assert all(same(whole[name], parts[name]) for name in ("ema", "model", "optimizers", "window"))
     data, config = moving(image_size=(4, 24, 24)), whole["config"]

@@ -10,7 +10,8 @@ import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 from PIL import Image
 
-from checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint
+from video.config import ANY
 
 FLAGS = [*TINY, "--batch-size", "9", "--lr-decay", "constant", "--precision", "fp32"]
 
@@ -31,7 +32,7 @@ def finish(process):
 
 def assert_alike(run_a, run_b, tolerance=1e-4):
     """Weights, their average and the log are equal to rounding, and the optimizers' states have the same form."""
-    a, b = (load_checkpoint(run / "model.pth") for run in (run_a, run_b))
+    a, b = (load_checkpoint(run / "model.pth", ANY) for run in (run_a, run_b))
     assert a["step"] == b["step"]
     for part in ("model", "ema"):  # Adam magnifies the rounding of a gradient that is zero
         torch.testing.assert_close(a[part], b[part], rtol=tolerance, atol=10 * tolerance)
@@ -100,7 +101,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     run = tmp_path / "run"
     _, err = torchrun_until("os.kill(os.getpid(), signal.SIGKILL)", tmp_path, run)
     assert "another of the 2 processes is gone" in err
-    assert load_checkpoint(run / "model.pth")["step"] == 20
+    assert load_checkpoint(run / "model.pth", ANY)["step"] == 20
     assert not list(run.glob("*.tmp"))
 
 
@@ -109,7 +110,7 @@ def test_sigterm_saves_once_for_all(tmp_path):
     run = tmp_path / "run"
     out, err = torchrun_until("os.kill(os.getppid(), signal.SIGTERM)", tmp_path, run)
     assert out.count("stopped after step") == 1 and "--resume" in out and "is gone" not in err
-    assert load_checkpoint(run / "model.pth")["step"] >= 26
+    assert load_checkpoint(run / "model.pth", ANY)["step"] >= 26
 
 
 def test_bad_input_has_no_traceback_of_ours(tmp_path):

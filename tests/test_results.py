@@ -11,13 +11,13 @@ from PIL import Image
 
 import inference
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from diffusion import SAMPLERS
-from dit import build_model
 from measure import classifier, results
 from measure.classifier import load_classifier
 from measure.score import Judge, compare, draw_fakes, embed
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
+from video.config import ANY
 
 CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
                 num_heads=2, sample_steps=2)
@@ -31,7 +31,7 @@ def checkpoint(monkeypatch, parts, tmp_path):
     def checkpoint(name, seconds, **settings):
         config = dataclasses.replace(CONFIG, **settings)
         torch.manual_seed(config.seed)
-        model = build_model(config)
+        model = config.build_model()
         torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3)
         (tmp_path / name).mkdir()
         save_checkpoint(tmp_path / name / "model.pth", config, config.steps, seconds, model.state_dict())
@@ -184,6 +184,6 @@ def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts
         part = result[part]
         assert row[3:] == [f"{part['accuracy']:.1%}", f"{part['frechet']:.3f}", ratio, f"{part['precision']:.2f}",
                            f"{part['recall']:.2f}", f"{part['coverage']:.2f}"]
-    assert run[1:3] == ["16", f"{load_checkpoint(path)['seconds']:.0f}"] and len(set(real[6:])) == 3
+    assert run[1:3] == ["16", f"{load_checkpoint(path, ANY)['seconds']:.0f}"] and len(set(real[6:])) == 3
     assert judge.brief_real(torch.arange(100) % 10) == {name: result["real"][name] for name in (
         "frechet", "precision", "recall", "density", "coverage", "accuracy")}

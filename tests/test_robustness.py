@@ -1,7 +1,6 @@
 """Kills and damage at random. Each test is there twice: short in every run of the tests, and long on demand."""
 
 from support.commands import UserError, run
-from support.run_log import NOISE_LEVELS, RunLog
 
 import copy
 import dataclasses
@@ -19,10 +18,12 @@ import torch
 from conftest import TINY, same
 
 import train
-from checkpoint import FORMAT, load_checkpoint
 from config import Config
 from dataset import Dataset
+from record.checkpoint import FORMAT, load_checkpoint
+from record.log import NOISE_LEVELS, RunLog
 from train import make_batch, save, start_run, train_step
+from video.config import ANY
 
 
 def short_and_long(name, short, long):
@@ -94,10 +95,10 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(kills, tmp_path):
     for i in range(kills):
         assert start(killed, list(KILLS)[i % len(KILLS)], rng.randint(1, 4)) == -signal.SIGKILL
         if (killed / "model.pth").exists():
-            steps.append(load_checkpoint(killed / "model.pth")["step"])  # whole, wherever it was killed
+            steps.append(load_checkpoint(killed / "model.pth", ANY)["step"])  # whole, wherever it was killed
     assert steps == sorted(steps) and 0 < steps[0] < steps[-1] < 8 * kills
     assert start(killed) == 0
-    a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(killed / "model.pth")
+    a, b = load_checkpoint(whole / "model.pth", ANY), load_checkpoint(killed / "model.pth", ANY)
     for part in ("model", "ema", "optimizers", "window", "step", "data"):
         assert same(a[part], b[part]), part
     assert (whole / "log.csv").read_text() == (killed / "log.csv").read_text()
@@ -199,7 +200,7 @@ def test_damaged_checkpoints(count, tmp_path, monkeypatch):
                 changed["config"] = strange_config(rng)
             torch.save(changed | {"format": FORMAT}, path)
         try:
-            loaded = load_checkpoint(path)
+            loaded = load_checkpoint(path, ANY)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)

@@ -1,8 +1,5 @@
 """log.csv is for people: whatever they do to it, the run goes on, and what they had is kept."""
 
-from support import run_log
-from support.run_log import RunLog, sound_rows
-
 import os
 import sys
 from pathlib import Path
@@ -13,7 +10,10 @@ from conftest import SMALL_DATA, TINY, assert_refused, train_until
 from matplotlib.figure import Figure
 
 import train
-from checkpoint import load_checkpoint
+from record import log as run_log
+from record.checkpoint import load_checkpoint
+from record.log import RunLog, sound_rows
+from video.config import ANY
 
 NAMES = ["step", "loss", "loss_t0-24", "loss_t25-49", "loss_t50-74", "loss_t75-99", "lr"]
 
@@ -145,7 +145,7 @@ def test_a_damaged_log_is_put_aside_and_the_run_goes_on(call, tmp_path, damage):
         (run / "log.csv").unlink()
     code, _, err = call(train, *flags, "--run-dir", run, "--resume")
     assert code == 0 and err.count("warning:") == 1
-    assert torch.equal(load_checkpoint(run / "model.pth")["window"], load_checkpoint(whole / "model.pth")["window"])
+    assert torch.equal(load_checkpoint(run / "model.pth", ANY)["window"], load_checkpoint(whole / "model.pth", ANY)["window"])
     rows, complete = (run / "log.csv").read_text().splitlines(), (whole / "log.csv").read_text().splitlines()
     assert rows[0] == complete[0] and rows[-2:] == complete[-2:] and set(rows) <= set(complete)
     if damage:

@@ -1,6 +1,4 @@
 from support import parallel
-from support.run_log import read_log
-from support.run_page import POINTS, log_ticks, short, show_loss, ticks, write_page
 
 import html
 import html.parser
@@ -13,6 +11,8 @@ from PIL import Image
 
 import train
 from config import Config
+from record.log import read_log
+from record.page import POINTS, log_ticks, short, show_loss, ticks, write_page
 
 NAMES = ["step", "loss", "loss_t0-499", "loss_t500-999", "lr"]
 ADDRESSES = ("src", "href", "action", "data", "poster", "srcset", "formaction", "background", "ping", "xlink:href")

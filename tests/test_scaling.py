@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from checkpoint import load_checkpoint
 from config import Config
-from dit import build_model
 from measure import classifier, scaling
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
+from record.checkpoint import load_checkpoint
+from video.config import ANY
 
 FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--models", "1x32", "2x64", "--patches", 8, 4, "--steps", 8,
          "--batch-size", 8, "--count", 20, "--sample-steps", 2, "--device", "cpu"]
@@ -63,12 +63,12 @@ def check_the_study(call, tmp_path):
     assert sorted(records) == sorted(f"{size}_patch{patch}_seed{seed}" for size in ("1x32", "2x64") for patch in (8, 4)
                                      for seed in (0, 1))
     for name, record in records.items():
-        content = load_checkpoint(tmp_path / name / "model.pth")
+        content = load_checkpoint(tmp_path / name / "model.pth", ANY)
         assert content["step"] == 8 and record["settings"]["steps"] == 8
         assert [part["step"] for part in record["scores"]] == ([4, 8] if name.endswith("0") else [8])
         if name.endswith("1"):
             continue
-        assert record["parameters"] == sum(p.numel() for p in build_model(content["config"]).parameters())
+        assert record["parameters"] == sum(p.numel() for p in content["config"].build_model().parameters())
         assert record["tokens"] == (1 if "patch8" in name else 4)
         assert record["flops"] == forward_flops(content["config"])
     # The table, in the order of their Gflops, has the mean and the spread over seeds.
@@ -110,7 +110,7 @@ def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
     assert code == 0, err
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     for name in read(tmp_path / "whole"):
-        whole, parts = (load_checkpoint(tmp_path / folder / name / "model.pth") for folder in ("whole", "parts"))
+        whole, parts = (load_checkpoint(tmp_path / folder / name / "model.pth", ANY) for folder in ("whole", "parts"))
         assert same({**whole, "seconds": 0}, {**parts, "seconds": 0}), name
 
 

@@ -17,10 +17,8 @@ from conftest import REPOSITORY, SMALL, SMALL_DATA, assert_refused, small_mnist
 from PIL import Image, ImageDraw
 
 import measure.score
-from checkpoint import load_model, save_checkpoint
 from config import Config
 from dataset import Dataset, load_dataset, to_uint8
-from dit import build_model
 from inference import generate
 from latent.cache import kept_distance
 from latent.vae import VAE, load_vae, save_vae
@@ -37,6 +35,7 @@ from measure.score import (
     report,
     worst_picture,
 )
+from record.checkpoint import load_model, save_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -320,7 +319,7 @@ def test_a_model_of_latents_stands_beside_its_vae(call, vae, tmp_path):
     config = Config(**SMALL_DATA, channels=1, num_classes=10, latent_shape=(4, 4, 4), vae=str(vae),
                     latent_mean=(0.0,), latent_std=(1.0,), clamp=False, patch_size=2, hidden_size=32, depth=1,
                     num_heads=2, sample_steps=2)
-    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     code, out, err = call(measure.score, "--checkpoint", tmp_path / "model.pth", "--vae", vae, "--count", 50)
     assert code == 0, err
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
@@ -797,7 +796,7 @@ def test_fakes_do_not_depend_on_the_batch(monkeypatch):
 def test_scores_a_checkpoint(call, mnist, tmp_path):
     config = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
                     num_heads=2, sample_steps=2)
-    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     flags = ["--checkpoint", tmp_path / "model.pth", "--count", 100]
     code, out, err = call(measure.score, *flags, "--pictures", tmp_path / "pictures")
     assert code == 0, err
@@ -817,7 +816,7 @@ def test_what_cannot_be_scored_is_refused_before_the_work(call, tmp_path, monkey
     settings = dict(dataset="mnist", data_dir="here", image_size=28, channels=1, num_classes=10, patch_size=4,
                     hidden_size=32, depth=1, num_heads=2) | settings
     config = Config(**settings)
-    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, build_model(config).state_dict())
+    save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, **options: dataclasses.replace(
         load_dataset(*(["folder", data_dir] if name == "folder" else ["mnist", SMALL]), **options), name=name))

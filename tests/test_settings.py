@@ -21,13 +21,12 @@ from PIL import Image
 
 import inference
 import train
-from checkpoint import load_model, save_checkpoint
 from config import Config
 from dataset import Dataset
-from diffusion import build_process
-from dit import build_model, sincos_positions
+from dit import sincos_positions
 from dit_block import DiTBlock
 from latent.vae import VAE, save_vae
+from record.checkpoint import load_model, save_checkpoint
 
 BASE = ["--precision", "fp32", "--warmup", "0", "--lr-decay", "constant", "--optimizer", "adamw", "--grad-clip", "0",
         "--patch-size", "2"]
@@ -114,7 +113,7 @@ def draws(config, step=0, data=None):
     """What step `step` draws: x_0, y, t, noise. The one place that asks train.py itself."""
     config = config if isinstance(config, Config) else Config(**config)
     images, labels = data or digits()
-    return train.make_batch(Dataset("", images, labels, []), build_process(config), config, step)
+    return train.make_batch(Dataset("", images, labels, []), config.build_process(), config, step)
 
 
 def path(config, t):
@@ -391,7 +390,7 @@ def test_rope(go):
     assert losses[0][0] == losses[1][0] and losses[0][3] != losses[1][3] and shapes(runs[0]) == shapes(runs[1])
     model, config = load_model(runs[1].folder / "model.pth", precision="fp32")
     x, y = torch.randn(2, *config.input_shape), torch.tensor([0, 1])
-    whole = build_model(config)
+    whole = config.build_model()
     whole.load_state_dict(model.state_dict())
     assert torch.equal(model(x, 5, y), whole(x, 5, y))
 

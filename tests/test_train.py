@@ -23,14 +23,14 @@ import generator
 import inference
 import measure.score
 import train
-from checkpoint import load_checkpoint
 from config import PRESETS, Config
 from dataset import Dataset, load_dataset, to_uint8
-from diffusion import DDPM, build_process
-from dit import build_model
+from diffusion import DDPM
 from inference import sample
 from measure.classifier import train_classifier
+from record.checkpoint import load_checkpoint
 from train import Run, learning_rate, make_batch, start_run, train_step
+from video.config import ANY
 
 
 def data_of(images, labels):
@@ -42,7 +42,7 @@ def test_from_python(tmp_path):
     shutil.copytree(SMALL, tmp_path / "data")
     small = dict(data_dir=tmp_path / "data", image_size=8, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=2)
     assert train.train(small, tmp_path / "run", device="cpu") == (2, 0)
-    assert load_checkpoint(tmp_path / "run" / "model.pth")["config"].data_dir == str(tmp_path / "data")
+    assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].data_dir == str(tmp_path / "data")
     assert Config(vae=Path("some") / "vae").vae == os.path.join("some", "vae")
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = small | {"data_dir": tmp_path / "elsewhere", "steps": 3}
@@ -63,7 +63,7 @@ def test_run_folder(trained):
     assert 0.1 < float(rows[2]["loss"]) < float(rows[0]["loss"]) < 20
     with Image.open(trained / "samples_000006.png") as image:
         assert image.mode == "L" and image.width > 10 * 8 * 5
-    content = load_checkpoint(trained / "model.pth")
+    content = load_checkpoint(trained / "model.pth", ANY)
     assert content["step"] == 6 and content["config"].patch_size == (2, 2) and content["config"].num_classes == 10
 
 
@@ -85,7 +85,7 @@ def test_resumed_run_is_the_same_run(call, tmp_path):
         file.write("4,9,9,9,9,9,9\n")
     assert call(train, *flags, "--resume")[0] == 0
     assert (whole / "log.csv").read_text() == (parts / "log.csv").read_text()
-    a, b = load_checkpoint(whole / "model.pth"), load_checkpoint(parts / "model.pth")
+    a, b = load_checkpoint(whole / "model.pth", ANY), load_checkpoint(parts / "model.pth", ANY)
     for part in ("model", "ema", "optimizers", "window", "step", "config"):
         assert same(a[part], b[part]), part
     assert (whole / "samples_000009.png").read_bytes() == (parts / "samples_000009.png").read_bytes()
@@ -98,8 +98,8 @@ def test_a_run_in_pieces_is_the_same_run(tmp_path):
     assert train.train(settings, tmp_path / "whole", device="cpu") == (8, 0)
     for until, reached in ((3, 3), (2, 3), (5, 5), (None, 8)):
         assert train.train(settings, tmp_path / "parts", until != 3, "cpu", until=until) == (reached, 0)
-        assert load_checkpoint(tmp_path / "parts" / "model.pth")["step"] == reached
-    whole, parts = (load_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts"))
+        assert load_checkpoint(tmp_path / "parts" / "model.pth", ANY)["step"] == reached
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", ANY) for name in ("whole", "parts"))
     assert same({**whole, "seconds": 0}, {**parts, "seconds": 0})
     for name in ("log.csv", "samples_000008.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -108,7 +108,7 @@ def test_a_run_in_pieces_is_the_same_run(tmp_path):
 def test_ctrl_c_saves_and_says_how_to_go_on(call, tmp_path):
     out = train_until(call, [*TINY, "--steps", 9, "--run-dir", tmp_path / "run"], 4)
     assert "stopped after step 4" in out and "--resume" in out
-    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 4
+    assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 4
 
 
 def test_ctrl_c_within_the_sample_grid_does_not_wait_for_it(call, tmp_path, monkeypatch):
@@ -127,11 +127,11 @@ def test_ctrl_c_within_the_sample_grid_does_not_wait_for_it(call, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(train, "sample", pressed)
         assert call(train, *flags, "--run-dir", run)[0] == 130
-    assert states == [0, 1, 2] and load_checkpoint(run / "model.pth")["step"] == 5
+    assert states == [0, 1, 2] and load_checkpoint(run / "model.pth", ANY)["step"] == 5
     assert call(train, *flags, "--run-dir", run, "--resume", "--sample-steps", 3)[0] == 0
     assert call(train, *flags, "--run-dir", whole, "--sample-steps", 3)[0] == 0
     for part in ("model", "ema", "optimizers", "window", "step"):
-        assert same(load_checkpoint(run / "model.pth")[part], load_checkpoint(whole / "model.pth")[part]), part
+        assert same(load_checkpoint(run / "model.pth", ANY)[part], load_checkpoint(whole / "model.pth", ANY)[part]), part
 
 
 @pytest.mark.parametrize("missing", [["samples_000006.png"], ["samples_000006.png", "loss.png"],
@@ -154,7 +154,7 @@ def test_the_time_of_a_resumed_run_goes_on(call, trained, tmp_path):
     content = torch.load(run / "model.pth", weights_only=True)
     torch.save(content | {"seconds": 1e6}, run / "model.pth")
     code, out, _ = call(train, *TINY, "--steps", 7, "--run-dir", run, "--resume")
-    assert code == 0 and load_checkpoint(run / "model.pth")["seconds"] >= 1e6 and "trained in 1000" in out
+    assert code == 0 and load_checkpoint(run / "model.pth", ANY)["seconds"] >= 1e6 and "trained in 1000" in out
 
 
 def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
 def test_flags_override_the_preset(call, tmp_path, monkeypatch):
     monkeypatch.setitem(train.PRESETS, "S", dict(loss="l1", process="ddpm", steps=2, lr=0.125, hidden_size=64))
     assert call(train, "--preset", "S", *TINY, "--steps", 1, "--lr", 0.5, "--run-dir", tmp_path / "run")[0] == 0
-    config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
+    config = load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"]
     assert (config.loss, config.process, config.steps, config.lr, config.hidden_size) == ("l1", "ddpm", 1, 0.5, 32)
 
 
@@ -187,7 +187,7 @@ def test_images_that_are_not_square(call, tmp_path):
     code, out, _ = call(train, *flags, "--steps", 2)
     assert code == 0 and "images of 12 x 8" in out and "16 tokens" in out
     assert call(train, *flags, "--steps", 3, "--resume")[0] == 0
-    config = load_checkpoint(tmp_path / "run" / "model.pth")["config"]
+    config = load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"]
     assert (config.image_size, config.patch_size) == ((12, 8), (3, 2))
     out = tmp_path / "a.png"
     assert call(inference, "--checkpoint", tmp_path / "run", "--labels", 3, 1, "--count", 1, "--out", out)[0] == 0
@@ -236,7 +236,7 @@ def test_a_run_is_not_resumed_on_other_data(call, tmp_path, change):
     write_class(data / "dogs", [110, 120, 130])
     flags = [*TINY, "--dataset", "folder", "--data-dir", data, "--run-dir", run]
     assert call(train, *flags, "--steps", 2)[0] == 0
-    assert load_checkpoint(run / "model.pth")["config"].classes == ("cats", "dogs")
+    assert load_checkpoint(run / "model.pth", ANY)["config"].classes == ("cats", "dogs")
     assert call(train, *flags, "--steps", 3, "--resume")[0] == 0
     moved = data.rename(tmp_path / "moved")  # where it lies does not matter
     assert call(train, *flags, "--steps", 4, "--resume", "--data-dir", moved)[0] == 0
@@ -255,7 +255,7 @@ def test_resume_takes_the_command_of_the_first_run(call, tmp_path):
     assert words[0] == "python" and "auto" in words
     code, _, err = call(train, *words[2:])
     assert code == 0, err
-    assert load_checkpoint(tmp_path / "run" / "model.pth")["step"] == 6
+    assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 6
 
 
 def test_a_checkpoint_of_an_older_version_draws_and_is_not_resumed(call, trained, tmp_path):
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, lo
     monkeypatch.setattr(train, "train_step", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--log-every", log_every, "--run-dir", run)
     assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
-    assert load_checkpoint(run / "model.pth")["step"] == 3
+    assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
 
 
 def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
     assert_refused(result, "weights are not finite at step 6", "model.pth, step 3")
-    assert load_checkpoint(run / "model.pth")["step"] == 3
+    assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
 
 
 def test_mnist_that_is_not_there(call, tmp_path):
@@ -377,7 +377,7 @@ def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "train_step", blocked)
     code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
-    assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth")["step"] == 3
+    assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth", ANY)["step"] == 3
     assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
         f"warning: {run / name}" for name in ("samples_000002.png", "index.html", "index.html", "loss.png",
                                               "index.html")]
@@ -430,11 +430,11 @@ def test_learning_rate():
 def test_step_trains_and_averages():
     config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
                     batch_size=8, warmup=0, ema_decay=0.9)
-    model, ema = build_model(config), build_model(config)
+    model, ema = config.build_model(), config.build_model()
     ema.load_state_dict(model.state_dict())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters())
-    diffusion = build_process(config)
+    diffusion = config.build_process()
     data = data_of(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9))
     batch = make_batch(data, diffusion, config, 0)
     losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step=999)
@@ -452,7 +452,7 @@ def test_bf16_gradients_are_those_of_fp32():
     """The copy in bfloat16 gives the loss and the gradients of the weights themselves, to bfloat16's rounding."""
     config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
                     batch_size=64, grad_clip=0.0, lr=0.0)
-    diffusion = build_process(config)
+    diffusion = config.build_process()
     images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
     batch = make_batch(data_of(images, torch.arange(99) % 10), diffusion, config, 0)
     gradients = []
@@ -461,7 +461,7 @@ def test_bf16_gradients_are_those_of_fp32():
         def step(self):
             gradients.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
 
-    model = build_model(config)
+    model = config.build_model()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     losses = []
@@ -508,7 +508,7 @@ def test_without_a_compiler_it_trains_all_the_same(command, tmp_path):
     process = command("train.py", *TINY, "--steps", 2, "--compile", "--run-dir", tmp_path / "run", env=environment)
     assert process.returncode == 0, process.stderr
     assert "warning: nothing can be compiled here" in process.stderr and "Traceback" not in process.stderr
-    assert "compiled" not in process.stdout and not load_checkpoint(tmp_path / "run" / "model.pth")["config"].compile
+    assert "compiled" not in process.stdout and not load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].compile
 
 
 def test_overfits_a_handful_of_digits():
@@ -518,10 +518,10 @@ def test_overfits_a_handful_of_digits():
     images, labels = data.images[first], data.labels[first]
     config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=64, depth=2, num_heads=4,
                     batch_size=64, steps=400, lr=4e-3, warmup=20, ema_decay=0.98, guidance=1.0, sample_steps=20)
-    model, ema = build_model(config), build_model(config)
+    model, ema = config.build_model(), config.build_model()
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    diffusion = build_process(config)
+    diffusion = config.build_process()
     for step in range(config.steps):
         batch = make_batch(data_of(images, labels), diffusion, config, step)
         train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step)
@@ -538,9 +538,9 @@ def test_every_preset_takes_a_step():
         config = Config(**{**preset, "image_size": size, "channels": 1, "num_classes": 10,
                            "patch_size": (2,) * len(size), "hidden_size": 32, "depth": 1, "num_heads": 2,
                            "batch_size": 4})
-        model = build_model(config)
-        ema = build_model(config)
-        diffusion, optimizer = build_process(config), torch.optim.AdamW(model.parameters())
+        model = config.build_model()
+        ema = config.build_model()
+        diffusion, optimizer = config.build_process(), torch.optim.AdamW(model.parameters())
         data = data_of(torch.zeros(3, 1, *size, dtype=torch.uint8), torch.arange(3))
         batch = make_batch(data, diffusion, config, 0)
         losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, 0)
@@ -561,7 +561,7 @@ def test_unwritable_while_training(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     assert_refused(call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run), "No space left")
-    assert load_checkpoint(run / "model.pth")["step"] == 3
+    assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
     assert sorted(path.name for path in run.iterdir()) == ["log.csv", "model.pth"]
 
 

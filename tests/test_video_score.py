@@ -8,12 +8,14 @@ import torch
 from conftest import REPOSITORY, SMALL, assert_refused
 from PIL import Image
 
-from checkpoint import build_model, load_model, save_checkpoint
 from config import Config
 from dataset import to_float, to_uint8
-from diffusion import complete, from_noise, inpaint
+from diffusion import from_noise
+from edit.ways import inpaint
 from measure.classifier import load_classifier
+from record.checkpoint import load_model, save_checkpoint
 from video import score
+from video.given import complete
 from video.moving import SPEEDS, bounce, load_moving
 from video.score import FIGURES, Judge, crop, fit_bounces, fit_paths, follow, make_real, track, wasserstein
 
@@ -160,7 +162,7 @@ def make_checkpoint(path, **settings):
     config = Config(**dict(dataset="moving", image_size=(6, 32, 32), channels=1, num_classes=10, patch_size=(2, 16, 16),
                            hidden_size=16, depth=1, num_heads=2, sample_steps=2) | settings)
     torch.manual_seed(config.seed)
-    model = build_model(config)
+    model = config.build_model()
     torch.nn.init.normal_(model.final_layer.linear.weight)
     save_checkpoint(path, config, 5, 1.0, model.state_dict())
     return path

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from checkpoint import build_model, save_checkpoint
 from config import Config
 from dataset import CHARACTERS, Dataset, split_characters
 from latent.vae import VAE, save_vae
+from record.checkpoint import save_checkpoint
 from video import score, sprites
 from video.sprites import FIGURES, PARTS, SIDE, SpriteJudge, parts_of
 
@@ -145,7 +145,7 @@ def test_the_command(call, tmp_path, monkeypatch):
     latents = dict(vae="vae", latent_shape=(2, 8, 16, 16), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
     for settings in (dict(channels=1, patch_size=(2, 16, 16)), dict(channels=3, patch_size=(2, 8, 8), **latents)):
         config = Config(**shared, **settings)
-        save_checkpoint("sprites.pth", config, 5, 1.0, build_model(config).state_dict())
+        save_checkpoint("sprites.pth", config, 5, 1.0, config.build_model().state_dict())
         seen, original = [], score.draw
         monkeypatch.setattr(score, "draw", lambda *args, seen=seen, original=original: (
             seen.append(args[2].tolist()), original(*args))[1])

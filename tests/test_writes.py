@@ -10,7 +10,6 @@ import pytest
 from conftest import REPOSITORY, TINY, assert_refused
 from PIL import Image
 
-import checkpoint
 import demo.export
 import few.distill
 import fid_computer
@@ -26,6 +25,7 @@ import measure.score
 import time_emb
 import train
 import video.score
+from record import checkpoint
 
 
 @pytest.fixture
