@@ -131,9 +131,9 @@ def same(a, b):
     return a == b
 
 
-def train_until(call, flags, step):
-    """Trains with Ctrl-C pressed during step `step`; returns what it printed."""
-    original = train.train_step
+def train_until(call, flags, step, command=train):
+    """Trains by this command with Ctrl-C pressed during step `step`; returns what it printed."""
+    original = train.descend
 
     def pressed(*args):
         if args[-1] == step - 1:
@@ -141,8 +141,8 @@ def train_until(call, flags, step):
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", pressed)
-        code, out, _ = call(train, *flags)
+        patch.setattr(train, "descend", pressed)
+        code, out, _ = call(command, *flags)
     assert code == 130
     return out
 
