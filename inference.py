@@ -166,11 +166,16 @@ def load_for_sampling(args):
     return model, config
 
 
+def check_count(count, labels):
+    """Raises `UserError` unless `count` rows of `labels` can be drawn at once."""
+    if not 1 <= count * len(labels) <= 10_000:
+        raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
+
+
 def draw_states(model, config, labels, count, shown=1, **options):
     """Draws `count` rows of `labels` (a list): of all states, the last `shown` that are evenly spaced, as uint8
     (shown, B, C, *size) on the CPU. The rest is not kept. options: further arguments of `sample`."""
-    if not 1 <= count * len(labels) <= 10_000:
-        raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
+    check_count(count, labels)
     y = torch.tensor(labels * count, device=next(model.parameters()).device)
     total = config.sample_steps + 1
     kept = set(torch.linspace(total - 1, 0, min(total, shown)).round().long().tolist())
@@ -343,8 +348,8 @@ def draw_longer(model, config, labels, count, args):
     frames that are given are in them as the model sees them."""
     device = next(model.parameters()).device
     y = torch.tensor(labels * count, device=device)
-    if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
-        raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+    if args.frames not in (None, *range(1, 10_001)):
+        raise UserError(f"--frames {args.frames}: draw between 1 and 10,000 frames")
 
     def ask(frames):
         demand_memory(len(y) * frames, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
@@ -482,7 +487,9 @@ def lay_out(states, config, labels, args):
 
 
 def check_size(config, labels, args, views, animated):
-    """Raises `UserError` before the work where the format of `--out` holds no picture as large as that of `lay_out`."""
+    """Raises `UserError` before the work when there are too many images, or the format of `--out` holds no picture as
+    large as that of `lay_out`."""
+    check_count(args.count, labels)
     columns, N = len(labels), len(labels) * args.count
     if args.strip and args.morph is None:
         columns, N = views, views * N
