@@ -30,8 +30,8 @@ class Config:
                         "(clips of MNIST's digits), clips (one folder per class, of GIFs or folders of frames); or a "
                         "data set that torchvision downloads",
                         choices=("mnist", "sprites", "folder", "moving", "clips", *TORCHVISION))
-    data_dir: str = flag("", "the folder of classes, for --dataset folder and clips; else the folder that holds (or "
-                         "gets) the data set, by default the code's own, with which MNIST and the sprites come")
+    data_dir: str = flag("", "the folder that holds (or gets) the data set; for --dataset folder and clips, the folder "
+                         "of classes; none = the code's own folder, with which MNIST and the sprites come")
     digits: int = flag(1, "of --dataset moving: 1 digit in each clip; or 2, of which half of the clips have one", 1, 2)
     speeds: bool = flag(False, "of --dataset moving: the labels say also whether it is slow or fast")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; of clips also the frames: "
@@ -279,7 +279,7 @@ def add_flags(parser, names=None, of=Config):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
                 type=SIZES.get(field.name, field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
-            default = 0 if field.name in SIZES else field.default
+            default = 0 if field.name in SIZES else "none" if field.default == "" else field.default
             functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()
             each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,

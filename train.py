@@ -48,7 +48,7 @@ CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_ever
 ADAMW_BETAS = (0.9, 0.99)
 EMA_WARMUP = 10  # the first averages are those of about the last 1/10 of the steps so far
 COMPILE_FROM = 10_000  # steps: a shorter run ends before what compilation takes is won back
-AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
+AUTOMATIC = ("precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 
