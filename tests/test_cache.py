@@ -281,7 +281,7 @@ def test_an_unfinished_encoding_that_is_damaged(tmp_path, blocks, monkeypatch):
     marks = bytearray((only_folder(tmp_path) / "encoded").read_bytes())
     marks[-cache.MARK:] = bytes(cache.MARK)  # the last block is not done
     (only_folder(tmp_path) / "encoded").write_bytes(marks)
-    for damage in (bytes(128) + content[128:], os.urandom(len(content))):
+    for damage in (bytes(len(content)), os.urandom(len(content)), bytes(128) + content[128:]):
         file.write_bytes(damage)
         with pytest.raises(UserError, match=r"latents.npy is damaged.*remove .* to have it encoded anew"):
             Latents(data, "here", vae, False, tmp_path).load()
