@@ -291,7 +291,7 @@ def resolve(config, data, device):
         data.at(size)  # or it says that it cannot
     name, size = ("latents of" if config.latent_shape else "image_size"), config.input_shape[1:]
     if not patch and any(side % 4 for side in size):
-        near = show_size([round(side / 4) * 4 * image // side or 4
+        near = show_size([max(1, round(side / 4)) * 4 * image // side
                           for side, image in zip(size, config.image_size, strict=True)])
         raise UserError(f"{name} {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size to one of "
                         f"{show_divisors(size)}, or --image-size to {near}")
