@@ -161,7 +161,7 @@ class Config:
         config = dataclasses.replace(self, **data.settings, patch_size=())
         size = config.input_shape[1:]
         if not self.patch_size and any(side % 4 for side in size):
-            near = show_size([round(side / 4) * 4 * image // side or 4
+            near = show_size([max(1, round(side / 4)) * 4 * image // side
                               for side, image in zip(size, config.image_size, strict=True)])
             raise UserError(f"{config.input_name} {show_size(size)} cannot be cut into 4 x 4 patches: set --patch-size "
                             f"to one of {show_divisors(size)}, or --image-size to {near}")
@@ -272,7 +272,7 @@ def add_flags(parser, of=Config, names=None):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
                 type=rule["read"] or field.type, choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if rule["read"] else field.type.__name__)
-            default = 0 if rule["read"] else field.default
+            default = 0 if rule["read"] else "none" if field.default == "" else field.default
             functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()
             each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,

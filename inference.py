@@ -130,11 +130,16 @@ def load_for_sampling(args, kinds=(Config,)):
     return model, config
 
 
+def check_count(count, labels):
+    """Raises `UserError` unless `count` rows of `labels` can be drawn at once."""
+    if not 1 <= count * len(labels) <= 10_000:
+        raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
+
+
 def draw_states(model, config, labels, count, shown=1, **options):
     """Draws `count` rows of `labels` (a list): of all states, the last `shown` that are evenly spaced, as uint8
     (shown, B, C, *size) on the CPU. The rest is not kept. options: further arguments of `sample`."""
-    if not 1 <= count * len(labels) <= 10_000:
-        raise UserError(f"--count {count}: draw between 1 and 10,000 images at once; generator.py draws more")
+    check_count(count, labels)
     y = torch.tensor(labels * count, device=next(model.parameters()).device)
     total = config.sample_steps + 1
     kept = set(torch.linspace(total - 1, 0, min(total, shown)).round().long().tolist())

@@ -282,7 +282,7 @@ def test_an_unfinished_encoding_that_is_damaged(tmp_path, blocks, monkeypatch):
     marks = bytearray((only_folder(tmp_path) / "encoded").read_bytes())
     marks[-cache.MARK:] = bytes(cache.MARK)  # the last block is not done
     (only_folder(tmp_path) / "encoded").write_bytes(marks)
-    for damage in (bytes(128) + content[128:], os.urandom(len(content))):
+    for damage in (bytes(len(content)), os.urandom(len(content)), bytes(128) + content[128:]):
         file.write_bytes(damage)
         with pytest.raises(UserError, match=r"latents.npy is damaged.*remove .* to have it encoded anew"):
             Latents(data, "here", vae, False, tmp_path).load()
@@ -359,6 +359,7 @@ def test_images_that_do_not_fit(call, tmp_path):
     assert_refused(call(train, *flags, "--channels", 1), "reads images of 3 channels", "--channels 3")
     assert_refused(call(train, *flags, "--image-size", "7x9"), "2 x 2 pixels", "7 x 9", "--image-size 8x8")
     assert_refused(call(train, *flags, "--image-size", 12), "latents of 6", "--patch-size", "--image-size to 16")
+    assert_refused(call(train, *flags, "--image-size", "2x4"), "latents of 1x2", "--image-size to 8")
     (tmp_path / "empty").mkdir()
     assert_refused(call(train, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
     assert_refused(call(train, *flags, "--flips"), "--flips", "mirror")

@@ -10,9 +10,12 @@ from conftest import SMALL, assert_refused, same
 from matplotlib.figure import Figure
 from PIL import Image
 
+import measure.score
 import train
 from config import Config
-from measure import classifier, scaling
+from dit import build_model
+from measure import scaling
+from measure.classifier import train_classifier
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
 from record.checkpoint import load_checkpoint
@@ -26,10 +29,10 @@ FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--models", "1x32", "2x64", "--
 def haste(monkeypatch):
     """What the judge reads with is not the matter here: it has learned next to nothing, at once. Nor are pictures, but
     those that the first test looks at."""
-    original = classifier.train_classifier
     monkeypatch.setattr(train, "plot_loss", lambda *_: None)
     monkeypatch.setattr(scaling, "save_figure", lambda figure, path: None)
-    monkeypatch.setattr(classifier, "train_classifier", lambda data: original(data, epochs=1, batch_size=1000))
+    monkeypatch.setattr(measure.score, "find_classifier",
+                        lambda data, *_: train_classifier(data, epochs=1, batch_size=1000))
 
 
 def read(folder):
@@ -105,7 +108,7 @@ def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
             stopped_at(patch, where, calls)
             code, out, err = call(scaling, *flags, "--out", tmp_path / "parts")
         assert code == 130 and "Traceback" not in err
-        assert f"stopped; go on with: python -m measure.scaling --dataset digits {' '.join(map(str, flags[2:]))}" in out
+        assert f"stopped; go on with: python -m measure.scaling {' '.join(map(str, flags))}" in out
     code, _, err = call(scaling, *flags, "--out", tmp_path / "parts")
     assert code == 0, err
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
