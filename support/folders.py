@@ -60,10 +60,6 @@ class Images:
                 + (f"; every tenth image of each class, {self.held_out:,} in all, is held out to test on"
                    if self.held_out else ""))
 
-    def at(self, size):
-        """The same in another size, where there are several."""
-        raise UserError(f"{self.name} has images of one size: leave --sizes out")
-
 
 class Folder(Images):
     """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.

@@ -12,13 +12,13 @@ from PIL import Image
 import train
 from config import Config
 from dataset import load_dataset
-from diffusion import RectifiedFlow
 from record.checkpoint import load_checkpoint
-from train import given_frames, make_batch
-from video.config import ANY
+from video import train_dit
+from video.config import ClipConfig
+from video.given import given_frames
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving, place
 
-MOVING = [*TINY, "--dataset", "moving", "--image-size", "4x24x24", "--patch-size", "2x12x12"]
+MOVING = [*TINY[2:], "--dataset", "moving", "--image-size", "4x24x24", "--patch-size", "2x12x12"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def moving(**settings):
-    return load_moving(Config(dataset="moving", data_dir=str(SMALL), **settings))
+    return load_moving(ClipConfig(data_dir=str(SMALL), **settings))
 
 
 def draw(data, count, seed=0, part=slice(None), what="x_0"):
@@ -128,7 +128,7 @@ def test_two_digits_with_speeds():
 
 
 def test_the_parts_have_other_digits():
-    train_part, test = (load_moving(Config(data_dir=str(SMALL)), part) for part in (True, False))
+    train_part, test = (load_moving(ClipConfig(data_dir=str(SMALL)), part) for part in (True, False))
     assert len(train_part.labels) == 1500 and len(test.labels) == 297
     seen = {image.numpy().tobytes() for image in train_part.images[:-1]}
     assert not any(image.numpy().tobytes() in seen for image in test.images[:-1])
@@ -138,16 +138,16 @@ def test_other_clips_have_another_fingerprint():
     data = moving()
     assert data.fingerprint == moving().fingerprint
     others = [moving(digits=2), moving(speeds=True), moving(image_size=(8, 32, 32)),
-              load_moving(Config(data_dir=str(SMALL)), False)]
+              load_moving(ClipConfig(data_dir=str(SMALL)), False)]
     others += [dataclasses.replace(data, **{name: value}) for name, value in (
         ("paces", data.paces * 2), ("labels", data.labels.flip(0)), ("shown", data.shown.flip(0)),
         ("images", data.images.flip(1)), ("classes", data.classes[::-1]))]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 10
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 20, 32), (16, 32, 16)])
+@pytest.mark.parametrize("size", [(16, 20, 32), (16, 32, 16)])
 def test_sizes_without_room(size):
-    with pytest.raises(UserError, match="frames x height x width"):
+    with pytest.raises(UserError, match="no side may be below 22 pixels"):
         moving(image_size=size)
 
 
@@ -164,50 +164,67 @@ def test_clips_that_do_not_fit(monkeypatch, settings):
 
 
 def test_images_have_no_frames():
-    with pytest.raises(UserError, match="of clips, but mnist has images"):
-        load_dataset("mnist", SMALL, image_size="2x8x8")
-    with pytest.raises(UserError, match="moving has clips"):
-        load_dataset("moving", "")
+    with pytest.raises(UserError, match="image_size is .*but must be height and width"):
+        Config(image_size="2x8x8")
+    with pytest.raises(UserError, match="dataset is 'moving'"):
+        Config(dataset="moving")
+    with pytest.raises(UserError, match="image_size is .*but must be frames, height and width"):
+        ClipConfig(image_size=8)
 
 
-def test_each_batch_has_one_of_the_sizes():
-    data = moving(image_size=(4, 32, 32))
-    config = Config(dataset="moving", image_size=(4, 32, 32), batch_size=3, num_classes=10, sizes="1x32x32,4x32x64")
-    seen = {}
-    for step in range(30):
-        x_0, _, _, noise = make_batch(data, RectifiedFlow(), config, step)
-        assert x_0.shape == noise.shape == (3, 1, *x_0.shape[2:])
-        seen[tuple(x_0.shape[2:])] = seen.get(tuple(x_0.shape[2:]), 0) + 1
-        assert same(make_batch(data, RectifiedFlow(), config, step)[0], x_0)
-    assert seen.keys() == {(4, 32, 32), (1, 32, 32), (4, 32, 64)} and min(seen.values()) > 3
+def learned(monkeypatch, steps, shards=(slice(None),), **settings):
+    """The batches of these steps of a run on clips that learns nothing, and their losses, by each of its shards."""
+    config = ClipConfig(data_dir=str(SMALL), batch_size=6, num_classes=10, channels=1, hidden_size=8, depth=1,
+                        num_heads=1, precision="fp32", **settings)
+    data, run, seen, make_batch = load_moving(config), train.start_run(config, torch.device("cpu")), [], train.make_batch
+    torch.nn.init.normal_(run.model.final_layer.linear.weight)
+    monkeypatch.setattr(train, "make_batch", lambda *args: (seen.append(make_batch(*args)), seen[-1])[1])
+    monkeypatch.setattr(train, "descend", lambda run, losses, step: losses.detach())
+    losses = []
+    for step in steps:
+        for part in shards:
+            monkeypatch.setattr(train_dit.parallel, "share", lambda count, part=part: part)
+            losses.append(train_dit.learn(run, data, step)[0])
+    monkeypatch.undo()
+    return seen, losses
+
+
+def test_each_batch_has_one_of_the_sizes(monkeypatch):
+    seen, _ = learned(monkeypatch, range(30), sizes="1x32x32,4x32x64", image_size=(4, 32, 32), patch_size=(1, 16, 16))
+    sizes = [x_0.shape for x_0, *_ in seen]
+    assert all(noise.shape == x_0.shape for x_0, _, _, noise in seen)
+    assert {*sizes} == {(6, 1, 4, 32, 32), (6, 1, 1, 32, 32), (6, 1, 4, 32, 64)}
+    assert min(map(sizes.count, sizes)) > 3
 
 
 def test_a_resumed_run_is_the_same_run(call, tmp_path):
     """To the last bit, on clips of several sizes; the grid of samples moves."""
     flags = [*MOVING, "--sizes", "1x24x24,4x24x36", "--steps", 8]
-    code, out, _ = call(train, *flags, "--run-dir", tmp_path / "whole")
+    code, out, _ = call(train_dit, *flags, "--run-dir", tmp_path / "whole")
     assert code == 0 and "moving: 4 frames of 24 x 24, of 1,500 digits" in out
-    train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 5)
-    code, _, err = call(train, *flags, "--run-dir", tmp_path / "parts", "--resume")
+    train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 5, train_dit)
+    code, _, err = call(train_dit, *flags, "--run-dir", tmp_path / "parts", "--resume")
     assert code == 0, err
-    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", ANY) for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", (ClipConfig,)) for name in ("whole", "parts"))
     config = whole["config"]
     assert (config.image_size, config.sizes, config.largest) == ((4, 24, 24), ((1, 24, 24), (4, 24, 36)), (4, 24, 36))
     for name in ("step", "data", "ema", "model", "optimizers", "window"):
         assert same(whole[name], parts[name]), name
     with Image.open(tmp_path / "whole" / "samples_000008.png") as image:
         assert image.n_frames > 1
-    assert_refused(call(train, *flags, "--digits", 2, "--run-dir", tmp_path / "parts", "--resume"), "digits 1 -> 2")
+    assert_refused(call(train_dit, *flags, "--digits", 2, "--run-dir", tmp_path / "parts", "--resume"), "digits 1 -> 2")
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--image-size", 32, "--patch-size", 0], ["image_size 32", "frames x height x width"]), (["--flips"], ["--flips"]),
+    (["--image-size", 32, "--patch-size", 0], ["image_size is (32, 32)", "frames, height and width"]),
+    (["--flips"], ["--flips"]),
     (["--vae", "x"], ["leave out --vae"]), (["--channels", 3], ["--channels"]), (["--digits", 3], ["digits is 3"]),
     (["--patch-size", "3x8x8"], ["patch_size 3x8x8 does not divide", "[1, 2, 4] x"]),
-    (["--sizes", "4x24"], ["sizes are 4x24"]), (["--sizes", "4x20x24"], ["image_size 4x20x24"]),
-    (["--dataset", "mnist", "--image-size", 8, "--patch-size", 4, "--sizes", "8x8"], ["only clips"])])
+    (["--sizes", "4x24"], ["sizes is (4, 24)"]), (["--sizes", "4x20x24"], ["clips of 4x20x24", "22 pixels"]),
+    (["--sizes", "4x24x30"], ["patch_size 2x12x12 does not divide 4x24x30"]),
+    (["--preset", "moving", "--patch-size", 0, "--sizes", "1x32x32", "--image-size", "6x32x32"], ["cannot be cut"])])
 def test_bad_flags(call, tmp_path, flags, words):
-    assert_refused(call(train, *MOVING, "--steps", 1, "--run-dir", tmp_path / "run", *flags), *words)
+    assert_refused(call(train_dit, *MOVING, "--steps", 1, "--run-dir", tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run" / "model.pth").exists()
 
 
@@ -239,15 +256,21 @@ def test_which_frames_are_given():
 
 def test_given_frames_are_trained_on(call, tmp_path):
     flags = [*MOVING, "--given", 0.5, "--sizes", "1x24x24", "--steps", 6]
-    assert call(train, *flags, "--run-dir", tmp_path / "whole")[0] == 0
-    train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 2)
-    assert call(train, *flags, "--run-dir", tmp_path / "parts", "--resume")[0] == 0
-    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", ANY) for name in ("whole", "parts"))
+    assert call(train_dit, *flags, "--run-dir", tmp_path / "whole")[0] == 0
+    train_until(call, [*flags, "--run-dir", tmp_path / "parts"], 2, train_dit)
+    assert call(train_dit, *flags, "--run-dir", tmp_path / "parts", "--resume")[0] == 0
+    whole, parts = (load_checkpoint(tmp_path / name / "model.pth", (ClipConfig,)) for name in ("whole", "parts"))
     assert whole["config"].given == 0.5
     assert all(same(whole[name], parts[name]) for name in ("ema", "model", "optimizers", "window"))
-    data, config = moving(image_size=(4, 24, 24)), whole["config"]
-    batch = make_batch(data, RectifiedFlow(), config, 1)
-    halves = [make_batch(data, RectifiedFlow(), config, 1, part) for part in (slice(0, 3), slice(3, 8))]
-    for tensor, *both in zip(batch, *halves, strict=True):  # as processes share it
-        torch.testing.assert_close(torch.cat(both), tensor, atol=1e-5, rtol=0)
-    assert_refused(call(train, *TINY, "--given", 0.5, "--run-dir", tmp_path / "images"), "--given")
+
+
+def test_processes_share_given_frames_and_sizes(monkeypatch):
+    """What each learns from is its part of the batch, which is another one without frames given."""
+    settings = dict(image_size=(4, 24, 24), patch_size=(1, 12, 12), sizes="2x24x24")
+    seen, losses = learned(monkeypatch, range(4), (slice(None), slice(0, 2), slice(2, 6)), given=0.5, **settings)
+    _, plain = learned(monkeypatch, range(4), **settings)
+    for k, other in zip(range(0, 12, 3), plain, strict=True):
+        for whole, *halves in (*zip(*seen[k:k + 3], strict=True), losses[k:k + 3]):
+            torch.testing.assert_close(torch.cat(halves), whole, atol=1e-5, rtol=0)
+        assert 0 < (losses[k] != other).sum() < 6  # where some are given
+    assert {x_0.shape[2] for x_0, *_ in seen} == {2, 4}

@@ -113,9 +113,6 @@ def read_clips(config):
     and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard error.
     All are grey if each is, unless `config.channels` says otherwise. Raises `UserError`.
     """
-    if len(config.image_size) == 2:
-        raise UserError(f"image_size {show_size(config.image_size)} has no frames: clips have frames x height x width, "
-                        f"such as --image-size {MOST}x{'x'.join(map(str, config.image_size))}")
     found, names = list_classes(folder_of_classes(config.data_dir), wanted=is_clip, whole=find_frames)
     size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]

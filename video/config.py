@@ -1,7 +1,7 @@
 """The settings of a run on clips: those of `LatentConfig`, and what only moves."""
 
 from support.commands import UserError
-from support.sizes import LARGEST, as_size, as_sizes, show_sizes
+from support.sizes import LARGEST, as_size, as_sizes, show_size, show_sizes
 
 import dataclasses
 
@@ -41,6 +41,10 @@ class ClipConfig(LatentConfig):
             self.check_size("sizes", size)
         if self.sizes and self.latent_shape:
             raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several")
+        if self.sizes and self.patch_size and self.image_size and any(
+                n % p for n, p in zip(self.largest, self.patch_size, strict=True)):
+            raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {show_size(self.largest)}, the "
+                            "largest of the sizes along each axis")
         if self.given and self.variance == "learned":
             raise UserError("frames are given only with a fixed variance: leave --given or --variance out")
         if self.rope and self.hidden_size // self.num_heads % 2:
@@ -54,6 +58,11 @@ class ClipConfig(LatentConfig):
 
     def network_options(self):
         return super().network_options() | dict(input_size=self.largest, rope=self.rope)
+
+    def resolve(self, data):
+        for size in self.sizes:
+            data.at(size)  # or it says that it cannot
+        return super().resolve(data)
 
     def open_data(self, device):
         """The clips. Raises `UserError`."""

@@ -111,14 +111,14 @@ class Moving(Images):
 
 def check_size(size):
     """Raises `UserError` unless digits can move in clips of this size."""
-    if len(size) == 2 or min(size[1:]) < 2 * MARGIN + 2:
-        raise UserError(f"image_size {show_size(size)} is none of clips of moving digits: say frames x height x width, "
-                        f"such as --image-size {show_size(SIZE)}, of which no side is below {2 * MARGIN + 2} pixels")
+    if min(size[1:]) < 2 * MARGIN + 2:
+        raise UserError(f"clips of {show_size(size)} are too small for moving digits: no side may be below "
+                        f"{2 * MARGIN + 2} pixels, as in --image-size {show_size(SIZE)}")
 
 
 def load_moving(config, train=True):
-    """The clips that a `Config` says, of the training or the test part of MNIST: a `Moving`. Raises
-    `UserError`."""
+    """The clips that a `ClipConfig` asks for, with digits of the training or the test part of MNIST: a `Moving`.
+    Raises `UserError`."""
     size = config.image_size or SIZE
     check_size(size)
     for T, *sides in (size, *config.sizes):  # a batch of floats
