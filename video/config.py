@@ -60,9 +60,10 @@ class ClipConfig(LatentConfig):
         return super().network_options() | dict(input_size=self.largest, rope=self.rope)
 
     def resolve(self, data):
-        for size in self.sizes:
+        config = super().resolve(data)
+        for size in config.sizes:
             data.at(size)  # or it says that it cannot
-        return super().resolve(data)
+        return config
 
     def open_data(self, device):
         """The clips. Raises `UserError`."""

@@ -150,14 +150,14 @@ def save_clips(args, clips, config, labels):
 
 def main():
     args = parse_args()
-    if args.out is None:
-        args.out = "strip.png" if args.strip else "samples.gif"
     model, config = load_for_sampling(args, (ClipConfig,))
     check_flags(config, args)
     args.count, labels = 1 if args.count is None else args.count, parse_labels(args.labels, config.class_names)
     frames = args.frames or (args.size or config.image_size)[0]
-    inputs = [args.extend, args.before, *(args.between or ()), args.loop]
-    check_out(args, config, labels, frames, not args.strip, inputs)
+    inputs, moves = [args.extend, args.before, *(args.between or ()), args.loop], frames > 1 and not args.strip
+    if args.out is None:
+        args.out = "strip.png" if args.strip else "samples.gif" if moves else "samples.png"
+    check_out(args, config, labels, frames, moves, inputs)
     if any(getattr(args, name) is not None for name in LONGER):
         clips = draw_longer(model, config, labels, args.count, args)
     else:
