@@ -403,7 +403,8 @@ def test_sprites_in_motion(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_vae(VAE(3, 3, 2, (8, 8), norm_num_groups=4), "vae")
-    code, out, err = call(train_dit, *TINY[2:], "--dataset", "sprites", "--image-size", "8x8x8", "--vae", "vae", "--steps", 2)
+    code, out, err = call(train_dit, *TINY[2:], "--dataset", "sprites", "--image-size", "8x8x8", "--vae", "vae",
+                          "--steps", 2)
     assert code == 0 and "12 clips of 8 frames" in out, err
     config = load_checkpoint("run/model.pth", (ClipConfig,))["config"]
     assert (config.latent_shape, config.patch_size, config.image_size) == ((2, 8, 4, 4), (2, 1, 1), (8, 8, 8))

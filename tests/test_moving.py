@@ -164,11 +164,11 @@ def test_clips_that_do_not_fit(monkeypatch, settings):
 
 
 def test_images_have_no_frames():
-    with pytest.raises(UserError, match="image_size is .*but must be height and width"):
+    with pytest.raises(UserError, match=r"image_size is .*but must be height and width"):
         Config(image_size="2x8x8")
     with pytest.raises(UserError, match="dataset is 'moving'"):
         Config(dataset="moving")
-    with pytest.raises(UserError, match="image_size is .*but must be frames, height and width"):
+    with pytest.raises(UserError, match=r"image_size is .*but must be frames, height and width"):
         ClipConfig(image_size=8)
 
 
@@ -176,11 +176,11 @@ def learned(monkeypatch, steps, shards=(slice(None),), **settings):
     """The batches of these steps of a run on clips that learns nothing, and their losses, by each of its shards."""
     config = ClipConfig(data_dir=str(SMALL), batch_size=6, num_classes=10, channels=1, hidden_size=8, depth=1,
                         num_heads=1, precision="fp32", **settings)
-    data, run, seen, make_batch = load_moving(config), train.start_run(config, torch.device("cpu")), [], train.make_batch
+    data, run = load_moving(config), train.start_run(config, torch.device("cpu"))
+    seen, losses, make_batch = [], [], train.make_batch
     torch.nn.init.normal_(run.model.final_layer.linear.weight)
     monkeypatch.setattr(train, "make_batch", lambda *args: (seen.append(make_batch(*args)), seen[-1])[1])
     monkeypatch.setattr(train, "descend", lambda run, losses, step: losses.detach())
-    losses = []
     for step in steps:
         for part in shards:
             monkeypatch.setattr(train_dit.parallel, "share", lambda count, part=part: part)

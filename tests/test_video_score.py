@@ -8,13 +8,14 @@ import torch
 from conftest import REPOSITORY, SMALL, assert_refused
 from PIL import Image
 
+import inference
 from config import Config
 from dataset import to_float, to_uint8
 from diffusion import from_noise
-from edit.ways import inpaint
 from measure.classifier import load_classifier
 from record.checkpoint import load_model, save_checkpoint
 from video import score
+from video.config import ClipConfig
 from video.given import complete
 from video.moving import SPEEDS, bounce, load_moving
 from video.score import FIGURES, Judge, crop, fit_bounces, fit_paths, follow, make_real, track, wasserstein
@@ -22,7 +23,7 @@ from video.score import FIGURES, Judge, crop, fit_bounces, fit_paths, follow, ma
 
 @pytest.fixture(scope="module")
 def parts():
-    return [load_moving(Config(data_dir=str(SMALL)), part) for part in (True, False)]
+    return [load_moving(ClipConfig(data_dir=str(SMALL)), part) for part in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_real_clips(figures):
 
 def test_paces(parts):
     """Of clips labelled slow and fast; asked for the other way round, none is."""
-    data = load_moving(Config(data_dir=str(SMALL), speeds=True), False)
+    data = load_moving(ClipConfig(data_dir=str(SMALL), speeds=True), False)
     judge = Judge(parts[0], data, load_classifier(), count=200)
     assert "pace" in judge.figures
     clips, labels = make_real(data, 60, 0)
@@ -61,7 +62,7 @@ def test_paces(parts):
 
 def test_the_weights_that_come_along(judge):
     """On a few clips, what README says of many."""
-    model, config = load_model(REPOSITORY / "weights" / "moving.pth")
+    model, config = load_model(REPOSITORY / "weights" / "moving.pth", kinds=(ClipConfig,))
     labels = torch.arange(16) % 10
     found = judge.score(score.draw(model, config, labels), labels)
     assert found["frames"] > 0.93 and found["constant"] > 0.6
@@ -158,8 +159,8 @@ def test_wasserstein():
     assert wasserstein(torch.zeros(9), torch.tensor([0.0, 1.0])) == pytest.approx(0.5, abs=1e-3)
 
 
-def make_checkpoint(path, **settings):
-    config = Config(**dict(dataset="moving", image_size=(6, 32, 32), channels=1, num_classes=10, patch_size=(2, 16, 16),
+def make_checkpoint(path, of=ClipConfig, **settings):
+    config = of(**dict(dataset="moving", image_size=(6, 32, 32), channels=1, num_classes=10, patch_size=(2, 16, 16),
                            hidden_size=16, depth=1, num_heads=2, sample_steps=2) | settings)
     torch.manual_seed(config.seed)
     model = config.build_model()
@@ -230,7 +231,7 @@ TABLE = {  # two models, and real clips
 
 
 def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
-    """140 clips, seven of each label, in batches of 32."""
+    """140 clips, seven of each label, in batches of 40. One of the models was trained with frames given."""
     held, real, *drawn = (torch.stack([clip(**of) for of in some]) for some in (
         HELD, REAL, DRAWN.values(), [dict(digits=k // 2, column=1 + k % 2) for k in range(20)]))
     training = torch.stack([clip(digit, level=0)[0, 0, 1:29, :28].roll(2, 1) for digit in range(10)])
@@ -251,16 +252,18 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
             return
         asked = torch.arange(140)[indices] % 20
         assert labels.tolist() == torch.tensor(ASKED)[asked].tolist()
-        assert way.func is (complete, inpaint)[which] and len(way.keywords["picture"]) % 16 == 0
+        assert way.func is complete and which == 0 and len(way.keywords["picture"]) % 16 == 0
         picture, known = way.keywords["picture"][:B], way.keywords["known"]
         assert torch.equal(to_uint8(picture), real[asked]) and known.flatten().tolist() == [True] * 3 + [False] * 5
         continued.extend(indices)
-        yield torch.where(known, picture, picture.roll((1, 4)[which], -1))  # so many pixels from where it is
+        yield torch.where(known, picture, picture.roll(1, -1))  # a pixel from where it is
 
-    for name, value in dict(make_real=make_real, sample=sample, load_classifier=lambda: read_grey,
-                            load_moving=lambda config, train: sets[not train], batch_that_fits=lambda *_: 40,
+    for name, value in dict(make_real=make_real, load_classifier=lambda: read_grey,
+                            load_moving=lambda config, train: sets[not train],
                             time=SimpleNamespace(monotonic=lambda: next(times))).items():
         monkeypatch.setattr(score, name, value)
+    monkeypatch.setattr(inference, "sample", sample)
+    monkeypatch.setattr(inference, "batch_that_fits", lambda *_: 40)
     settings = dict(image_size=(T, H, W), num_classes=20, classes=tuple(LABELS), speeds=True)
     paths = [make_checkpoint(tmp_path / f"{name}.pth", given=of, **settings) for name, of in (("a", 0.5), ("b", 0))]
     code, out, err = call(score, "--checkpoint", paths[0], "--beside", paths[1], "--count", 140, "--shown", 3, "--out",
@@ -269,8 +272,9 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
     lines = out.splitlines()
     for name, rate in (("a", "20.0"), ("b", "70.0")):
         assert f"{name}: 140 clips of 8 x 32 x 48, dpm, 2 steps, guidance 1.4, seed 0; {rate} clips/s" in lines
-    assert lines[2].split() == ["a", "b", "real"]
-    rows = {line[:56].strip(): line[56:].split() for line in lines[3:3 + len(TABLE)]}
+    assert lines[2].startswith("b continues no clips: it was trained without frames given")
+    assert lines[3].split() == ["a", "b", "real"]
+    rows = {line[:56].strip(): line[56:].split() for line in lines[4:4 + len(TABLE)]}
     assert list(rows) == list(TABLE)
     for title, expected in TABLE.items():
         if isinstance(expected[0], str):
@@ -278,12 +282,12 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
         else:
             near = 0.15 if "degrees" in title else 0.02
             assert list(map(float, rows[title])) == pytest.approx(expected, abs=near), title
-    title, *rows = lines[4 + len(TABLE):-1]
+    title, *rows = lines[5 + len(TABLE):-1]
     assert title == "3 frames given, the others drawn: pixels from the real place, median of 128 clips"
     assert {row[:18].strip(): row[18:].split() for row in rows} == {
-        "frame": ["4", "5", "6", "7", "8"], "a": ["1.00"] * 5, "b": ["4.00"] * 5,
+        "frame": ["4", "5", "6", "7", "8"], "a": ["1.00"] * 5,
         "as the last given": ["2.00", "4.00", "6.00", "8.00", "10.00"]}
-    assert continued == [*range(128)] * 2
+    assert continued == [*range(128)]
     with Image.open(tmp_path / "side.png") as picture:
         assert picture.n_frames == T
         for t in range(T):
@@ -303,7 +307,7 @@ def test_elastic_paths_of_known_direction():
 
 def test_continuations(tmp_path, parts, monkeypatch):
     """Of a model that knows everything, exact; of one that knows nothing, about as far off as can be."""
-    data = load_moving(Config(dataset="moving", image_size=(6, 32, 32)), False)
+    data = load_moving(ClipConfig(dataset="moving", image_size=(6, 32, 32)), False)
     clips, labels = make_real(data, 20, 0)
     monkeypatch.setattr(score, "draw", lambda *_: clips)
     drawn, stays = follow(None, None, clips, labels, 2)
@@ -314,7 +318,8 @@ def test_continuations(tmp_path, parts, monkeypatch):
 
 def test_models_side_by_side(call, tmp_path):
     """Two of the same weights draw the same, and one of others does not."""
-    paths = [make_checkpoint(tmp_path / f"{name}.pth", seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    paths = [make_checkpoint(tmp_path / f"{name}.pth", seed=seed, given=0.5)
+             for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     code, out, err = call(score, "--checkpoint", paths[0], "--beside", *paths[1:], "--count", 20)
     assert code == 0, err
     rows = [line[56:].split() for line in out.splitlines() if line.startswith(("distance", "second"))]
@@ -324,9 +329,10 @@ def test_models_side_by_side(call, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "flags", "words"), [
-    (dict(dataset="folder"), [], ["only clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
+    (dict(dataset="clips"), [], ["only clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
     (dict(dataset="sprites"), [], ["8x64x64"]), (dict(image_size=(2, 32, 32)), [], ["moving of 2x32x32"]),
-    (dict(dataset="folder", image_size=(32, 48), patch_size=(16, 16)), [], ["draws folder of 32x48"]),
+    (dict(of=Config, dataset="folder", image_size=(32, 48), patch_size=(16, 16)), [],
+     ["draws 'images'", "use python inference.py"]),
     ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
     ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--beside", "c.pth"], ["two models are called c"]),
     ({}, ["--out", "a.jpg"], ["a.jpg"]), ({}, ["--labels", 3], ["--labels"])])
@@ -337,7 +343,7 @@ def test_bad_flags(call, tmp_path, monkeypatch, settings, flags, words):
 
 def test_what_is_given_is_kept(tmp_path):
     """Of the known frames every pixel, in whatever batch."""
-    model, config = load_model(make_checkpoint(tmp_path / "c.pth"))
+    model, config = load_model(make_checkpoint(tmp_path / "c.pth"), kinds=(ClipConfig,))
     clips, labels = make_real(load_moving(config, False), 20, 0)
     known = (torch.arange(6) < 4)[:, None, None]
     drawn = score.draw(model, config, labels, to_float(clips), known)

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from config import Config
-from dataset import CHARACTERS, Dataset, split_characters
+from dataset import Dataset
+from latent.sprites import CHARACTERS, split_characters
 from latent.vae import VAE, save_vae
 from record.checkpoint import save_checkpoint
 from video import score, sprites
+from video.config import ClipConfig
 from video.sprites import FIGURES, PARTS, SIDE, SpriteJudge, parts_of
 
 KINDS = ["walk front", "walk left", "cast front"]
@@ -29,7 +30,7 @@ def make_clips(numbers, size):
 
 
 def load(name, data_dir, train, size, channels):
-    """In the place of `load_dataset`: such sprites of the characters of one part."""
+    """In the place of `load_images`: such sprites of the characters of one part."""
     frames = make_clips(torch.from_numpy(split_characters(train)), (32, 32))
     labels = torch.arange(len(KINDS)).repeat_interleave(8).repeat(len(frames))
     return Dataset("sprites", sprites.resize(frames.flatten(0, 2), size)[:, :channels], labels, KINDS)
@@ -38,7 +39,7 @@ def load(name, data_dir, train, size, channels):
 @pytest.fixture(scope="module")
 def judge():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sprites, "load_dataset", load)
+        patch.setattr(sprites, "load_images", load)
         yield SpriteJudge()
 
 
@@ -62,7 +63,7 @@ def test_real_clips(judge, real):
     for name in ("action", "character", "order", *PARTS):
         assert found[name] == 1, name
     assert found["motion"] == pytest.approx(1, abs=0.02) and found["distance"] < 1 and found["copies"] == 0
-    frames = sprites.resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).view(60, 8, -1).float()
+    frames = sprites.resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).view(60, 8, -1)
     numbers, kinds = judge.find(frames)
     assert torch.equal(kinds, labels) and torch.equal(judge.characters(frames, labels), numbers[:, None].expand(-1, 8))
 
@@ -135,7 +136,7 @@ def test_training_characters_are_seen(judge):
 def test_the_command(call, tmp_path, monkeypatch):
     """Of latents too, beside real clips that went through the VAE; with the data and the channels of the model."""
     asked = []
-    monkeypatch.setattr(sprites, "load_dataset", lambda name, data_dir, train, size, channels: (
+    monkeypatch.setattr(sprites, "load_images", lambda name, data_dir, train, size, channels: (
         asked.append((data_dir, channels)), load(name, data_dir, train, size, channels))[1])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -144,7 +145,7 @@ def test_the_command(call, tmp_path, monkeypatch):
                   depth=1, num_heads=2, sample_steps=2)
     latents = dict(vae="vae", latent_shape=(2, 8, 16, 16), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
     for settings in (dict(channels=1, patch_size=(2, 16, 16)), dict(channels=3, patch_size=(2, 8, 8), **latents)):
-        config = Config(**shared, **settings)
+        config = ClipConfig(**shared, **settings)
         save_checkpoint("sprites.pth", config, 5, 1.0, config.build_model().state_dict())
         seen, original = [], score.draw
         monkeypatch.setattr(score, "draw", lambda *args, seen=seen, original=original: (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from dataset import to_float, to_uint8
 from diffusion import from_noise
-from inference import FULL_BATCH, batch_that_fits, draw_batches, load_for_sampling, sampling_parser
+from inference import draw_batches, load_for_sampling, sampling_parser
 from latent.sprites import FRAMES
 from measure.classifier import load_classifier
 from measure.results import check_alike
@@ -170,14 +170,13 @@ def draw(model, config, labels, pictures=None, known=None):
     pictures: clips in [-1, 1] (N, 1, T, H, W), of which `known` (T, 1, 1), bool, is given, and the rest is drawn.
     """
     device = next(model.parameters()).device
-    size = max(FULL_BATCH, batch_that_fits(config, device) // FULL_BATCH * FULL_BATCH)
 
     def way_of(rows):
         if pictures is None:
             return from_noise
         return functools.partial(complete, known=known.to(device), picture=fill_batch(pictures[rows].to(device)))
 
-    batches = draw_batches(model, config, labels, batch_size=size, way_of=way_of, what="clips")
+    batches = draw_batches(model, config, labels, way_of=way_of, what="clips")
     return torch.cat([clips for _, clips in batches])
 
 
@@ -278,7 +277,10 @@ def main():
         title = name if len(models) > 1 else "drawn"
         columns[title] = judge.score(clips, labels)
         first.append(clips[:SHOWN])
-        if config.dataset == "moving" and config.given:
+        if config.dataset == "moving" and not config.given:
+            print(f"{name} continues no clips: it was trained without frames given (python -m video.train_dit --given "
+                  "0.3)")
+        elif config.dataset == "moving":
             errors[title], stays = follow(model, config, real[:128], asked[:128], args.shown)
     print(report(judge.figures, columns | {"real": judge.score(real, asked)}))
     if errors:

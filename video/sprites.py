@@ -5,6 +5,7 @@ import torch
 from config import Config
 from dataset import resize
 from latent.sprites import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_images, split_characters
+from measure.score import nearest
 
 SIDE = 16  # pixels: clips are compared in this size
 CHOICES = 6  # of each part
@@ -24,6 +25,11 @@ def parts_of(characters):
     """Which body, trousers, top and hair characters of these numbers have, int64 (..., 4)."""
     powers = CHOICES ** torch.arange(len(PARTS) - 1, -1, -1)
     return characters[..., None] // powers % CHOICES
+
+
+def as_pixels(values):
+    """Values (N, D) as `nearest` takes them: images of one pixel with D channels."""
+    return values[:, :, None, None]
 
 
 class SpriteJudge:
@@ -50,42 +56,35 @@ class SpriteJudge:
         return clips[index].movedim(1, 2), data.labels[::FRAMES][index]
 
     def find(self, frames):
-        """The nearest of all clips to each of `frames` (N, 8, D), floats: its character and its kind, each (N,)."""
-        gallery = self.gallery.flatten(0, 1).flatten(1)                                # (K, 8 D)
-        best, index = torch.full((len(frames),), torch.inf), torch.zeros(len(frames), dtype=torch.int64)
-        for start in range(0, len(gallery), 1000):  # as floats, all of it would take four times the memory
-            part = gallery[start:start + 1000].float()
-            least, found = (part.square().sum(1) / 2 - frames.flatten(1) @ part.T).min(1)
-            index = torch.where(least < best, start + found, index)
-            best = torch.minimum(best, least)
+        """The nearest of all clips to each of `frames`, uint8 (N, 8, D): its character and its kind, each (N,)."""
+        _, index = nearest(as_pixels(frames.flatten(1)), as_pixels(self.gallery.flatten(0, 1).flatten(1)))
         return index // self.kinds, index % self.kinds
 
     def characters(self, frames, labels):
-        """The character nearest to each of `frames` (N, 8, D), floats, among those that do as `labels` (N,) ask at that
-        time: its number (N, 8)."""
+        """The number (N, 8) of the character that is nearest to each of `frames`, uint8 (N, 8, D), among all that do
+        what the `labels` (N,) ask for at that time."""
         numbers = torch.empty(frames.shape[:2], dtype=torch.int64)
         for label in labels.unique().tolist():
+            rows = labels == label
             for t in range(FRAMES):
-                gallery = self.gallery[:, label, t].float()                            # (1296, D)
-                rows = labels == label
-                numbers[rows, t] = (gallery.square().sum(1) / 2 - frames[rows, t] @ gallery.T).argmin(1)
+                _, numbers[rows, t] = nearest(as_pixels(frames[rows, t]), as_pixels(self.gallery[:, label, t]))
         return numbers
 
     def score(self, clips, labels):
         """The `FIGURES` of clips uint8 (N, C, 8, H, W) that were asked to show `labels`, a dict of floats."""
         N = len(clips)
-        frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, FRAMES, -1).float()
+        frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, FRAMES, -1)
         character, kind = self.find(frames)
-        nearest = self.gallery[character, kind].float()                                # (N, 8, D)
         parts = parts_of(self.characters(frames, labels))                              # (N, 8, 4)
+        frames, near = frames.float(), self.gallery[character, kind].float()           # (N, 8, D)
         same = (parts == parts[:, :1]).all(1)                                          # (N, 4)
-        distances = torch.cdist(frames, nearest, compute_mode="donot_use_mm_for_euclid_dist")
-        change, real_change = (x.diff(dim=1).norm(dim=2).sum(1) for x in (frames, nearest))
+        distances = torch.cdist(frames, near, compute_mode="donot_use_mm_for_euclid_dist")
+        change, real_change = (x.diff(dim=1).norm(dim=2).sum(1) for x in (frames, near))
         in_place = distances.diagonal(dim1=1, dim2=2) <= distances.amin(2)
         return {"action": (kind == labels).float().mean().item(),
                 **{part: same[:, i].float().mean().item() for i, part in enumerate(PARTS)},
                 "character": same.all(1).float().mean().item(),
                 "order": in_place.float().mean().item(),
                 "motion": (change / real_change.clamp(min=1e-9)).median().item(),
-                "distance": (frames - nearest).square().mean((1, 2)).sqrt().median().item(),
+                "distance": (frames - near).square().mean((1, 2)).sqrt().median().item(),
                 "copies": self.training[character].float().mean().item()}
