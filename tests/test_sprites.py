@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
-from dataset import load_dataset, read_sprites, split_characters
+from latent import sprites
+from latent.sprites import load_images, read_sprites, split_characters
 
 SHEETS = {"body": 2, "bottomwear": 1, "topwear": 3, "hair": 2, "shoes": 1}  # 12 characters
 # The cells of each class, counted row by row, as the script that comes with the sheets takes them.
@@ -40,9 +40,9 @@ def made_up(tmp_path_factory):
 @pytest.fixture
 def sheets(made_up, monkeypatch):
     """The same, in the place of the real ones."""
-    monkeypatch.setattr(dataset, "SHEETS", {layer: range(count) for layer, count in SHEETS.items()})
-    monkeypatch.setattr(dataset, "CHARACTERS", 12)
-    monkeypatch.setattr(dataset, "TRAINING_CHARACTERS", 8)
+    monkeypatch.setattr(sprites, "SHEETS", {layer: range(count) for layer, count in SHEETS.items()})
+    monkeypatch.setattr(sprites, "CHARACTERS", 12)
+    monkeypatch.setattr(sprites, "TRAINING_CHARACTERS", 8)
     return made_up
 
 
@@ -64,13 +64,13 @@ def test_frames(sheets, train):
 
 
 def test_images_are_the_frames(sheets):
-    data, frames = load_dataset("sprites", sheets.parent), read_sprites(sheets.parent, True)
+    data, frames = load_images("sprites", sheets.parent), read_sprites(sheets.parent, True)
     assert data.name == "sprites" and data.classes == list(CELLS)
     assert data.images.shape == (576, 3, 64, 64) and data.images.dtype == torch.uint8 and data.images.is_contiguous()
     assert torch.equal(data.images.view(frames.shape), frames)
     labels = data.labels.view(8, 9, 8)
     assert labels.dtype == torch.int64 and all((labels[:, kind] == kind).all() for kind in range(9))
-    assert load_dataset("sprites", sheets.parent, train=False).images.shape == (288, 3, 64, 64)
+    assert load_images("sprites", sheets.parent, train=False).images.shape == (288, 3, 64, 64)
 
 
 def test_characters_to_test_are_new_choices_of_known_parts():
@@ -82,12 +82,12 @@ def test_characters_to_test_are_new_choices_of_known_parts():
 
 
 def test_other_sizes_and_greys(sheets):
-    data = load_dataset("sprites", sheets.parent, train=False)
-    small = load_dataset("sprites", sheets.parent, train=False, image_size=(32, 64))
+    data = load_images("sprites", sheets.parent, train=False)
+    small = load_images("sprites", sheets.parent, train=False, image_size=(32, 64))
     means = data.images.float().view(-1, 3, 32, 2, 64).mean(3)  # of what each pixel covers
     assert small.images.shape == (288, 3, 32, 64) and torch.equal(small.labels, data.labels)
     assert (small.images - means).abs().median() <= 0.5 < 50 < means.std()
-    grey = load_dataset("sprites", sheets.parent, train=False, channels=1)
+    grey = load_images("sprites", sheets.parent, train=False, channels=1)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     assert grey.images.shape == (288, 1, 64, 64)
     assert ((data.images * weights).sum(1, keepdim=True) - grey.images).abs().max() < 1.01
@@ -96,7 +96,7 @@ def test_other_sizes_and_greys(sheets):
 def test_memory_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sizes, "available_memory", lambda: 1.7e9)
     with pytest.raises(UserError, match=r"72,000 images of 64 x 64 pixels would take 0\.885 GB"):
-        load_dataset("sprites", tmp_path)
+        load_images("sprites", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_a_clone_of_the_repository(sheets, tmp_path):
 def test_the_real_ones_come_with_the_code(tmp_path, monkeypatch):
     """Wherever one is, the very images that all our figures are of."""
     monkeypatch.chdir(tmp_path)
-    assert load_dataset("sprites", train=False).fingerprint == "62e6a141ffc58ed5"
+    assert load_images("sprites", train=False).fingerprint == "62e6a141ffc58ed5"
 
 
 def test_sheets_that_are_missing_or_damaged(sheets, tmp_path):
@@ -127,4 +127,4 @@ def test_sheets_that_are_missing_or_damaged(sheets, tmp_path):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is not a folder"):
-        load_dataset("sprites", tmp_path / "file")
+        load_images("sprites", tmp_path / "file")
