@@ -121,7 +121,7 @@ def fill_fake(folder, model, config, labels, todo, batch_size):
 
 
 @parallel.one_for_all()
-def main(of=Config):
+def main(of=Config, load=load_dataset):
     parser = sampling_parser("Fills a folder with real and a folder with generated images, to score them with "
                              "fid_computer.py. A second call with a larger --count goes on where the first one ended.",
                              of)
@@ -145,8 +145,8 @@ def main(of=Config):
     if config.channels not in (1, 3):
         raise UserError(f"{args.checkpoint} draws {config.channels} channels, which are no picture")
     with parallel.rank_0_first():
-        data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
-                            ground=config.ground)
+        data = load(config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
+                    ground=config.ground)
     check_classes(config, data)
     weights = class_weights(data.labels, config.num_classes, args.equal)
     unequal = weights.min() < weights.max()

@@ -87,7 +87,7 @@ def draw_batches(model, config, labels, indices=None, batch_size=None, way_of=la
     """
     device, indices = next(model.parameters()).device, indices or range(len(labels))
     with tqdm(total=len(labels), desc="drawing", unit=f" {what}", leave=False, disable=hidden) as bar:
-        for rows in torch.arange(len(labels)).split(batch_size or batch_that_fits(config, device)):
+        for rows in filter(len, torch.arange(len(labels)).split(batch_size or batch_that_fits(config, device))):
             x = generate(model, config, labels[rows].to(device), [indices[row] for row in rows], way_of(rows))
             yield rows, config.to_images(x).cpu()
             bar.update(len(rows))
@@ -159,14 +159,14 @@ def strips(views):
     return grid(views.transpose(0, 1).flatten(0, 1), columns=len(views))
 
 
-def draw(labels=None, count=1, checkpoint=None, device=None, **settings):
+def draw(labels=None, count=1, checkpoint=None, device=None, of=Config, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0).
 
     labels: as `parse_labels` takes them. count: how many of each. settings: as the flags of these names (sampler,
-    sample_steps, guidance, eta, seed, precision). Raises `UserError`.
+    sample_steps, guidance, eta, seed, precision). of: the class of the checkpoint's settings. Raises `UserError`.
     """
-    check_names(settings, [*Config.SAMPLING, "labels", "count", "checkpoint", "device"])
-    model, config = load_for_sampling(argparse.Namespace(checkpoint=checkpoint, device=device, **settings))
+    check_names(settings, [*of.SAMPLING, "labels", "count", "checkpoint", "device"])
+    model, config = load_for_sampling(argparse.Namespace(checkpoint=checkpoint, device=device, **settings), (of,))
     labels = parse_labels(labels, config.class_names)
     return label_grid(draw_states(model, config, labels, count)[-1], config, labels)
 

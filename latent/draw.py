@@ -5,8 +5,17 @@
 
 from support.commands import run
 
-from inference import main
+import functools
+
+import inference
 from latent.config import LatentConfig
 
+draw = functools.partial(inference.draw, of=LatentConfig)  # for a notebook
+
+
+def main():
+    inference.main(LatentConfig)
+
+
 if __name__ == "__main__":
-    run(lambda: main(LatentConfig), memory="--count", alone=True)
+    run(main, memory="--count", alone=True)

@@ -16,7 +16,7 @@ The two codes are the same network. What differs, and where it is bridged:
                     GELU by tanh                   config.gelu = "tanh"
     the process     noise and v, 2C channels       config.variance = "learned": official.LearnedVarianceDDPM, which
                     learned variance, its loss     draws and learns with it
-    SiT's process   velocity, t = 1 is the image   config.process = "sit": diffusion.SiT; the unused outputs are dropped
+    SiT's process   velocity, t = 1 is the image   config.process = "sit": official.SiT; the unused outputs are dropped
     drawing         250 steps, the last is t = 0   config.spacing = "linspace"
                     guidance on 3 of 4 channels    config.guided_channels = 3
                     x_0 is not clamped             config.clamp = False
@@ -95,8 +95,8 @@ def read_official(path):
 
 
 def read_sizes(weights):
-    """The fields of `LatentConfig` that the shapes of `weights`, by their official names, tell: a dict. Raises `UserError`
-    when they are not those of a DiT."""
+    """The fields of `LatentConfig` that the shapes of `weights`, by their official names, tell: a dict. Raises
+    `UserError` when they are not those of a DiT."""
     try:
         D, C, p, _ = weights["x_embedder.proj.weight"].shape
         side = math.isqrt(weights["pos_embed"].shape[1])
@@ -130,7 +130,8 @@ def class_names(count):
 
 
 def latents_of(vae, shape):
-    """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: as DiT's code has it."""
+    """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: as DiT's code
+    has it."""
     if vae is None:
         factor, channels, found = VAE_FACTOR, VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
     else:
@@ -150,9 +151,9 @@ def make_config(weights, flags, num_heads=None, vae=None):
     if flags.get("num_classes") == sizes["num_classes"] + 1:
         raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
     return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
-                  num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
-                  sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
-                  guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
+                        num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
+                        sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
+                        guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
 
 
 def convert(weights, config):
@@ -230,8 +231,8 @@ def main():
     if sit:
         print("it is a SiT: the network predicts the velocity on the way from noise to image")
     vae = args.vae or "sd-vae-ft-ema"
-    print(f"draw with: python -m latent.draw --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} --labels "
-          + ("207 360" if config.classes else "0"))
+    print(f"draw with: python -m latent.draw --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} "
+          f"--labels {'207 360' if config.classes else '0'}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def read_sprites(data_dir, train, image_size=(), channels=0):
     belong to two classes: under some tops, a cast and a slash begin alike.
     Raises `UserError` when the sheets cannot be had, are damaged or do not fit into memory.
     """
+    if channels not in (0, 1, 3):
+        raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the sprites are)")
     order = split_characters(train)
     kinds, T, size = len(ACTIONS) * len(DIRECTIONS), FRAMES, image_size or (CELL, CELL)
     demand_memory(len(order) * kinds * T, channels or 3, size)

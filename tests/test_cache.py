@@ -19,15 +19,12 @@ from conftest import HANGS, REPOSITORY, SMALL_DATA, TINY, assert_refused, same, 
 from PIL import Image
 from test_parallel import assert_alike, finish, torchrun
 
-import inference
-import train
-from config import Config
 from dataset import Dataset, load_dataset, to_float
-from latent import cache
+from latent import cache, draw, train_dit
 from latent.cache import Latents, open_data
+from latent.config import IMAGES, LatentConfig
 from latent.vae import VAE, load_vae, save_vae
 from record.checkpoint import load_checkpoint
-from video.config import ANY
 
 SMALL = dict(latent_channels=2, block_out_channels=(4, 8), norm_num_groups=2, mid_block_add_attention=False)
 
@@ -156,7 +153,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dataset import Dataset, load_dataset
-from latent import cache
+from latent import cache, draw, train_dit
 from latent.vae import load_vae
 original = Dataset.read
 def read(data, rows):
@@ -188,19 +185,20 @@ def test_a_folder_is_read_block_by_block(tmp_path, monkeypatch):
         Image.fromarray(array).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
     save_vae(make_vae(), tmp_path / "vae")
     monkeypatch.setattr(cache, "BLOCK", 8)
-    config = Config(dataset="folder", data_dir=str(tmp_path / "data"), vae=str(tmp_path / "vae"))
+    config = LatentConfig(dataset="folder", data_dir=str(tmp_path / "data"), vae=str(tmp_path / "vae"),
+                          latents=str(tmp_path / "latents"))
     data = load_dataset("folder", tmp_path / "data")
     monkeypatch.setattr(Folder, "read_all", None)
     most, original = [], Folder.read
     monkeypatch.setattr(Folder, "read", lambda self, rows: most.append(rows.stop - rows.start) or original(self, rows))
-    latents = open_data(config, torch.device("cpu"), tmp_path / "latents").load()
+    latents = open_data(config, torch.device("cpu")).load()
     assert max(most) == 8 and len(latents.rows) == 20 and torch.equal(latents.labels, data.labels)
     vae = load_vae(tmp_path / "vae")
     assert torch.equal(latents.rows[:, 0], vae.moments(to_float(data.images)).half())
     # Another file of the same name, size and place is another image
     file = tmp_path / "data" / "a" / "0.png"
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
-    assert open_data(config, torch.device("cpu"), tmp_path / "latents").load().fingerprint == latents.fingerprint
+    assert open_data(config, torch.device("cpu")).load().fingerprint == latents.fingerprint
     assert len(list((tmp_path / "latents").iterdir())) == 2  # looked at again, and found to be the same
 
 
@@ -310,10 +308,10 @@ def test_other_labels_go_on_with_no_run(call, flags, tmp_path, monkeypatch):
     fingerprints = []
     for labels in (data.labels, data.labels.roll(1)):
         changed = dataclasses.replace(data, labels=labels)
-        monkeypatch.setattr(cache, "load_dataset", lambda *_, changed=changed, **__: changed)
-        latents = open_data(Config(**SMALL_DATA, vae=str(flags[-3])), torch.device("cpu"), flags[-1]).load()
+        monkeypatch.setattr(cache, "load_images", lambda *_, changed=changed, **__: changed)
+        latents = LatentConfig(**SMALL_DATA, vae=str(flags[-3]), latents=str(flags[-1])).open_data("cpu").load()
         fingerprints.append(latents.fingerprint)
-        result = call(train, *flags, "--steps", 2 * len(fingerprints), "--run-dir", run,
+        result = call(train_dit, *flags, "--steps", 2 * len(fingerprints), "--run-dir", run,
                       *(["--resume"] if len(fingerprints) == 2 else []))
         assert len(fingerprints) == 2 or result[0] == 0
     assert fingerprints[0] != fingerprints[1]
@@ -356,13 +354,13 @@ def test_latents_that_are_not_finite(tmp_path):
 def test_images_that_do_not_fit(call, tmp_path):
     save_vae(make_vae(3), tmp_path / "vae")
     flags = [*TINY, "--vae", tmp_path / "vae", "--run-dir", tmp_path / "run", "--latents", tmp_path / "latents"]
-    assert_refused(call(train, *flags, "--channels", 1), "reads images of 3 channels", "--channels 3")
-    assert_refused(call(train, *flags, "--image-size", "7x9"), "2 x 2 pixels", "7 x 9", "--image-size 8x8")
-    assert_refused(call(train, *flags, "--image-size", 12), "latents of 6", "--patch-size", "--image-size to 16")
-    assert_refused(call(train, *flags, "--image-size", "2x4"), "latents of 1x2", "--image-size to 8")
+    assert_refused(call(train_dit, *flags, "--channels", 1), "reads images of 3 channels", "--channels 3")
+    assert_refused(call(train_dit, *flags, "--image-size", "7x9"), "2 x 2 pixels", "7 x 9", "--image-size 8x8")
+    assert_refused(call(train_dit, *flags, "--image-size", 12), "latent_shape 6", "--patch-size", "--image-size to 16")
+    assert_refused(call(train_dit, *flags, "--image-size", "2x4"), "latent_shape 1x2", "--image-size to 8")
     (tmp_path / "empty").mkdir()
-    assert_refused(call(train, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
-    assert_refused(call(train, *flags, "--flips"), "--flips", "mirror")
+    assert_refused(call(train_dit, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
+    assert_refused(call(train_dit, *flags, "--flips"), "--flips", "mirror")
     assert not (tmp_path / "latents").exists()  # it is known before the work
 
 
@@ -378,16 +376,16 @@ def flags(tmp_path_factory):
 
 def test_a_resumed_run_is_the_same_run(call, flags, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    code, out, _ = call(train, *flags, "--steps", 7, "--run-dir", whole)
+    code, out, _ = call(train_dit, *flags, "--steps", 7, "--run-dir", whole)
     assert code == 0 and "2 x 4 x 4 of" in out and "round trip" in out and "16 tokens" in out
-    train_until(call, [*flags, "--steps", 7, "--run-dir", parts], 3)
+    train_until(call, [*flags, "--steps", 7, "--run-dir", parts], 3, train_dit)
     # The VAE has moved, and its statistics have been measured anew
     vae = load_vae(flags[-3])
     vae.normalize_by((3.0,), (4.0,))
     save_vae(vae, tmp_path / "moved")
     resumed = [*flags, "--vae", tmp_path / "moved", "--steps", 7, "--run-dir", parts, "--resume"]
-    assert call(train, *resumed)[0] == 0
-    a, b = load_checkpoint(whole / "model.pth", ANY), load_checkpoint(parts / "model.pth", ANY)
+    assert call(train_dit, *resumed)[0] == 0
+    a, b = load_checkpoint(whole / "model.pth", IMAGES), load_checkpoint(parts / "model.pth", IMAGES)
     for part in ("model", "ema", "optimizers", "window", "step", "data"):
         assert same(a[part], b[part]), part
     assert a["config"].vae == str(flags[-3]) and b["config"].vae == str(tmp_path / "moved")
@@ -397,9 +395,9 @@ def test_a_resumed_run_is_the_same_run(call, flags, tmp_path):
 
 def test_draws_without_a_flag(call, flags, tmp_path):
     run = tmp_path / "run"
-    assert call(train, *flags, "--steps", 2, "--run-dir", run)[0] == 0
+    assert call(train_dit, *flags, "--steps", 2, "--run-dir", run)[0] == 0
     out = tmp_path / "out.png"
-    code, _, err = call(inference, "--checkpoint", run, "--out", out, "--count", 1)
+    code, _, err = call(draw, "--checkpoint", run, "--out", out, "--count", 1)
     assert code == 0, err
     with Image.open(out) as image:
         assert image.width > 10 * 8
@@ -407,20 +405,20 @@ def test_draws_without_a_flag(call, flags, tmp_path):
 
 def test_another_vae_goes_on_with_no_run(call, flags, tmp_path):
     run, pixels = tmp_path / "run", tmp_path / "pixels"
-    assert call(train, *flags, "--steps", 2, "--run-dir", run)[0] == 0
+    assert call(train_dit, *flags, "--steps", 2, "--run-dir", run)[0] == 0
     save_vae(make_vae(1, seed=5), tmp_path / "other")
     again = [*flags, "--vae", tmp_path / "other", "--steps", 4, "--resume", "--run-dir"]
-    assert_refused(call(train, *again, run), "another VAE")
-    assert call(train, *TINY, "--steps", 2, "--run-dir", pixels)[0] == 0
-    assert_refused(call(train, *again, pixels), "cannot be resumed with other settings", "vae")
+    assert_refused(call(train_dit, *again, run), "another VAE")
+    assert call(train_dit, *TINY, "--steps", 2, "--run-dir", pixels)[0] == 0
+    assert_refused(call(train_dit, *again, pixels), "the run learns pixels", "leave --vae out")
 
 
 def test_processes_share_the_encoding_and_the_steps(command, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     steady = [*flags, "--batch-size", 9, "--lr-decay", "constant", "--precision", "fp32", "--steps", 4]
-    process = command("train.py", *steady, "--run-dir", one, "--latents", tmp_path / "a")
+    process = command("latent.train_dit", *steady, "--run-dir", one, "--latents", tmp_path / "a")
     assert process.returncode == 0, process.stderr
-    finish(torchrun(2, "train.py", *steady, "--run-dir", two, "--latents", tmp_path / "b"))
+    finish(torchrun(2, "latent.train_dit", *steady, "--run-dir", two, "--latents", tmp_path / "b"))
     assert_alike(one, two)
     files = [only_folder(tmp_path / name) / "latents.npy" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -24,22 +24,22 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 
 import generator
-import inference
 import train
 from config import Config
 from dataset import to_uint8
-from demo import export
+from demo import export, share
 from diffusion import ddim, ddpm, dpm
 from dit import sincos_positions
+from edit import draw as edit_draw
 from inference import generate, noise_source, parse_labels
-from latent import import_dit
+from latent import draw, import_dit
+from latent import generator as latent_generator
+from latent.config import IMAGES, LatentConfig
 from latent.import_dit import class_names, make_config
 from latent.official import SiT
 from latent.vae import VAE, load_vae, save_vae
 from measure.score import draw_fakes
-from record import checkpoint
 from record.checkpoint import load_checkpoint, load_model, save_checkpoint
-from video.config import ANY
 
 D, DEPTH, HEADS, CLASSES = 48, 2, 3, 1000
 
@@ -116,7 +116,7 @@ def bring(call, tmp_path):
         torch.save(content, tmp_path / "official.pt")
         code, out, err = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS, *flags)
         assert code == 0, err
-        assert "draw with: python inference.py --checkpoint" in out and "64 x 64" in out
+        assert "draw with: python -m latent.draw --checkpoint" in out and "64 x 64" in out
         return tmp_path / "xl.pth"
 
     return bring
@@ -132,7 +132,7 @@ def vae(tmp_path):
 
 @torch.no_grad()
 def test_output_equals_diffusers_put_right(weights, bring):
-    model, _ = load_model(bring(weights), precision="fp32")
+    model, _ = load_model(bring(weights), precision="fp32", kinds=IMAGES)
     x, t = torch.randn(6, 4, 8, 8), torch.tensor([0, 1, 17, 500, 998, 999])
     y = torch.tensor([0, 207, 360, 998, 999, 1000])
     expected, exact = (diffusers_twin(weights, name)(x, timestep=t, class_labels=y).sample
@@ -186,15 +186,15 @@ def test_the_settings_are_those_of_the_official_sampler():
     for other in (dict(variance="fixed"), dict(spacing="trailing"), dict(guided_channels=0), dict(guidance=3.0),
                   dict(sample_steps=249)):
         network = Plausible() if "variance" not in other else FirstAnswer()
-        assert (generate(network, Config(**vars(config) | other), y) - expected).abs().max() > 0.01, other
+        assert (generate(network, LatentConfig(**vars(config) | other), y) - expected).abs().max() > 0.01, other
     with pytest.raises(UserError, match="--no-clamp"):
-        Config(**vars(config) | dict(clamp=True))
+        LatentConfig(**vars(config) | dict(clamp=True))
 
 
 def test_draws_as_the_official_sampler_does(weights, bring, vae, call, tmp_path):
     """The command's picture against diffusers' network, scheduler and VAE."""
     path = bring(weights)
-    code, out, err = call(inference, "--checkpoint", path, "--vae", vae, "--labels", "golden retriever", 360, "--count",
+    code, out, err = call(draw, "--checkpoint", path, "--vae", vae, "--labels", "golden retriever", 360, "--count",
                           1, "--precision", "fp32", "--seed", 3, "--device", "cpu", "--out", tmp_path / "a.png")
     assert code == 0, err
     assert "2 images, ddpm with 250 steps, guidance 4, seed 3" in out
@@ -248,9 +248,9 @@ def test_a_sit_draws_as_its_sampler_does(kind, weights, bring):
                    if name.startswith("final_layer.linear") else weight for name, weight in theirs.items()}
         content = dict(model=content, args=argparse.Namespace(prediction="velocity"))
     path = bring(content)
-    model, config = load_model(path, precision="fp32")
+    model, config = load_model(path, precision="fp32", kinds=IMAGES)
     assert (config.process, config.sampler, config.sample_steps, config.eta) == ("sit", "ddim", 250, 0)
-    assert config.output_channels == 4 and not config.clamp
+    assert model.final_layer.linear.out_features == 4 * 4 and not config.clamp
     y = torch.tensor([207, 360])
     noise = noise_source(0, range(2), (4, 8, 8), "cpu")()
     expected = sit_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y)
@@ -264,7 +264,7 @@ def test_a_sit_says_what_it_is(weights, call, tmp_path):
         torch.save(content, tmp_path / "official.pt")
         code, out, _ = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
         assert code == 0 and ("it is a SiT" in out) == said
-        assert load_checkpoint(tmp_path / "xl.pth", ANY)["config"].process == ("sit" if said else "ddpm")
+        assert load_checkpoint(tmp_path / "xl.pth", IMAGES)["config"].process == ("sit" if said else "ddpm")
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -305,11 +305,11 @@ def test_the_process_of_a_sit():
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_the_names(prefix, weights, bring):
     """What DistributedDataParallel and torch.compile put before them."""
-    plain = load_checkpoint(bring(weights), ANY)["ema"]
+    plain = load_checkpoint(bring(weights), IMAGES)["ema"]
     for content in (weights, dict(model=weights), dict(ema=weights, model={})):
         renamed = {name: {prefix + key: value for key, value in part.items()} for name, part in content.items()
                    } if "pos_embed" not in content else {prefix + key: value for key, value in content.items()}
-        brought = load_checkpoint(bring(renamed), ANY)["ema"]
+        brought = load_checkpoint(bring(renamed), IMAGES)["ema"]
         assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
 
 
@@ -318,8 +318,8 @@ def test_flags_that_are_no_plain_values(weights, call, bring, tmp_path):
     flags = argparse.Namespace(path=Path("data"), pure=PureWindowsPath("C:/x"), lr=np.float64(1e-4), steps=np.int64(3),
                                device=torch.device("cpu"), dtype=torch.float32, at=datetime.datetime(2026, 1, 2),
                                more=types.SimpleNamespace(a={1, 2}), num_classes=1000)
-    plain = load_checkpoint(bring(weights), ANY)["ema"]
-    brought = load_checkpoint(bring(dict(ema=weights, args=flags)))["ema"]
+    plain = load_checkpoint(bring(weights), IMAGES)["ema"]
+    brought = load_checkpoint(bring(dict(ema=weights, args=flags)), IMAGES)["ema"]
     assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
     assert vars(import_dit.read_official(tmp_path / "official.pt")[1]["more"]) == {"a": {1, 2}}
     # As Python 3.13 writes it, and as Windows does
@@ -359,23 +359,23 @@ def test_a_checkpoint_of_its_train_py(weights, bring):
     """Its average is taken, its flags are no obstacle, and its optimizer stays behind."""
     flags = argparse.Namespace(model="DiT-S/2", num_classes=1000, image_size=64, data_path="x", vae="ema")
     other = {name: weight + 1 for name, weight in weights.items()}
-    plain = load_checkpoint(bring(weights), ANY)["ema"]
+    plain = load_checkpoint(bring(weights), IMAGES)["ema"]
     for content in (dict(model=other, ema=weights, opt={"state": {0: {"exp_avg": torch.zeros(9)}}}, args=flags),
                     dict(model=weights, args=flags)):
         path = bring(content)
-        brought = load_checkpoint(path, ANY)
+        brought = load_checkpoint(path, IMAGES)
         assert all(torch.equal(weight, plain[name]) for name, weight in brought["ema"].items())
         assert set(brought) == {"config", "step", "seconds", "ema"}
         assert os.path.getsize(path) < sum(weight.nbytes for weight in weights.values()) + 40_000
 
 
 def test_old_files_and_half_precision(weights, tmp_path, call, bring):
-    plain = load_checkpoint(bring(weights), ANY)["ema"]
+    plain = load_checkpoint(bring(weights), IMAGES)["ema"]
     torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert call(import_dit, tmp_path / "old.pt", tmp_path / "old.pth", "--num-heads", HEADS)[0] == 0
-    brought = load_checkpoint(tmp_path / "old.pth", ANY)["ema"]
+    brought = load_checkpoint(tmp_path / "old.pth", IMAGES)["ema"]
     assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
-    half = load_checkpoint(bring({name: weight.half() for name, weight in weights.items()}))["ema"]
+    half = load_checkpoint(bring({name: weight.half() for name, weight in weights.items()}), IMAGES)["ema"]
     assert all(torch.equal(weight, plain[name].half()) for name, weight in half.items())
 
 
@@ -388,7 +388,7 @@ def test_the_released_weights_by_their_shapes(side, size, count):
     config = make_config(weights, {})
     assert (config.image_size, config.channels, config.latent_shape) == ((size, size), 3, (4, size // 8, size // 8))
     assert (config.hidden_size, config.depth, config.num_heads, config.mlp_ratio) == (1152, 28, 16, 4)
-    assert (config.patch_size, config.num_classes, config.output_channels) == ((2, 2), 1000, 8)
+    assert (config.patch_size, config.num_classes, config.network_options()["out_channels"]) == ((2, 2), 1000, 8)
     assert (config.process, config.T, config.beta_start, config.beta_end) == ("ddpm", 1000, 1e-4, 0.02)
     assert (config.sampler, config.sample_steps, config.guidance) == ("ddpm", 250, 4)
     assert (config.variance, config.spacing, config.guided_channels, config.clamp) == ("learned", "linspace", 3, False)
@@ -401,7 +401,8 @@ def test_the_released_weights_by_their_shapes(side, size, count):
 def test_the_heads_of_the_other_sizes(width, depth, heads):
     shapes = official_shapes(width=width, depth=depth, classes=7, out=1)
     config = make_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
-    assert (config.num_heads, config.classes, config.variance, config.output_channels) == (heads, (), "fixed", 4)
+    assert (config.num_heads, config.classes, config.variance) == (heads, (), "fixed")
+    assert "out_channels" not in config.network_options()
 
 
 def test_the_names_of_imagenet():
@@ -486,7 +487,7 @@ def test_as_a_user_calls_it(command, weights, tmp_path):
     assert process.stdout.splitlines() == [
         f"{tmp_path / 'xl.pth'}: {count:,} parameters, 2 blocks of width 48; "
         "images of 64 x 64, 1,000 classes",
-        f"draw with: python inference.py --checkpoint {tmp_path / 'xl.pth'} --vae sd-vae-ft-ema --labels 207 360"]
+        f"draw with: python -m latent.draw --checkpoint {tmp_path / 'xl.pth'} --vae sd-vae-ft-ema --labels 207 360"]
 
 
 def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
@@ -495,24 +496,24 @@ def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
     statistics = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 3.0, 4.0, 5.0], scaling_factor=1.0)
     (vae / "config.json").write_text(json.dumps(config | statistics))
     path = bring(weights, "--vae", vae)
-    made = load_checkpoint(path, ANY)["config"]
+    made = load_checkpoint(path, IMAGES)["config"]
     assert (made.vae, made.vae_hash) == (str(vae), load_vae(vae).fingerprint)
     assert (made.latent_mean, made.latent_std) == ((1, 2, 3, 4), (2, 3, 4, 5))
     flags = ["--checkpoint", path, "--labels", 1, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png"]
-    assert call(inference, *flags)[0] == 0
+    assert call(draw, *flags)[0] == 0
     before = (tmp_path / "a.png").read_bytes()
     # What the folder says of statistics is not what the model has learned with
     (vae / "config.json").write_text(json.dumps(config | statistics | dict(scaling_factor=9.0)))
-    assert call(inference, *flags)[0] == 0 and (tmp_path / "a.png").read_bytes() == before
+    assert call(draw, *flags)[0] == 0 and (tmp_path / "a.png").read_bytes() == before
 
     (tmp_path / "a.png").unlink()
     other = VAE(**load_vae(vae).settings)
     save_vae(other, tmp_path / "other")
-    assert_refused(call(inference, *flags, "--vae", tmp_path / "other"), "is another VAE", made.vae_hash)
+    assert_refused(call(draw, *flags, "--vae", tmp_path / "other"), "is another VAE", made.vae_hash)
     shutil.move(vae, tmp_path / "moved")
-    assert_refused(call(inference, *flags), f"there is no folder {str(vae)!r}")
+    assert_refused(call(draw, *flags), f"there is no folder {str(vae)!r}")
     assert not (tmp_path / "a.png").exists()
-    assert call(inference, *flags, "--vae", tmp_path / "moved")[0] == 0
+    assert call(draw, *flags, "--vae", tmp_path / "moved")[0] == 0
     assert (tmp_path / "a.png").read_bytes() == before
 
 
@@ -523,22 +524,26 @@ def test_a_vae_that_does_not_fit(weights, bring, vae, call, tmp_path):
     for name, settings in (("shallow", small | dict(block_out_channels=(4, 8))), ("grey", small | dict(out_channels=1)),
                            ("thin", small | dict(latent_channels=3))):
         save_vae(VAE(**settings), tmp_path / name)
-        assert_refused(call(inference, *flags, "--vae", tmp_path / name), tmp_path / name, "(4, 8, 8)", "(3, 64, 64)")
-    assert_refused(call(inference, *flags, "--vae", ""), "draws latents", "--vae FOLDER")
+        assert_refused(call(draw, *flags, "--vae", tmp_path / name), tmp_path / name, "(4, 8, 8)", "(3, 64, 64)")
+    assert_refused(call(draw, *flags, "--vae", ""), "draws latents", "--vae FOLDER")
     (tmp_path / "empty").mkdir()
-    assert_refused(call(inference, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
-    flags[1] = REPOSITORY / "weights" / "mnist.pth"
-    assert_refused(call(inference, *flags, "--vae", vae), "mnist.pth draws images without a VAE: leave --vae out")
+    assert_refused(call(draw, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
+    pixels = LatentConfig(image_size=8, channels=1, patch_size=4, num_classes=2, hidden_size=4, num_heads=1, depth=1)
+    save_checkpoint(tmp_path / "pixels.pth", pixels, 0, 0.0, pixels.build_model().state_dict())
+    for path, words in ((tmp_path / "pixels.pth", "pixels.pth draws images without a VAE: leave --vae out"),
+                        (REPOSITORY / "weights" / "mnist.pth", "mnist.pth draws 'images': use python inference.py")):
+        flags[1] = path
+        assert_refused(call(draw, *flags, "--vae", vae), words)
     assert not (tmp_path / "a.png").exists()
 
 
 def test_shared_weights_find_the_vae_beside_them(weights, bring, vae, call, tmp_path, monkeypatch):
     path = bring(weights, "--vae", vae)
-    assert call(checkpoint, path, tmp_path / "shared.pth", "--sample-steps", 2)[0] == 0
-    assert load_checkpoint(tmp_path / "shared.pth", ANY)["config"].vae == "vae"
+    assert call(share, path, tmp_path / "shared.pth", "--sample-steps", 2)[0] == 0
+    assert load_checkpoint(tmp_path / "shared.pth", IMAGES)["config"].vae == "vae"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert call(inference, "--checkpoint", "../shared.pth", "--labels", 0, "--count", 1)[0] == 0
+    assert call(draw, "--checkpoint", "../shared.pth", "--labels", 0, "--count", 1)[0] == 0
 
 
 def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path, monkeypatch):
@@ -547,12 +552,12 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path, monkeypatch
     path = bring(weights, "--vae", vae)
     flags = ["--checkpoint", path, "--labels", 0, 1, "--count", 1, "--sample-steps", 2, "--device", "cpu"]
     for extra, name in (([], "a.png"), (["--strip"], "b.png"), (["--gif"], "c.gif")):
-        assert call(inference, *flags, *extra, "--out", tmp_path / name)[0] == 0
+        assert call(draw, *flags, *extra, "--out", tmp_path / name)[0] == 0
     grid, strip = (np.array(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
     with Image.open(tmp_path / "c.gif") as animation:
         assert animation.n_frames == 3 and animation.size == (2 + 2 * 66, 14 + 2 + 66)
-    model, config = load_model(path, device="cpu")
-    config = Config(**vars(config) | dict(sample_steps=2))
+    model, config = load_model(path, device="cpu", kinds=IMAGES)
+    config = LatentConfig(**vars(config) | dict(sample_steps=2))
     latents = generate(model, config, torch.arange(2))
     assert latents.shape == (2, 4, 8, 8) and latents.abs().max() > 1  # not clamped
     images = to_uint8(load_vae(vae).decode(latents))
@@ -560,13 +565,13 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path, monkeypatch
         expected = images[i].permute(1, 2, 0).numpy()
         assert np.array_equal(grid[-66:-2, 2 + 66 * i:66 + 66 * i], expected)
         assert np.array_equal(strip[2 + 66 * i:66 + 66 * i, -66:-2], expected)
-    picture = inference.draw([0, 1], checkpoint=path, device="cpu", sample_steps=2, vae=str(vae))
+    picture = draw.draw([0, 1], checkpoint=path, device="cpu", sample_steps=2, vae=str(vae))
     assert np.array_equal(np.asarray(picture), grid)
     labels = torch.arange(2)
     fakes = draw_fakes(model, config, labels)
     assert torch.equal(fakes, images) and labels.tolist() == [0, 1]
     # The grid that training draws; it is of ten classes in six rows
-    train.draw_samples(train.Run(config, model, model, model, [], None), tmp_path / "d.png", "cpu", lambda: False)
+    train.show(train.Run(config, model, model, model, [], None), tmp_path / "d.png", lambda: False)
     with Image.open(tmp_path / "d.png") as sample_grid:
         assert sample_grid.size == (2 + 10 * 66, 2 + 6 * 66)
         assert np.array_equal(np.array(sample_grid)[2:66, 68:132], images[1].permute(1, 2, 0).numpy())
@@ -576,7 +581,7 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path, monkeypatch
     fill = ["--checkpoint", path, "--count", 2, "--sample-steps", 2, "--data-dir", tmp_path / "data", "--real",
             tmp_path / "real", "--fake", tmp_path / "fake", "--device", "cpu"]
     monkeypatch.setattr(generator, "check_classes", lambda *_: None)  # which would ask for a thousand folders
-    code, _, err = call(generator, *fill, "--equal")
+    code, _, err = call(latent_generator, *fill, "--equal")
     assert code == 0, err
     for i, file in enumerate(sorted((tmp_path / "fake").glob("*.png"))):
         assert np.array_equal(np.array(Image.open(file)), images[i].permute(1, 2, 0).numpy())
@@ -587,9 +592,9 @@ def test_all_that_draws_decodes(weights, bring, vae, call, tmp_path, monkeypatch
     with torch.no_grad():
         other.decoder.conv_out.bias += 0.1
     save_vae(other, tmp_path / "other")
-    assert_refused(call(generator, *fill, "--equal", "--vae", tmp_path / "other"), "another vae")
+    assert_refused(call(latent_generator, *fill, "--equal", "--vae", tmp_path / "other"), "another vae")
     shutil.move(vae, tmp_path / "moved")
-    assert call(generator, *fill, "--equal", "--vae", tmp_path / "moved")[0] == 0
+    assert call(latent_generator, *fill, "--equal", "--vae", tmp_path / "moved")[0] == 0
 
 
 def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
@@ -604,17 +609,21 @@ def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
              "--device", "cpu"]
     for change in (["--edit", tmp_path / "in.png"], ["--inpaint", tmp_path / "in.png", "--mask", tmp_path / "mask.png"],
                    ["--morph", "0:1"]):
-        code, _, err = call(inference, *flags[:2], *flags[4 if "--morph" in change else 2:], *change)
+        code, _, err = call(edit_draw, *flags[:2], *flags[4 if "--morph" in change else 2:], *change)
         assert code == 0, err
         with Image.open(tmp_path / "a.png") as picture:
             assert picture.height in (68, 82)
-    config = load_checkpoint(path, ANY)["config"]
-    picture, known = inference.read_picture(tmp_path / "in.png", config, tmp_path / "mask.png")
-    latents, kept = inference.from_images(picture, config, known)
+    model, config = load_model(path, device="cpu", kinds=IMAGES)
+    picture, known = edit_draw.read_picture(tmp_path / "in.png", config, tmp_path / "mask.png")
+    assert known.shape == (1, 1, 64, 64)
+    latents = config.from_images(picture)
     assert torch.equal(latents, load_vae(vae).encode(picture)[0]) and latents.shape == (1, 4, 8, 8)
+    args = argparse.Namespace(labels=[0], edit=None, morph=None, inpaint=tmp_path / "in.png",
+                              mask=tmp_path / "mask.png")
+    kept = edit_draw.prepare(model, config, args, 1)[2]["way"].keywords["known"]
     assert kept[0, 0].all(dim=1).tolist() == kept[0, 0].any(dim=1).tolist() == [True] * 4 + [False] * 4
-    assert inference.from_images(picture, Config()) is picture
+    assert Config().from_images(picture) is picture
 
 
 def test_the_page_refuses_what_it_cannot_draw(weights, bring, call, tmp_path):
-    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "latent_shape (4, 8, 8)")
+    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "draws 'latents'")

@@ -17,9 +17,10 @@ FLAGS = [*TINY, "--batch-size", "9", "--lr-decay", "constant", "--precision", "f
 
 
 def torchrun(processes, script, *args):
-    """The started command; every process has one thread."""
+    """The started command, a script or a module; every process has one thread."""
+    script = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                             str(processes), str(REPOSITORY / script), *map(str, args)], text=True, cwd=REPOSITORY,
+                             str(processes), *script, *map(str, args)], text=True, cwd=REPOSITORY,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
 

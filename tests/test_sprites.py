@@ -126,5 +126,5 @@ def test_sheets_that_are_missing_or_damaged(sheets, tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is not a folder"):
+    with pytest.raises(UserError, match="file does not hold the sprites"):
         load_images("sprites", tmp_path / "file")
