@@ -2,18 +2,17 @@
 
 from support.commands import UserError, first_line
 from support.folders import Folder, Images, find_classes, training_part
+from support.image_files import recolour, resize
 from support.sizes import as_size, demand_memory
+from support.torchvision_data import TORCHVISION, read_torchvision
 
 import contextlib
 import dataclasses
 import gzip
 import hashlib
-import io
 import itertools
 import math
 import struct
-import sys
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -23,15 +22,12 @@ import torch
 HERE = Path(__file__).parent  # has MNIST
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 BRING_BACK = "bring it back, or leave --data-dir out to use what comes with the code"
-TORCHVISION = {  # data sets that torchvision reads and downloads, and what shows that a folder holds one
-    "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw", "EMNIST": "EMNIST/raw",
-    "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "SVHN": "train_32x32.mat"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Images):
     """Training asks data for `shape`, `labels`, `classes`, `settings`, `load`, and then for `summary`, `fingerprint`,
-    `to` and `x_0`, and for nothing else: latents (latent/cache.py) have these too."""
+    `to` and `x_0`, and for nothing else."""
 
     name: str
     images: torch.Tensor  # uint8 (N, C, H, W), 0..255
@@ -147,56 +143,7 @@ def read_idx(path, dims):
     return torch.tensor(np.frombuffer(data, np.uint8, offset=header)).view(sizes)
 
 
-def read_torchvision(name, root, train):
-    """A data set of `TORCHVISION` as images uint8 (N, C, H, W), labels (N,) and names of classes, from torchvision's
-    files in `root`. When they are not there, they are downloaded: unless all of them come, nothing stays."""
-    from torchvision import datasets  # here: it takes a second that no other path needs
 
-    options = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
-    options |= {"split": "balanced"} if name == "EMNIST" else {}
-    trouble = "is damaged in"
-    try:
-        try:
-            data = getattr(datasets, name)(root, **options)
-        except RuntimeError as error:
-            if "not found" not in str(error):
-                raise
-            print(f"downloading {name} into {root} ...", file=sys.stderr)
-            trouble = "cannot be downloaded into"
-            above = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-            with tempfile.TemporaryDirectory(dir=above) as whole, contextlib.redirect_stdout(io.StringIO()):
-                data = getattr(datasets, name)(whole, download=True, **options)
-                for path in filter(Path.is_file, sorted(Path(whole).rglob("*"))):
-                    target = root / path.relative_to(whole)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(target)
-    except Exception as error:  # torchvision raises nearly anything when files are damaged, or do not come
-        raise UserError(f"{name} {trouble} {root} ({first_line(error):.150})") from None
-    images = torch.as_tensor(data.data)
-    if name == "EMNIST":
-        images = images.mT  # its files hold rows as columns
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2) if "CIFAR" in name else images
-    labels = torch.as_tensor(data.labels if name == "SVHN" else data.targets)
-    return images.contiguous(), labels, list(getattr(data, "classes", "0123456789"))
-
-
-def recolour(images, channels):
-    """Images uint8 (N, C, H, W) with 1 channel, which weighs colours as Pillow does, or 3."""
-    if images.shape[1] > channels:
-        weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
-        return ((images.int() * weights).sum(1, keepdim=True) + 2**15 >> 16).byte()
-    return images.expand(-1, channels, -1, -1)
-
-
-def resize(images, size):
-    """Images uint8 (N, C, H, W) in another size, (height, width)."""
-    if images.shape[2:] == tuple(size):
-        return images
-    return torch.nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True,
-                                           align_corners=False).round().byte()
-
-
-BOUND = 1.0  # to_float's images lie in [-BOUND, BOUND]
 
 
 def to_float(images):

@@ -15,14 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from dit_block import DiTBlock, modulate
 from time_emb import TimeEmbedding
 
-# The sizes and patches of an input are tuples with a number for each of its axes: (H, W) of an image, (T, H, W) of a
-# clip. Its grid is how many patches there are along each. An image is also a clip of one frame.
-
-
-def fill_patches(x, patch):
-    """x (B, C, *size), its last values along each axis repeated until patches divide it."""
-    gaps = [-s % p for s, p in zip(x.shape[2:], patch, strict=True)]
-    return nn.functional.pad(x, [n for gap in reversed(gaps) for n in (0, gap)], "replicate") if any(gaps) else x
+# Sizes and patches are tuples with a number for each axis of the input: (H, W) of an image. The grid is how many
+# patches lie along each axis. Nothing here needs the axes to be two.
 
 
 def patchify(x, patch):
@@ -67,32 +61,19 @@ def sincos_positions(grid, hidden_size):
     return nn.functional.pad(positions, (0, hidden_size - positions.shape[1]))[None].float()
 
 
-def rotations(grid, head_size, base=100.0):
-    """By what rotary positions turn the queries and keys of a grid's patches (`dit_block.rotate`): cosines and sines of
-    (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
-    base is small, as for images (2403.13298), since there are few patches along an axis."""
-    half, axes = head_size // 2, len(grid)
-    shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
-    places = torch.meshgrid(*map(count_to, grid), indexing="ij")                                     # each (*grid)
-    angles = torch.cat([place[..., None] * base ** -(count_to(n) / max(1, n))
-                        for place, n in zip(places, shares, strict=True)], dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).float()
-
-
 class PatchEmbedding(nn.Module):
-    """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D), for any size of at
-    most `grid` patches."""
+    """Each patch of the input as a token that knows its place. forward: (B, C, *size) -> (B, N, D); positions (N, D):
+    others than those of the whole grid."""
 
     def __init__(self, grid, patch, channels, hidden_size):
         super().__init__()
-        self.grid, self.patch = grid, patch
+        self.patch = patch
         self.linear = nn.Linear(math.prod(patch) * channels, hidden_size)
         self.register_buffer("positions", sincos_positions(grid, hidden_size), persistent=False)
 
-    def forward(self, x):
-        grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
-        positions = self.positions.view(*self.grid, -1)[tuple(map(slice, grid))].flatten(0, -2)     # (N, D)
-        return self.linear(patchify(x, self.patch).to(self.linear.weight.dtype)) + positions
+    def forward(self, x, positions=None):
+        tokens = self.linear(patchify(x, self.patch).to(self.linear.weight.dtype))
+        return tokens + (self.positions if positions is None else positions)
 
 
 class FinalLayer(nn.Module):
@@ -117,19 +98,18 @@ class DiT(nn.Module):
 
     forward: x (B, C, *size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
     label (no label) -> like x. A plain number as t or y holds for all of the batch. Raises TypeError when x holds
-    integers, and ValueError when it is larger than `input_size`. Any smaller size will do: a shorter clip, one frame.
+    integers, and ValueError when its size is not `input_size`.
 
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
-    out_channels: of the prediction; None: as many as x has.
-    time_spacing: see `time_emb.sinusoids`. rope: rotary positions in attention, beside those of the patch embedding.
-    gelu: of the blocks' MLP: "none", exact, or "tanh", approximate (torch.nn.GELU).
+    out_channels: of the prediction; None: as many as x has. time_spacing: see `time_emb.sinusoids`.
+    block: makes a block of hidden_size, num_heads and mlp_ratio.
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, input_size=(28, 28), patch_size=(7, 7), channels=1, num_classes=10, hidden_size=128, depth=4,
                  num_heads=4, mlp_ratio=4.0, time_spacing="dit", recompute=False, out_channels=None,
-                 rope=False, gelu="none"):
+                 block=DiTBlock):
         super().__init__()
         size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (input_size, patch_size))
         if not size or len(size) != len(patch) or any(s % p for s, p in zip(size, patch, strict=False)):
@@ -137,14 +117,13 @@ class DiT(nn.Module):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4 and of num_heads {num_heads}")
         self.null_label, self.recompute = num_classes, recompute
-        self.patch, self.grid = patch, [s // p for s, p in zip(size, patch, strict=True)]
+        self.input_size, self.patch = size, patch
+        self.grid = [s // p for s, p in zip(size, patch, strict=True)]
         self.patch_embedding = PatchEmbedding(self.grid, patch, channels, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size, spacing=time_spacing)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size, _weight=torch.empty(
             num_classes + 1, hidden_size) if on_meta() else None)
-        self.register_buffer("rotations", rotations(self.grid, hidden_size // num_heads) if rope else None,
-                             persistent=False)                         # (2, *grid, D/2h)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, math.prod(patch) * (out_channels or channels))
         if not on_meta():
             self.initialize()
@@ -162,29 +141,18 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y):
-        dtype = x.dtype
+        dtype, size = x.dtype, tuple(x.shape[2:])
         if not dtype.is_floating_point:
             raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
+        if size != self.input_size:
+            raise ValueError(f"an input of {size} is not of the input_size {self.input_size}")
         t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
-        size, x = x.shape[2:], fill_patches(x, self.patch)             # (B, C, *whole patches)
-        grid = self.grid_of(x)
-        x = self.patch_embedding(x)                                    # (B, N, D)
-        c = self.time_embedding(t) + self.label_embedding(y)           # (B, D)
-        rotation = None
-        if self.rotations is not None:
-            rotation = self.rotations[(slice(None), *map(slice, grid))].flatten(1, -2)  # (2, N, D/2h)
+        x = self.patch_embedding(x)                                # (B, N, D)
+        c = self.time_embedding(t) + self.label_embedding(y)       # (B, D)
         for block in self.blocks:
-            x = self.run_block(block, x, c, rotation)                  # (B, N, D)
-        x = self.final_layer(x, c)                                     # (B, N, prod(patch) * C)
-        x = unpatchify(x, self.patch, grid).to(dtype)                  # (B, C, *whole patches)
-        return x[(..., *map(slice, size))]                             # (B, C, *size)
-
-    def grid_of(self, x):
-        """How many patches x (B, C, *size) has along each axis. Raises ValueError when these are more than trained."""
-        grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
-        if any(n > most for n, most in zip(grid, self.grid, strict=True)):
-            raise ValueError(f"an input of {tuple(x.shape[2:])} is larger than input_size")
-        return grid
+            x = self.run_block(block, x, c)                        # (B, N, D)
+        x = self.final_layer(x, c)                                 # (B, N, prod(patch) * C)
+        return unpatchify(x, self.patch, self.grid).to(dtype)      # (B, C, *size)
 
     def run_block(self, block, *inputs):
         if self.recompute and torch.is_grad_enabled():

@@ -20,15 +20,6 @@ def add_gated(x, gate, update):
     return torch.addcmul(x, gate[:, None], update)
 
 
-def rotate(x, rotation):
-    """Queries or keys x (B, h, N, D/h) with each pair of channels (i, i + D/2h) turned by an angle that their token's
-    place says (RoFormer, 2104.09864, equation 34): the product of the two then knows how far apart these tokens are.
-    rotation: cosines and sines of the angles, (2, N, D/2h)."""
-    cos, sin = rotation
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 def attend(q, k, v):
     """Scaled dot-product attention (1706.03762, equation 1) of q, k, v, each (B, h, N, D/h) -> (B, h, N, D/h)."""
     if q.is_cpu and q.dtype == torch.bfloat16:  # which torch's own attention computes in fp32 there, or slowly
@@ -38,8 +29,7 @@ def attend(q, k, v):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (1706.03762) over the tokens of an image. forward: (B, N, D) -> (B, N, D), with queries
-    and keys turned by `rotation` (see `rotate`) where there is one."""
+    """Multi-head self-attention (1706.03762) over the tokens of an image. forward: (B, N, D) -> (B, N, D)"""
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
@@ -47,12 +37,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x, rotation=None):
+    def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, h, N, D/h)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
         x = attend(q, k, v)                                                   # (B, h, N, D/h)
         return self.out(x.transpose(1, 2).reshape(B, N, D))                   # (B, N, D)
 
@@ -61,21 +49,21 @@ class DiTBlock(nn.Module):
     """Attention and MLP, each between a LayerNorm with a shift and a scale, and a gate: all computed from the
     conditioning c (DiT, 2212.09748, figure 3). The gates start at zero: an untrained block is the identity.
 
-    forward: x (B, N, D), c (B, D), and perhaps a rotation for `Attention` -> (B, N, D)
+    forward: x (B, N, D), c (B, D), and whatever else its attention takes -> (B, N, D)
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, gelu="none"):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, attention=Attention):
         super().__init__()
         mlp_size = int(hidden_size * mlp_ratio)
         self.norm_1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(hidden_size, num_heads)
+        self.attention = attention(hidden_size, num_heads)
         self.norm_2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(gelu), nn.Linear(mlp_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, c, rotation=None):
+    def forward(self, x, c, *context):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).chunk(6, dim=1)       # each (B, D)
-        x = add_gated(x, gate_1, self.attention(modulate(self.norm_1(x), shift_1, scale_1), rotation))  # (B, N, D)
+        x = add_gated(x, gate_1, self.attention(modulate(self.norm_1(x), shift_1, scale_1), *context))  # (B, N, D)
         x = add_gated(x, gate_2, self.mlp(modulate(self.norm_2(x), shift_2, scale_2)))                # (B, N, D)
         return x
 

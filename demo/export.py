@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from config import Config
-from dataset import BOUND
 from diffusion import SAMPLERS, from_noise
 from dit import DiT
 from edit.ways import edit, inpaint
@@ -57,7 +56,7 @@ def reference(content):
     noise = torch.randn(NOISES, 1, config.channels, *config.image_size, generator=torch.Generator().manual_seed(0))
 
     def denoise(x, t):
-        return process.denoise(model, x, t, label, config.guidance, BOUND)
+        return process.denoise(model, x, t, label, config.guidance)
 
     def draw(way, sampler, count, *arguments):
         *_, image = way(process, SAMPLERS[sampler], denoise, functools.partial(next, iter(noise)), count, *arguments)

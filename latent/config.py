@@ -80,7 +80,13 @@ class LatentConfig(Config):
 
     def network_options(self):
         learned = {"out_channels": 2 * self.input_shape[0]} if self.variance == "learned" else {}
-        return super().network_options() | learned | {"gelu": self.gelu}
+        return super().network_options() | learned
+
+    def build_model(self):
+        model = super().build_model()
+        for block in model.blocks:
+            block.mlp[1].approximate = self.gelu
+        return model
 
     def build_process(self, device="cpu"):
         if self.process == "flow":

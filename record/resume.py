@@ -8,7 +8,7 @@ import dataclasses
 from record.checkpoint import load_checkpoint
 from record.log import LOG
 
-AUTOMATIC = ("dataset", "precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
+AUTOMATIC = ("precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 

@@ -320,3 +320,19 @@ def fit(image, size, resample=Image.Resampling.BICUBIC):
 def to_tensor(image):
     """A PIL image, grey or RGB, as uint8 (C, H, W)."""
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def recolour(images, channels):
+    """Images uint8 (N, C, H, W) with 1 channel, which weighs colours as Pillow does, or 3."""
+    if images.shape[1] > channels:
+        weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
+        return ((images.int() * weights).sum(1, keepdim=True) + 2**15 >> 16).byte()
+    return images.expand(-1, channels, -1, -1)
+
+
+def resize(images, size):
+    """Images uint8 (N, C, H, W) in another size, (height, width)."""
+    if images.shape[2:] == tuple(size):
+        return images
+    return torch.nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True,
+                                           align_corners=False).round().byte()

@@ -15,7 +15,6 @@ from conftest import HANGS, REPOSITORY, assert_refused
 import dit
 import dit_block
 from config import Config
-from dataset import BOUND
 from demo import export
 from diffusion import SAMPLERS, from_noise
 from edit.ways import edit, inpaint
@@ -319,7 +318,7 @@ class Controls:
         model.label_embedding, model.null_label = torch.nn.Embedding.from_pretrained(rows), 1
 
         def denoise(x, t):
-            return self.process.denoise(model, x, t, torch.tensor([0]), guidance, BOUND)
+            return self.process.denoise(model, x, t, torch.tensor([0]), guidance)
 
         return torch.stack([*way(self.process, SAMPLERS[sampler], denoise, functools.partial(next, iter(noise)), steps,
                                  *arguments)])
@@ -335,7 +334,7 @@ class Controls:
             found.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1))
 
         hooks = [block.attention.qkv.register_forward_hook(keep) for block in self.model.blocks]
-        guess = self.process.denoise(self.model, x, t, torch.tensor([label]), guidance, BOUND)
+        guess = self.process.denoise(self.model, x, t, torch.tensor([label]), guidance)
         for hook in hooks:
             hook.remove()
         return guess, found

@@ -13,7 +13,6 @@ from PIL import Image
 import measure.score
 import train
 from config import Config
-from dit import build_model
 from measure import scaling
 from measure.classifier import train_classifier
 from measure.results import save_figure

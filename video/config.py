@@ -7,6 +7,7 @@ import dataclasses
 
 from config import Config, flag
 from latent.config import LatentConfig
+from video.dit import ClipDiT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,10 @@ class ClipConfig(LatentConfig):
         return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
 
     def network_options(self):
-        return super().network_options() | dict(input_size=self.largest, rope=self.rope)
+        return super().network_options() | dict(input_size=self.largest)
+
+    def build_model(self):
+        return ClipDiT(**self.network_options(), rope=self.rope)
 
     def resolve(self, data):
         config = super().resolve(data)

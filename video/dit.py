@@ -1,0 +1,83 @@
+"""The `DiT` of clips: rotary positions, and any size up to the largest that it has learned."""
+
+import functools
+
+import torch
+from torch import nn
+
+from dit import DiT, count_to, unpatchify
+from dit_block import Attention, DiTBlock, attend
+
+# A grid has a number of patches for each axis: time, height and width.
+
+
+def fill_patches(x, patch):
+    """x (B, C, *size), its last values along each axis repeated until patches divide it."""
+    gaps = [-s % p for s, p in zip(x.shape[2:], patch, strict=True)]
+    return nn.functional.pad(x, [n for gap in reversed(gaps) for n in (0, gap)], "replicate") if any(gaps) else x
+
+
+def rotations(grid, head_size, base=100.0):
+    """By what rotary positions turn the queries and keys of a grid's patches (`rotate`): cosines and sines of
+    (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
+    base is small, as for images (2403.13298), since there are few patches along an axis."""
+    half, axes = head_size // 2, len(grid)
+    shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
+    places = torch.meshgrid(*map(count_to, grid), indexing="ij")                                     # each (*grid)
+    angles = torch.cat([place[..., None] * base ** -(count_to(n) / max(1, n))
+                        for place, n in zip(places, shares, strict=True)], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x, rotation):
+    """Queries or keys x (B, h, N, D/h) with each pair of channels (i, i + D/2h) turned by an angle that their token's
+    place says (RoFormer, 2104.09864, equation 34): the product of the two then knows how far apart these tokens are.
+    rotation: cosines and sines of the angles, (2, N, D/2h)."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class RotaryAttention(Attention):
+    """`Attention` whose queries and keys are turned by their places. forward: x (B, N, D), rotation (2, N, D/2h), see
+    `rotate` -> (B, N, D)"""
+
+    def forward(self, x, rotation):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, h, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, h, N, D/h)
+        x = attend(rotate(q, rotation), rotate(k, rotation), v)               # (B, h, N, D/h)
+        return self.out(x.transpose(1, 2).reshape(B, N, D))                   # (B, N, D)
+
+
+class ClipDiT(DiT):
+    """A `DiT` of clips. forward: as `DiT`, for an x (B, C, T, H, W) of any size up to `input_size`: a shorter clip, one
+    frame. Raises ValueError when it is larger.
+
+    rope: rotary positions (2104.09864) in attention, beside those of the patch embedding.
+    """
+
+    def __init__(self, *args, rope=False, **options):
+        super().__init__(*args, **options, block=functools.partial(
+            DiTBlock, attention=RotaryAttention if rope else Attention))
+        head_size = self.label_embedding.embedding_dim // self.blocks[0].attention.num_heads
+        self.register_buffer("rotations", rotations(self.grid, head_size) if rope else None,
+                             persistent=False)                                      # (2, *grid, D/2h)
+
+    def forward(self, x, t, y):
+        dtype, size, x = x.dtype, x.shape[2:], fill_patches(x, self.patch)          # (B, C, *whole patches)
+        if not dtype.is_floating_point:
+            raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
+        grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
+        if any(n > most for n, most in zip(grid, self.grid, strict=True)):
+            raise ValueError(f"an input of {tuple(size)} is larger than the input_size {self.input_size}")
+        t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
+        corner = tuple(map(slice, grid))
+        positions = self.patch_embedding.positions.view(*self.grid, -1)[corner].flatten(0, -2)  # (N, D)
+        x = self.patch_embedding(x, positions)                                      # (B, N, D)
+        c = self.time_embedding(t) + self.label_embedding(y)                        # (B, D)
+        context = [] if self.rotations is None else [self.rotations[(slice(None), *corner)].flatten(1, -2)]
+        for block in self.blocks:
+            x = self.run_block(block, x, c, *context)                               # (B, N, D)
+        x = self.final_layer(x, c)                                                  # (B, N, prod(patch) * C)
+        return unpatchify(x, self.patch, grid).to(dtype)[(..., *map(slice, size))]  # (B, C, *size)
