@@ -197,7 +197,8 @@ def forward_flops(config):
     """The floating-point operations of a forward pass of one image. As torch counts, a multiplication and the addition
     to it are two; the paper's Gflops count them as one."""
     with torch.device("meta"):  # on a CPU torch does not count its own attention
-        network, x, zero = config.build_model(), torch.empty(1, *config.input_shape), torch.zeros(1, dtype=torch.long)
+        network, zero = config.build_model().to("meta"), torch.zeros(1, dtype=torch.long)
+        x = torch.empty(1, *config.input_shape)
     return flops(lambda: network(x, zero, zero))
 
 

@@ -1,3 +1,5 @@
+from support.flops import flops
+
 import copy
 import itertools
 import math
@@ -8,9 +10,10 @@ from diffusers import DiTTransformer2DModel
 
 import dit
 from config import PRESETS, Config
-from dit import DiT, flops, patchify, rotations, sincos_positions, unpatchify
-from dit_block import Attention, DiTBlock, rotate
+from dit import DiT, patchify, sincos_positions, unpatchify
+from dit_block import Attention, DiTBlock
 from time_emb import TimeEmbedding
+from video.dit import ClipDiT
 
 
 def randomize(model):
@@ -257,76 +260,11 @@ def test_images_that_are_not_square_and_clips(size, patch):
             DiT((28, 20), wrong)
 
 
-def test_smaller_inputs_have_the_positions_of_their_corner():
-    """A clip of fewer frames, a narrower one: the weights and the places are those of the largest."""
-    model = randomize(DiT((4, 8, 12), (2, 4, 4), channels=2, hidden_size=48, depth=2, num_heads=2))
-    for size in ((2, 8, 12), (4, 4, 8), (2, 4, 4)):
-        small, x = randomize(DiT(size, (2, 4, 4), 2, hidden_size=48, depth=2, num_heads=2)), torch.randn(3, 2, *size)
-        small.load_state_dict(model.state_dict())
-        assert torch.equal(model(x, 5, 1), small(x, 5, 1))
-
-
-def test_an_image_is_a_clip_of_one_frame():
-    """Where a patch is deeper than the clip, the last frame fills it up."""
-    model = randomize(DiT((4, 8, 8), (2, 4, 4), hidden_size=48, depth=2, num_heads=2))
-    image = torch.randn(3, 1, 1, 8, 8)
-    assert torch.equal(model(image, 5, 1), model(image.expand(-1, -1, 2, -1, -1), 5, 1)[:, :, :1])
-    x = torch.randn(3, 1, 3, 7, 8)
-    whole = torch.cat([x, x[:, :, :, -1:]], dim=3)
-    whole = torch.cat([whole, whole[:, :, -1:]], dim=2)
-    assert torch.equal(model(x, 5, 1), model(whole, 5, 1)[:, :, :3, :7])
-    x.requires_grad_()
-    model(x, 5, 1).sum().backward()
-    assert x.grad.abs().min() > 0
-
-
-def test_larger_inputs_are_refused():
-    model = DiT((4, 8, 8), (2, 4, 4), hidden_size=32, num_heads=2)
-    for size in ((6, 8, 8), (5, 8, 8), (4, 8, 12)):
-        with pytest.raises(ValueError, match="larger than input_size"):
+def test_other_sizes_are_refused():
+    model = DiT((8, 12), (2, 4), hidden_size=32, num_heads=2)
+    for size in ((8, 16), (6, 12), (12, 8)):
+        with pytest.raises(ValueError, match="is not of the input_size"):
             model(torch.zeros(1, 1, *size), 5, 1)
-
-
-def test_rotary_positions_turn_each_pair():
-    """As multiplication by exp(i angle) does; pairs of (i, i + half), the axes' shares one after the other."""
-    turns = rotations((3, 4, 5), 16)
-    assert turns.shape == (2, 3, 4, 5, 8)
-    angles = torch.tensor([2 * 100**-(i / 4) for i in range(4)] + [3 * 100**-(i / 2) for i in range(2)]
-                          + [4 * 100**-(i / 2) for i in range(2)])  # of the last patch
-    x = torch.randn(2, 3, 60, 16)
-    expected = torch.complex(x[:, :, -1, :8], x[:, :, -1, 8:]) * torch.exp(1j * angles)
-    torch.testing.assert_close(rotate(x, turns.flatten(1, -2))[:, :, -1],
-                               torch.cat([expected.real, expected.imag], dim=-1))
-
-
-@pytest.mark.parametrize("grid", [(4, 6), (3, 4, 5)])
-def test_rotary_attention_sees_distances_alone(grid):
-    """A query and a key have the same product wherever they are, if they are as far apart."""
-    q, k = torch.randn(2, 1, 1, 1, 16)
-    turned_q, turned_k = (rotate(x.expand(1, 1, math.prod(grid), 16), rotations(grid, 16).flatten(1, -2))
-                          .view(*grid, 16) for x in (q, k))
-    step = (0,) * (len(grid) - 1)
-    first = turned_q[(*step, 0)] @ turned_k[(*step, 2)]
-    for place in itertools.product(*map(range, grid[:-1])):
-        torch.testing.assert_close(turned_q[(*place, 1)] @ turned_k[(*place, 3)], first)
-    assert (turned_q[(*step, 0)] @ turned_k[(*step, 3)] - first).abs() > 1e-3
-
-
-def test_rope_gives_the_network_places():
-    """Without positions in its embedding a network cannot tell an image from one with its patches swapped; with rotary
-    ones it can. They are no weights, and of a smaller clip those of the corner."""
-    x = torch.randn(1, 1, 2, 8, 8)
-    swapped = x.flip(2)
-    for rope in (False, True):
-        model = randomize(DiT((2, 8, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2, rope=rope))
-        model.patch_embedding.positions.zero_()
-        assert torch.allclose(model(swapped, 5, 1), model(x, 5, 1).flip(2), atol=1e-5) != rope
-    plain = DiT((2, 8, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    small = DiT((1, 4, 8), (1, 4, 4), hidden_size=32, depth=2, num_heads=2, rope=True)
-    small.load_state_dict(model.state_dict())
-    small.patch_embedding.positions.zero_()
-    assert torch.equal(model(x[:, :, :1, :4], 5, 1), small(x[:, :, :1, :4], 5, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,7 +278,7 @@ def test_flops_are_those_of_the_matrix_products(dtype, device):
     block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D + 6 * D * D  # qkv, out, the MLP; attention; the modulation
     forward = 2 * B * (N * P * D + 256 * D + D * D + 2 * block + 2 * D * D + N * D * P)
     with torch.device(device):
-        network, x, t = config.build_model().to(dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
+        network, x, t = config.build_model().to(device, dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
     assert flops(lambda: network(x, t, t)) == forward
     assert flops(lambda: network(x, t, t).sum().backward()) == 3 * forward - 2 * B * (N * P * D + 256 * D)
 
@@ -350,12 +288,13 @@ def test_its_command_prints_them_of_the_default_network(call):
     assert code == 0 and "1,283,889 parameters, 0.0270 Gflops for an image" in out
 
 
-def test_on_meta_nothing_is_computed():
-    """And the names, shapes and types of all weights and positions are there."""
-    for options in ({}, dict(input_size=(4, 8, 12), patch_size=(2, 4, 3), rope=True)):
+def test_on_meta_no_weight_is_computed():
+    """Names, shapes and types are there, and the positions, which no file holds, with their values."""
+    for network, options in ((DiT, {}), (ClipDiT, dict(input_size=(4, 8, 12), patch_size=(2, 4, 3), rope=True))):
         with torch.device("meta"):
-            shapes = DiT(**options)
-        real = DiT(**options)
-        for what in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
-            assert [(name, a.shape, a.dtype, a.device.type) for name, a in what(shapes)] == [
-                (name, a.shape, a.dtype, "meta") for name, a in what(real)]
+            shapes = network(**options)
+        real = network(**options)
+        assert [(name, a.shape, a.dtype, a.device.type) for name, a in shapes.named_parameters()] == [
+            (name, a.shape, a.dtype, "meta") for name, a in real.named_parameters()]
+        assert {name for name, _ in shapes.named_buffers()} == {name for name, _ in real.named_buffers()}
+        assert all(torch.equal(a, dict(real.named_buffers())[name]) for name, a in shapes.named_buffers())
