@@ -65,9 +65,7 @@ class Config:
     # Diffusion
     T: int = flag(1000, "diffusion steps of the forward process", 2, 100_000)
     process: str = flag("flow", "ddpm: linear betas, the network predicts the noise (2006.11239); flow: a straight "
-                        "path, the network predicts the image (2209.03003, 2511.13720); sit: that path as SiT's code "
-                        "has it, the network predicts the velocity (2401.08740)",
-                        choices=("ddpm", "flow", "sit"))
+                        "path, the network predicts the image (2209.03003, 2511.13720)", choices=("ddpm", "flow"))
     beta_start: float = flag(1e-4, "first beta of ddpm", 1e-8, 0.5)
     beta_end: float = flag(0.02, "last beta of ddpm", 1e-8, 0.999)
     shift: float = flag(2.2, "time shift of flow: above 1, more of the T steps have much noise (2403.03206)", 0.01, 100)
@@ -216,11 +214,16 @@ class Config:
         return x
 
 
-def check_eta(config, given):
-    """Raises `UserError` when the user has given an eta, in the dict `given`, that this `Config` has no use for."""
-    if given.get("eta") and config.sampler != "ddim":
-        raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {config.sampler}: "
-                        "add --sampler ddim, or leave --eta out")
+def check_given(config, given):
+    """Raises `UserError` when the user has given a setting, in the dict `given`, that a model of this `Config` has no
+    use for."""
+    for name in given:
+        if name not in config.__dataclass_fields__:
+            raise UserError(f"--{name.replace('_', '-')} says nothing to a model of {config.kind}: leave it out")
+    sampler = given.get("sampler", config.sampler)
+    if given.get("eta") and sampler != "ddim":
+        raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {sampler}: add --sampler ddim, "
+                        "or leave --eta out")
 
 
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
@@ -277,7 +280,6 @@ def add_flags(parser, of=Config, names=None):
             each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                                 help=f"{rule['help']}{each} (default: {default})")
-
 
 
 def given_flags(args, of=Config):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, add_flags, check_eta, check_names, given_flags
+from config import Config, add_flags, check_given, check_names, given_flags
 from diffusion import from_noise
 from record.checkpoint import checkpoint_file, load_model
 
@@ -120,14 +120,14 @@ def find_checkpoint(path=None):
 
 def load_for_sampling(args, kinds=(Config,)):
     """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for, of one of the
-    classes of settings `kinds`; sets `args.checkpoint` to the file."""
+    classes of settings `kinds`, the last of which knows most; sets `args.checkpoint` to the file."""
     args.checkpoint = find_checkpoint(args.checkpoint)
     device, precision = pick_device(args.device), getattr(args, "precision", "auto")
     model, config = load_model(args.checkpoint, device, precision, kinds)
-    settings = {"seed": 0, "precision": precision, **given_flags(args, config)}
-    config = dataclasses.replace(config, **settings).ready(args.checkpoint, device)
-    check_eta(config, settings)
-    return model, config
+    given = given_flags(args, kinds[-1])
+    check_given(config, given)
+    config = dataclasses.replace(config, **{"seed": 0, "precision": precision, **given})
+    return model, config.ready(args.checkpoint, device)
 
 
 def check_count(count, labels):

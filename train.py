@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, Config, add_flags, check_eta, check_names, given_flags
+from config import PRESETS, Config, add_flags, check_given, check_names, given_flags
 from diffusion import Process
 from inference import sample, say_default
 from record.checkpoint import save_checkpoint
@@ -218,7 +218,7 @@ def configure(settings, path, resume, of=Config):
         config, saved = load_to_resume(path, settings, of)
     else:
         config, saved = of(**{"compile": settings.get("steps", of.steps) >= COMPILE_FROM} | settings), None
-    check_eta(config, settings)
+    check_given(config, settings)
     return config, saved
 
 

@@ -10,7 +10,7 @@ import os
 import shlex
 from pathlib import Path
 
-from config import Config, add_flags, check_eta, check_names, given_flags
+from config import Config, add_flags, check_given, given_flags
 from latent.config import LatentConfig
 from record.checkpoint import check_out, checkpoint_file, load_checkpoint, save_checkpoint
 from video.config import ANY, ClipConfig
@@ -37,9 +37,9 @@ def main():
         places = (Path(config.vae), Path(args.checkpoint).parent / config.vae)
         folder = next((place.resolve() for place in places if place.is_dir()), None)
         changes |= {"vae": folder.name if folder else config.vae, "latents": LatentConfig.latents}
-    check_names(given_flags(args, ClipConfig), config.SAMPLING)
-    config = dataclasses.replace(config, **changes, **given_flags(args, ClipConfig))
-    check_eta(config, given_flags(args, ClipConfig))
+    given = given_flags(args, ClipConfig)
+    check_given(config, given)
+    config = dataclasses.replace(config, **changes, **given)
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
     if wide:

@@ -95,8 +95,9 @@ def load_checkpoint(path, kinds):
     kind = content.get("kind")
     of = next((of for of in kinds if of.kind == kind), None)
     if of is None:
-        raise UserError(f"{path} draws {kind!r:.20}" + (
-            f": use python {DRAWN_BY[kind]} for it" if isinstance(kind, str) and kind in DRAWN_BY else ""))
+        known = isinstance(kind, str) and kind in DRAWN_BY
+        raise UserError(f"{path} is a model of {kind}: draw with it by python {DRAWN_BY[kind]}" if known else
+                        f"{path} is a damaged checkpoint: its kind is {kind!r:.20}")
     names = ["config", "step", "seconds", "ema"]
     if any(name in content for name in TO_RESUME):
         names += TO_RESUME

@@ -122,42 +122,6 @@ def share_gradients(network):
     return DDP(network, **{sync: False})  # the positions, its one buffer, never change
 
 
-def shard_network(network, device, dtype):
-    """Splits the weights of a `DiT` among the processes, in place, block by block (FSDP2); computes in `dtype`."""
-    from torch.distributed.device_mesh import init_device_mesh  # here, since few need it
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (WORLD,))
-    for part in (*network.blocks, network):
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-
-
-def own_shards(weights):
-    """This process's shards of sharded weights; other weights as they are."""
-    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
-
-
-def unshard(value):
-    """`value`, dicts and lists of tensors, with every sharded tensor made whole. Every process must call it."""
-    if hasattr(value, "full_tensor"):
-        return value.full_tensor()
-    if isinstance(value, dict):
-        return {name: unshard(part) for name, part in value.items()}
-    return [unshard(part) for part in value] if isinstance(value, list) else value
-
-
-def shard_state(state, weights):
-    """The state of an optimizer that `unshard` put together, sharded as the `weights` that it belongs to."""
-    from torch.distributed.tensor import distribute_tensor  # here, since few need it
-
-    def shard(value, weight):
-        if value.shape != weight.shape:
-            return value
-        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-
-    return {i: {name: shard(value, weights[i]) for name, value in values.items()} for i, values in state.items()}
-
-
 def gather(array):
     """The arrays (N, ...) of all processes, in the order of ranks. N may differ, and be 0."""
     if WORLD == 1:

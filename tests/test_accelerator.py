@@ -9,21 +9,24 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+import edit.draw
 import inference
 import train
 from config import Config
 from diffusion import SAMPLERS
-from edit.ways import edit, inpaint
+from edit.ways import inpaint
+from latent.config import LatentConfig
 from latent.vae import VAE
 from measure.classifier import DigitClassifier
 from measure.score import embed
 from record.log import RunLog
-from train import start_run, train_step
+from train import start_run
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
                 batch_size=4, sample_steps=3)
 CUDA = torch.device("cuda", 0)
-PROCESSES = [("flow", "fixed"), ("ddpm", "fixed"), ("ddpm", "learned")]
+PROCESSES = {"flow": CONFIG, "ddpm": dataclasses.replace(CONFIG, process="ddpm"),
+             "learned": LatentConfig(**vars(CONFIG) | {"process": "ddpm", "variance": "learned"})}
 SCHEDULES = ("signal", "noise", "error_scale", "log_posterior", "log_betas", "error_to_mean")
 
 
@@ -40,26 +43,26 @@ def fake(monkeypatch):
             part._buffers.update({name: convert(value) for name, value in part._buffers.items() if value is not None})
         return module
 
-    def make_process(config, device="cpu"):
+    def make_process(config, build, device="cpu"):
         """The process computes with the values of its schedule, so it is made of real tensors, and they made fake."""
         with unset_fake_temporarily():
-            diffusion = config.build_process()
+            diffusion = build(config)
         for name in set(SCHEDULES) & vars(diffusion).keys():
             setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
         return diffusion
 
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
-    for module in (train, inference):
-        monkeypatch.setattr(module, "build_process", make_process)
+    for of in (Config, LatentConfig):
+        monkeypatch.setattr(of, "build_process", functools.partialmethod(make_process, of.build_process))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield
 
 
-@pytest.mark.parametrize(("process", "variance"), PROCESSES)
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_step(process, variance, optimizer, precision, fake, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, process=process, variance=variance, optimizer=optimizer, precision=precision)
+def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypatch):
+    config = dataclasses.replace(PROCESSES[process], optimizer=optimizer, precision=precision)
     run = start_run(config, CUDA)
 
     def backward(loss):
@@ -71,7 +74,8 @@ def test_a_training_step(process, variance, optimizer, precision, fake, tmp_path
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     t = run.process.random_t(torch.rand(4, device=CUDA))
     x_0, noise = torch.randn(2, 4, 1, 8, 8, device=CUDA)
-    losses = train_step(run, (x_0, torch.arange(4, device=CUDA), t, noise), 0)
+    monkeypatch.setattr(train, "make_batch", lambda *_: (x_0, torch.arange(4, device=CUDA), t, noise))
+    losses, t = train.learn(run, None, 0)
     with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
         log.add(losses, t)
         assert log.window.device == CUDA
@@ -80,10 +84,10 @@ def test_a_training_step(process, variance, optimizer, precision, fake, tmp_path
         assert {weight.device for weight in part.state_dict().values()} == {CUDA}
 
 
-@pytest.mark.parametrize(("process", "variance"), PROCESSES)
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling(process, variance, sampler, fake, monkeypatch):
-    config = dataclasses.replace(CONFIG, process=process, variance=variance, sampler=sampler,
+def test_sampling(process, sampler, fake, monkeypatch):
+    config = dataclasses.replace(PROCESSES[process], sampler=sampler,
                                  eta=0.5 * (sampler == "ddim"))
     model = config.build_model().to(CUDA)
 
@@ -95,35 +99,36 @@ def test_sampling(process, variance, sampler, fake, monkeypatch):
     assert x.device == CUDA and x.shape == (4, 1, 8, 8)
 
 
-@pytest.mark.parametrize(("process", "variance"), PROCESSES)
-def test_schedules_are_gathered_from_where_the_images_are(process, variance):
-    diffusion = build_process(dataclasses.replace(CONFIG, process=process, variance=variance), torch.device("meta"))
-    gathered = [getattr(diffusion, name) for name in SCHEDULES[:6 if variance == "learned" else 3]]
+@pytest.mark.parametrize("process", PROCESSES)
+def test_schedules_are_gathered_from_where_the_images_are(process):
+    diffusion = PROCESSES[process].build_process(torch.device("meta"))
+    gathered = [getattr(diffusion, name) for name in SCHEDULES[:6 if process == "learned" else 3]]
     assert {schedule.device.type for schedule in gathered} == {"meta"}
     assert {schedule.dtype for schedule in gathered} == {torch.float32}  # MPS has no float64
 
 
 def test_latents_are_decoded_where_they_are(fake, monkeypatch):
     vae = VAE(block_out_channels=(8, 16), norm_num_groups=4).to(CUDA)
-    monkeypatch.setattr(inference, "find_vae", lambda config, device: vae)
+    monkeypatch.setattr(LatentConfig, "find_vae", lambda config, device: vae)
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: np.ones(1))  # a fake tensor has no values to ask about
-    config = dataclasses.replace(CONFIG, latent_shape=(4, 8, 8), latent_mean=(0.0,), latent_std=(1.0,),
-                                 clamp=False)
-    images = inference.to_images(torch.randn(3, 4, 8, 8, device=CUDA), config)
+    config = LatentConfig(**vars(CONFIG) | dict(latent_shape=(4, 8, 8), latent_mean=(0.0,), latent_std=(1.0,),
+                                                clamp=False))
+    images = config.to_images(torch.randn(3, 4, 8, 8, device=CUDA))
     assert images.device == CUDA and images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
     assert vae.encode(torch.randn(2, 3, 8, 8, device=CUDA))[1].device == CUDA
 
 
-@pytest.mark.parametrize("way", [edit, inpaint, None])
+@pytest.mark.parametrize("way", [edit.ways.edit, inpaint, None])
 def test_changing_pictures(way, fake, monkeypatch):
     """None: a morph."""
-    monkeypatch.setattr(inference, "noise_source", lambda seed, indices, shape, device, *_: (
-        lambda: torch.randn(len(indices), *shape, device=device)))
+    for module in (inference, edit.draw):
+        monkeypatch.setattr(module, "noise_source", lambda seed, indices, shape, device, *_: (
+            lambda: torch.randn(len(indices), *shape, device=device)))
     model, picture = CONFIG.build_model().to(CUDA), torch.rand(1, 1, 8, 8, device=CUDA)
-    options = {edit: dict(strength=0.5), inpaint: dict(known=picture > 0.5)}
+    options = {edit.ways.edit: dict(strength=0.5), inpaint: dict(known=picture > 0.5)}
     if way is None:
-        inference.add_labels_between(model, 1, 2, 4)
-        options = dict(source=functools.partial(inference.morphing_noise, 4, 1))
+        edit.draw.add_labels_between(model, 1, 2, 4)
+        options = dict(source=functools.partial(edit.draw.morphing_noise, 4, 1))
     else:
         options = dict(way=functools.partial(way, picture=picture, **options[way]))
     *_, x = inference.sample(model, CONFIG, torch.arange(4, device=CUDA), **options)

@@ -1,6 +1,7 @@
 from support.commands import UserError
 from support.files import write_atomically
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -16,15 +17,18 @@ import safetensors.torch
 import torch
 from conftest import REPOSITORY, TINY, assert_refused, same
 
+import demo.share
 import dit_block
+import generator
 import inference
 import measure.benchmark
 import measure.classifier
 import train
 from config import Config
+from latent.config import LatentConfig
 from record import checkpoint
 from record.checkpoint import load_checkpoint, load_model, save_checkpoint
-from video.config import ANY
+from video.config import ANY, ClipConfig
 
 CONFIG = Config(dataset="mnist", image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1,
                 num_heads=2)
@@ -46,7 +50,7 @@ def change(path, **changes):
 
 def test_rebuilds_the_model_without_a_flag(saved):
     path, model = saved
-    again, config = load_model(path, precision="fp32")
+    again, config = load_model(path, precision="fp32", kinds=ANY)
     assert config == CONFIG
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
     assert not again.training and not again(x, t, y).requires_grad
@@ -133,7 +137,7 @@ def test_weights_of_another_network(name, layer, words, call, monkeypatch, tmp_p
     monkeypatch.setattr(dit_block, "nn", change)
     shipped = REPOSITORY / "weights" / "mnist.pth"
     for result in (call(inference, "--checkpoint", shipped, "--out", tmp_path / "a.png"),
-                   call(checkpoint, shipped, tmp_path / "a.pth")):
+                   call(demo.share, shipped, tmp_path / "a.pth")):
         assert_refused(result, shipped, "the weights of another network than dit.py makes", words)
         assert "damaged" not in result[2]
     assert not os.listdir(tmp_path)
@@ -236,14 +240,47 @@ def test_damage_within(damage, call, trained, tmp_path):
     assert (run / "model.pth").read_bytes() == before and not (tmp_path / "a.png").exists()
 
 
-def test_what_was_no_setting_yet_is_as_it_was_then(saved):
+@pytest.mark.parametrize("format", ["dit-checkpoint-1", "dit-checkpoint-2"])
+def test_an_older_version_is_named(format, saved, call):
+    """By every command that reads it: it is not damaged."""
     path, _ = saved
-    settings = dict(vars(CONFIG))
-    del settings["time_spacing"]
-    for values, format, expected in ((settings, "dit-checkpoint-1", "article"), (settings, checkpoint.FORMAT, "dit"),
-                                     (vars(CONFIG), "dit-checkpoint-1", "dit")):
-        change(path, config=values, format=format)
-        assert load_checkpoint(path, ANY)["config"].time_spacing == expected
+    content = torch.load(path, weights_only=True)
+    del content["kind"]
+    torch.save(content | {"format": format}, path)
+    for result in (call(inference, "--checkpoint", path), call(demo.share, path, path.with_name("a.pth")),
+                   call(train, *TINY, "--resume", "--run-dir", path.parent)):
+        assert_refused(result, path, "made by an older version of this code")
+
+
+def test_each_kind_names_its_command(saved, call, tmp_path):
+    """What another command draws is refused in one line that says which; what no command draws is damaged."""
+    path, _ = saved
+    for kinds in ([Config], [Config, LatentConfig], ANY):
+        assert load_checkpoint(path, kinds)["config"] == CONFIG
+    with pytest.raises(UserError, match=r"model of images: draw with it by python inference\.py"):
+        load_checkpoint(path, [ClipConfig])
+    latents = LatentConfig(**vars(CONFIG))
+    change(path, kind="latents", config=vars(latents))
+    assert load_checkpoint(path, ANY)["config"] == latents
+    moving = REPOSITORY / "weights" / "moving.pth"
+    for file, kind, by in ((path, "latents", "-m latent.draw"), (moving, "clips", "-m video.draw")):
+        for result in (call(inference, "--checkpoint", file, "--out", tmp_path / "a.png"),
+                       call(generator, "--checkpoint", file, "--real", tmp_path / "b", "--fake", tmp_path / "c")):
+            assert_refused(result, file, f"a model of {kind}: draw with it by python {by}")
+    assert os.listdir(tmp_path) == ["model.pth"]
+    for kind in ("other", None, ["clips"], 7):
+        change(path, kind=kind)
+        with pytest.raises(UserError, match="damaged checkpoint: its kind is"):
+            load_checkpoint(path, ANY)
+
+
+def test_a_sampling_flag_that_a_model_does_not_know(saved, call, tmp_path):
+    path, _ = saved
+    args = argparse.Namespace(checkpoint=path, device="cpu", spacing="linspace")
+    with pytest.raises(UserError, match=r"--spacing .*images"):
+        inference.load_for_sampling(args, ANY)
+    assert_refused(call(demo.share, path, tmp_path / "a.pth", "--spacing", "linspace"), "--spacing", "images")
+    assert os.listdir(tmp_path) == ["model.pth"]
 
 
 def test_parts_that_are_gone(call, trained, tmp_path):
@@ -258,7 +295,7 @@ def test_what_trains_on_is_what_was_saved(trained):
     """The check passes a sound file unchanged, and drops what does not belong there."""
     content = torch.load(trained / "model.pth", weights_only=True)
     loaded = load_checkpoint(trained / "model.pth", ANY)
-    assert set(content) - set(loaded) == {"format"}
+    assert set(content) - set(loaded) == {"format", "kind"}
     assert dataclasses.asdict(loaded["config"]) == content["config"]
     for name in ("ema", "model", "optimizers", "window", "data", "step", "seconds"):
         assert same(loaded[name], content[name]), name
@@ -271,17 +308,17 @@ def test_weights_to_share_are_not_written_onto_their_source(call, trained, tmp_p
     before = (run / "model.pth").read_bytes()
     (tmp_path / "link.pth").symlink_to(run / "model.pth")
     for out in (run / "model.pth", run / ".." / "run" / "model.pth", tmp_path / "link.pth"):
-        assert_refused(call(checkpoint, run / "model.pth", out), "is read by this command")
+        assert_refused(call(demo.share, run / "model.pth", out), "is read by this command")
     monkeypatch.chdir(tmp_path)
     for out in (".", "/", "nodir/x.pth"):
-        assert_refused(call(checkpoint, run / "model.pth", out), "cannot be written")
+        assert_refused(call(demo.share, run / "model.pth", out), "cannot be written")
     assert (run / "model.pth").read_bytes() == before
 
 
 def test_weights_to_share_hold_the_average_alone(call, trained, tmp_path):
-    assert call(checkpoint, trained / "model.pth", tmp_path / "small.pth")[0] == 0
+    assert call(demo.share, trained / "model.pth", tmp_path / "small.pth")[0] == 0
     content, small = (torch.load(path, weights_only=True) for path in (trained / "model.pth", tmp_path / "small.pth"))
-    assert set(small) == {"format", "config", "step", "seconds", "ema"}
+    assert set(small) == {"format", "kind", "config", "step", "seconds", "ema"}
     assert same(small["ema"], {name: weight.half() for name, weight in content["ema"].items()})
     assert (small["step"], small["seconds"]) == (content["step"], content["seconds"])
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path, "--resume"), "there is no checkpoint")
@@ -315,7 +352,7 @@ def test_a_named_pipe_is_no_checkpoint(call, tmp_path):
 def test_weights_as_safetensors(trained, call, tmp_path):
     """The same settings, and the same pictures to the bit; other programs find the tensors by their names."""
     for name in ("small.pth", "small.safetensors"):
-        assert call(checkpoint, trained, tmp_path / name, "--guidance", 1.25, "--sample-steps", 2)[0] == 0
+        assert call(demo.share, trained, tmp_path / name, "--guidance", 1.25, "--sample-steps", 2)[0] == 0
         flags = ["--count", 1, "--labels", 3, 7, "--device", "cpu", "--out", tmp_path / f"{name}.png"]
         code, _, err = call(inference, "--checkpoint", tmp_path / name, *flags)
         assert code == 0, err
@@ -327,7 +364,7 @@ def test_weights_as_safetensors(trained, call, tmp_path):
     # By whatever name; and made smaller again
     (tmp_path / "run").mkdir()
     shutil.copy(tmp_path / "small.safetensors", tmp_path / "run" / "model.pth")
-    assert call(checkpoint, tmp_path / "run", tmp_path / "again.pth")[0] == 0
+    assert call(demo.share, tmp_path / "run", tmp_path / "again.pth")[0] == 0
     assert same(load_checkpoint(tmp_path / "again.pth", ANY)["ema"], pth["ema"])
     (tmp_path / "run" / "log.csv").write_text("")
     assert_refused(call(train, *TINY, "--steps", 9, "--run-dir", tmp_path / "run", "--resume"), "weights to draw with")
@@ -336,7 +373,7 @@ def test_weights_as_safetensors(trained, call, tmp_path):
 def test_settings_that_are_lists_of_numbers_and_names_survive_json(saved, tmp_path):
     settings = {**vars(CONFIG), "num_classes": 2, "classes": ("a\ud800 \n", "ö"), "channels": 3, "vae": "x",
                 "latent_shape": (4, 8, 8), "latent_mean": (0.1, 0.2, 0.3, 1e-7), "latent_std": (1.0,), "clamp": False}
-    config = Config(**settings)
+    config = LatentConfig(**settings)
     with torch.device("cpu"):
         weights = config.build_model().state_dict()
     save_checkpoint(tmp_path / "a.safetensors", config, 3, 0.0, weights)
@@ -371,7 +408,7 @@ def rewrite(path, metadata, change=lambda weight: weight):
 def test_damaged_safetensors(damage, saved, call, tmp_path):
     """Checked as strictly as what torch wrote."""
     path = tmp_path / "shared.safetensors"
-    assert call(checkpoint, saved[0], path)[0] == 0
+    assert call(demo.share, saved[0], path)[0] == 0
     break_it, words = SHARED[damage]
     break_it(path)
     assert_refused(call(inference, "--checkpoint", path, "--out", tmp_path / "a.png"), path, words)
@@ -385,12 +422,12 @@ def test_weights_beyond_half_precision(saved, call, tmp_path):
     ema["blocks.0.mlp.0.weight"][0, 0] = 65_520.0  # which rounds to infinity
     ema["blocks.0.mlp.2.weight"][0, 0] = 65_504.0
     change(path, ema=ema)
-    code, out, _ = call(checkpoint, path, tmp_path / "small.pth")
+    code, out, _ = call(demo.share, path, tmp_path / "small.pth")
     assert code == 0 and f"1 of {len(ema)} tensors hold numbers that half precision cannot" in out
     small = load_checkpoint(tmp_path / "small.pth", ANY)["ema"]
     assert torch.equal(small["blocks.0.mlp.0.weight"], ema["blocks.0.mlp.0.weight"])
     assert {name for name, weight in small.items() if weight.dtype != torch.float16} == {"blocks.0.mlp.0.weight"}
-    code, out, _ = call(checkpoint, path.with_name("small.pth"), tmp_path / "again.safetensors")
+    code, out, _ = call(demo.share, path.with_name("small.pth"), tmp_path / "again.safetensors")
     assert code == 0 and same(load_checkpoint(tmp_path / "again.safetensors", ANY)["ema"], small)
 
 
@@ -406,16 +443,17 @@ def test_the_vae_is_copied_beside_shared_weights(named, saved, call, tmp_path, m
     if named == "beside":  # of the checkpoint, and not of where the command is called
         monkeypatch.chdir(tmp_path)
         path = shutil.move(path, tmp_path / "made" / "model.pth")
-    config = Config(**{**vars(CONFIG), "vae": vae, "latent_shape": (1, 8, 8), "latent_mean": (0.0,),
-                       "latent_std": (1.0,), "clamp": False})
-    change(path, config=vars(config))
-    code, out, _ = call(checkpoint, path, tmp_path / "new place" / "small.pth")
+    config = LatentConfig(**{**vars(CONFIG), "vae": vae, "latent_shape": (1, 8, 8), "latent_mean": (0.0,),
+                             "latent_std": (1.0,), "clamp": False, "latents": "/home/me/latents"})
+    change(path, kind="latents", config=vars(config))
+    code, out, _ = call(demo.share, path, tmp_path / "new place" / "small.pth")
     assert code == 0
     hint = next(line for line in out.splitlines() if "cp -r" in line)
     words = shlex.split(hint[hint.index("cp -r"):])
     assert words == ["cp", "-r", str(tmp_path / "made" / "the vae"), f"{tmp_path / 'new place'}/"]
-    assert load_checkpoint(tmp_path / "new place" / "small.pth", ANY)["config"].vae == "the vae"
-    assert "cp -r" not in call(checkpoint, path, tmp_path / "made" / "small.pth")[1]  # where it is already
+    shared = load_checkpoint(tmp_path / "new place" / "small.pth", ANY)["config"]
+    assert (shared.vae, shared.latents) == ("the vae", LatentConfig.latents)
+    assert "cp -r" not in call(demo.share, path, tmp_path / "made" / "small.pth")[1]  # where it is already
 
 
 def test_every_flag_of_weights_to_share(saved, call, tmp_path):
@@ -423,14 +461,16 @@ def test_every_flag_of_weights_to_share(saved, call, tmp_path):
     path, _ = saved
     values = {"sampler": "ddim", "sample_steps": 3, "guidance": 2.5, "eta": 0.25, "spacing": "linspace",
               "guided_channels": 1, "clamp": False}
-    assert set(values) == set(SAMPLING) - {"seed", "precision"}
+    assert set(values) == set(ClipConfig.SAMPLING) - {"seed", "precision", "vae"}
+    config = LatentConfig(**vars(CONFIG))
+    change(path, kind="latents", config=vars(config))
     for name, value in values.items():
         flag = name.replace("_", "-")
         flags = [f"--no-{flag}"] if value is False else [f"--{flag}", value]
         flags += ["--sampler", "ddim"] if name == "eta" else []
-        assert call(checkpoint, path, tmp_path / "small.pth", *flags)[0] == 0
+        assert call(demo.share, path, tmp_path / "small.pth", *flags)[0] == 0
         expected = {name: value, **({"sampler": "ddim"} if name == "eta" else {})}
-        assert load_checkpoint(tmp_path / "small.pth", ANY)["config"] == dataclasses.replace(CONFIG, **expected), name
+        assert load_checkpoint(tmp_path / "small.pth", ANY)["config"] == dataclasses.replace(config, **expected), name
 
 
 def test_missing_checkpoint(tmp_path):
@@ -463,7 +503,7 @@ def test_what_is_no_file_is_not_written(call, trained, tmp_path, monkeypatch):
     """To root, a device is a file like another that can be replaced."""
     os.mkfifo(tmp_path / "device.gif")
     monkeypatch.setattr(inference, "sample", None)
-    for result in (call(checkpoint, trained / "model.pth", tmp_path / "device.gif"),
+    for result in (call(demo.share, trained / "model.pth", tmp_path / "device.gif"),
                    call(measure.classifier, "--out", tmp_path / "device.gif"),
                    call(measure.benchmark, "--json", tmp_path / "device.gif"),
                    call(inference, "--checkpoint", trained, "--out", tmp_path / "device.gif")):
@@ -485,18 +525,18 @@ def test_what_a_link_leads_to_is_written(tmp_path):
 
 def test_a_run_folder_stands_for_its_checkpoint(call, trained, tmp_path):
     for source in (trained, trained / "model.pth"):
-        assert call(checkpoint, source, tmp_path / f"{source.name}.pth")[0] == 0
+        assert call(demo.share, source, tmp_path / f"{source.name}.pth")[0] == 0
     assert (tmp_path / "run.pth").read_bytes() == (tmp_path / "model.pth.pth").read_bytes()
     (tmp_path / "empty").mkdir()
-    assert_refused(call(checkpoint, tmp_path / "empty", tmp_path / "a.pth"), "empty holds no model.pth")
+    assert_refused(call(demo.share, tmp_path / "empty", tmp_path / "a.pth"), "empty holds no model.pth")
 
 
 def test_an_eta_that_no_sampler_asks_for(call, trained, tmp_path):
     small = tmp_path / "small.pth"
-    assert_refused(call(checkpoint, trained, small, "--eta", 0.5), "--eta", "ddim", "dpm")
+    assert_refused(call(demo.share, trained, small, "--eta", 0.5), "--eta", "ddim", "dpm")
     assert_refused(call(train, *TINY, "--eta", 0.5, "--run-dir", tmp_path / "run"), "--eta", "ddim", "dpm")
     assert not small.exists() and not (tmp_path / "run").exists()
-    assert call(checkpoint, trained, small, "--eta", 0.5, "--sampler", "ddim")[0] == 0
+    assert call(demo.share, trained, small, "--eta", 0.5, "--sampler", "ddim")[0] == 0
     assert (load_checkpoint(small, ANY)["config"].eta, load_checkpoint(small, ANY)["config"].sampler) == (0.5, "ddim")
 
 
@@ -504,18 +544,18 @@ def test_weights_to_share(saved, call):
     path, model = saved
     change(path, config={**vars(CONFIG), "data_dir": "/home/me/pictures"})  # which concerns nobody
     small = path.with_name("small.pth")
-    code, out, _ = call(checkpoint, path, small, "--guidance", 1.25)
+    code, out, _ = call(demo.share, path, small, "--guidance", 1.25)
     assert code == 0 and "trained for 7 steps" in out
-    again, config = load_model(small, precision="fp32")
+    again, config = load_model(small, precision="fp32", kinds=ANY)
     assert config == dataclasses.replace(CONFIG, guidance=1.25)
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-    assert_refused(call(checkpoint, path.with_name("none.pth"), small), "none.pth")
+    assert_refused(call(demo.share, path.with_name("none.pth"), small), "none.pth")
 
 
 def test_the_command_alone_knows_the_samplers(command, tmp_path):
     """In a process where nothing else has imported diffusion.py."""
-    process = command("checkpoint.py", REPOSITORY / "weights" / "mnist.pth", tmp_path / "a.pth", "--sampler", "heun")
+    process = command("demo.share", REPOSITORY / "weights" / "mnist.pth", tmp_path / "a.pth", "--sampler", "heun")
     assert process.returncode == 0, process.stderr
     assert load_checkpoint(tmp_path / "a.pth", ANY)["config"].sampler == "heun"

@@ -26,25 +26,29 @@ import pytest
 import torch
 from conftest import HANGS, REPOSITORY, TINY, assert_refused
 
-import dataset
 import diffusion
+import edit.draw
 import fid_computer
 import generator
 import inference
+import latent.draw
 import measure.benchmark
 import measure.classifier
 import measure.results
 import measure.score
 import train
+import video.draw
 import video.score
-from demo import export
+import video.train_dit
+from demo import export, share
 from few import distill
-from latent import import_dit, train_vae
+from latent import import_dit, sprites, train_dit, train_vae
 from record import checkpoint
 from video.config import ANY
 
-COMMANDS = ("train", "few.distill", "inference", "generator", "fid_computer", "checkpoint", "measure.score",
-            "measure.results", "measure.classifier", "measure.benchmark", "demo.export")
+COMMANDS = ("train", "inference", "generator", "fid_computer", "latent.train_dit", "latent.draw", "video.train_dit",
+            "video.draw", "edit.draw", "few.distill", "measure.score", "measure.results", "measure.classifier",
+            "measure.benchmark", "demo.export", "demo.share")
 
 # Stands in for torch, to see what is prepared when a command imports it.
 STAND_IN = """
@@ -130,12 +134,6 @@ def test_a_run_outlives_its_bar(err, tmp_path):
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 2
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_on_a_terminal_that_knows_ascii_alone(name, tmp_path):
-    process = start(name, "--help", env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0 and "usage:" in process.stdout, process.stderr
-
-
 def in_a_process(body, *words, **environment):
     """Runs Python code, with the repository's modules, in a process of its own."""
     return subprocess.run([sys.executable, "-c", body, *map(str, words)], cwd=REPOSITORY, capture_output=True,
@@ -187,14 +185,14 @@ def test_devices_that_cannot_be_used(name):
     (train, ["--run-dir", ""]), (train, [*TINY, "--data-dir", ""]), (generator, ["--real", ""]),
     (generator, ["--fake", ""]), (generator, ["--data-dir", ""]), (fid_computer, ["--real", ""]),
     (fid_computer, ["--fake", ""]), (fid_computer, ["--weights", ""]), (fid_computer, ["--save-stats", ""]),
-    (checkpoint, ["", "x.pth"]), (checkpoint, ["model.pth", ""]), (measure.score, ["--images", ""]),
+    (share, ["", "x.pth"]), (share, ["model.pth", ""]), (measure.score, ["--images", ""]),
     (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
     (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
     (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
     (measure.benchmark, ["--json", ""]), (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""]),
-    (inference, ["--edit", ""]), (inference, ["--extend", ""]), (inference, ["--before", ""]),
-    (inference, ["--between", "", ""]), (inference, ["--loop", ""]), (inference, ["--out", ""]),
-    (inference, ["--inpaint", "", "--mask", "a.png"]), (inference, ["--inpaint", "a.png", "--mask", ""]),
+    (edit.draw, ["--edit", ""]), (video.draw, ["--extend", ""]), (video.draw, ["--before", ""]),
+    (video.draw, ["--between", "", ""]), (video.draw, ["--loop", ""]), (inference, ["--out", ""]),
+    (edit.draw, ["--inpaint", "", "--mask", "a.png"]), (edit.draw, ["--inpaint", "a.png", "--mask", ""]),
     (video.score, ["--out", ""]), (export, ["--out", ""]), (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
 def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
     """As an unset variable of a shell leaves it."""
@@ -203,11 +201,26 @@ def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
+HELPED = """
+import runpy, sys
+name = sys.argv[1]
+for flag in ("--help", "--no-such-flag"):
+    sys.argv[1:] = [flag]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if flag == "--no-such-flag" or end.code:
+            raise
+"""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_mistake_names_the_command_that_helps(name):
-    process = start(name, "--no-such-flag", env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_help_and_a_mistake_that_names_it(name):
+    """On a terminal that knows ASCII alone. One process does both, since most of its time goes into imports."""
+    process = in_a_process(HELPED, name, PYTHONIOENCODING="ascii")
     named = f"python -m {name}" if "." in name else f"{name}.py"
     assert_refused(process, f"({named} --help lists what there is)")
+    assert process.stdout.startswith(f"usage: {named} ")
 
 
 def test_the_fastest_device_is_picked_by_itself(monkeypatch):
@@ -282,12 +295,12 @@ import os, signal, sys, train
 from support.commands import run
 number, sys.argv = int(sys.argv[1]), ["train.py", *sys.argv[2:]]
 signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
-original = train.train_step
-def step(run, batch, i):
-    if i == 3:
+original = train.descend
+def descend(state, losses, step):
+    if step == 3:
         os.kill(os.getpid(), number)
-    return original(run, batch, i)
-train.train_step = step
+    return original(state, losses, step)
+train.descend = descend
 run(train.main)
 """
 
@@ -389,7 +402,7 @@ def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
 def test_work_for_one_process_is_done_once(rank, trained, tmp_path):
     """Two that write one file at the same time would get into each other's way."""
     environment = {**os.environ, **TORCHRUN, "RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
-    for name, *flags in (["checkpoint", str(trained), str(tmp_path / "a.pth")],
+    for name, *flags in (["demo.share", str(trained), str(tmp_path / "a.pth")],
                          ["inference", "--checkpoint", str(trained), "--out", str(tmp_path / "a.png")]):
         process = start(name, *flags, env=environment)
         assert process.returncode == 0 and process.stdout.count("\n") == (not rank), process.stderr
@@ -472,19 +485,19 @@ def test_nothing_asks_for_a_network(call, tmp_path, monkeypatch):
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(dataset, "SHEETS", {layer: [*numbers][:2] for layer, numbers in dataset.SHEETS.items()})
-    monkeypatch.setattr(dataset, "CHARACTERS", 16)  # of the real parts
-    monkeypatch.setattr(dataset, "TRAINING_CHARACTERS", 12)
+    monkeypatch.setattr(sprites, "SHEETS", {layer: [*numbers][:2] for layer, numbers in sprites.SHEETS.items()})
+    monkeypatch.setattr(sprites, "CHARACTERS", 16)  # of the real parts
+    monkeypatch.setattr(sprites, "TRAINING_CHARACTERS", 12)
     monkeypatch.chdir(tmp_path)
     tiny = ["--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--sample-steps", 2, "--steps", 1, "--device", "cpu"]
     steps = ["--steps", 1, "--device", "cpu"]
     for command in ([inference, "--device", "cpu"], [train, *tiny], [inference, "--device", "cpu"],
                     [generator, "--count", 10, "--device", "cpu"], [export], [diffusion],
-                    [train, *tiny, "--dataset", "moving", "--image-size", "4x24x24", "--run-dir", "moving"],
+                    [video.train_dit, *tiny, "--image-size", "4x24x24", "--run-dir", "moving"],
                     [train_vae, "--dataset", "sprites", "--image-size", 16, "--out", "vae", *steps],
-                    [train, *tiny, "--dataset", "sprites", "--image-size", 16, "--vae", "vae", "--run-dir", "sprites"],
-                    [inference, "--checkpoint", "sprites", "--device", "cpu"],
-                    [inference, "--checkpoint", REPOSITORY / "weights" / "sprites.pth", "--count", 1]):
+                    [train_dit, *tiny, "--image-size", 16, "--vae", "vae", "--run-dir", "sprites"],
+                    [latent.draw, "--checkpoint", "sprites", "--device", "cpu"],
+                    [latent.draw, "--checkpoint", REPOSITORY / "weights" / "sprites.pth", "--count", 1]):
         code, _, err = call(*command)
         assert code == 0, (command, err)
     assert not asked

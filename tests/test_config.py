@@ -10,35 +10,42 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
+import video.config
 from config import PRESETS, Config, add_flags, given_flags
 from diffusion import DDPM
+from latent.config import LatentConfig
+from video.config import ANY, ClipConfig
 
 
-def parse(*words, names=None):
+def parse(*words, of=ClipConfig, names=None):
     parser = argparse.ArgumentParser()
-    add_flags(parser, names)
-    return given_flags(parser.parse_args(words))
+    add_flags(parser, of, names)
+    return given_flags(parser.parse_args(words), of)
 
 
 def test_every_preset_is_valid():
     for preset in PRESETS.values():
-        Config(**preset)
+        for of in (Config, LatentConfig):
+            of(**preset)
+    for preset in video.config.PRESETS.values():
+        ClipConfig(**preset)
 
 
 def test_defaults_are_those_that_were_measured():
     """The README's figures are of these: whoever changes one measures anew."""
-    assert dataclasses.asdict(Config()) == dict(
-        dataset="mnist", data_dir="", digits=1, speeds=False, image_size=(), sizes=(), channels=0, ground="black",
-        num_classes=0,
-        classes=(), flips=False, vae="",
-        vae_hash="", latent_shape=(), latent_mean=(), latent_std=(), patch_size=(), variance="fixed",
-        hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", gelu="none", rope=False, T=1000,
+    images = dict(
+        dataset="mnist", data_dir="", image_size=(), channels=0, ground="black", num_classes=0, classes=(),
+        patch_size=(), hidden_size=128, depth=4, num_heads=4, mlp_ratio=4.0, time_spacing="dit", T=1000,
         process="flow", beta_start=1e-4, beta_end=0.02, shift=2.2, loss="l2", steps=5000, batch_size=64,
         optimizer="muon", lr=4e-3, lr_decay="sqrt", warmup=100, weight_decay=0.0, grad_clip=1.0, ema_decay=0.9999,
-        given=0.0, label_dropout=0.1,
-        precision="auto", compile=False, recompute=False, shard=False, seed=0, log_every=50, sample_every=1000,
-        checkpoint_every=1000, sampler="dpm", sample_steps=6, guidance=1.4, eta=0.0,
-        spacing="trailing", guided_channels=0, clamp=True)
+        label_dropout=0.1, precision="auto", compile=False, recompute=False, seed=0, log_every=50, sample_every=1000,
+        checkpoint_every=1000, sampler="dpm", sample_steps=6, guidance=1.4, eta=0.0)
+    latents = images | dict(
+        dataset="sprites", flips=False, vae="", latents="latents", vae_hash="", latent_shape=(), latent_mean=(),
+        latent_std=(), gelu="none", variance="fixed", clamp=True, spacing="trailing", guided_channels=0)
+    clips = latents | dict(dataset="moving", digits=1, speeds=False, sizes=(), rope=False, given=0.0)
+    for of, expected in zip(ANY, (images, latents, clips), strict=True):
+        assert dataclasses.asdict(of()) == expected
 
 
 def test_article_preset():
@@ -52,13 +59,13 @@ def test_flags_are_the_fields_and_hold_only_what_was_given():
     assert parse() == {}
     assert parse("--lr", "0.5", "--batch-size", "7", "--dataset", "sprites") == {
         "lr": 0.5, "batch_size": 7, "dataset": "sprites"}
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(ClipConfig):
         name = field.name.replace("_", "-")
         if field.type is bool:
             assert parse("--" + name) == {field.name: True} and parse("--no-" + name) == {field.name: False}
         elif field.name == "sizes":
             assert parse("--sizes", "1x8x8,16x32x64") == {"sizes": ((1, 8, 8), (16, 32, 64))}
-        elif field.name in SIZES:
+        elif field.name in ("image_size", "patch_size"):
             assert parse("--" + name, "28x20") == {field.name: (28, 20)} and parse("--" + name, "0") == {field.name: ()}
         elif "help" in field.metadata:
             assert parse("--" + name, str(field.default)) == {field.name: field.default}
@@ -84,19 +91,24 @@ def test_bad_values(values):
     assert any(name in message for name in values) and "\n" not in message
 
 
-@pytest.mark.parametrize(("given", "size"), [(28, (28, 28)), ("28", (28, 28)), ("28x20", (28, 20)),
-                                             ([28, 20], (28, 20)), ((28, 20), (28, 20)), (0, ()), ("0", ()), ((), ()),
-                                             ("16x32x24", (16, 32, 24)), ((1, 8, 8), (1, 8, 8))])
-def test_sizes(given, size):
-    assert Config(image_size=given, patch_size=()).image_size == size
+@pytest.mark.parametrize(("of", "given", "size"), [
+    (Config, 28, (28, 28)), (Config, "28", (28, 28)), (Config, "28x20", (28, 20)), (Config, [28, 20], (28, 20)),
+    (Config, (28, 20), (28, 20)), (Config, 0, ()), (Config, "0", ()), (Config, (), ()),
+    (ClipConfig, "16x32x24", (16, 32, 24)), (ClipConfig, (1, 8, 8), (1, 8, 8))])
+def test_sizes(of, given, size):
+    assert of(image_size=given, patch_size=()).image_size == size
 
 
 @pytest.mark.parametrize("given", [-1, 1025, "x", "28x", "2x8x8x8", "x28", (28,), (2, 8, 8, 8), (28, 0), (28.0, 28),
                                    (0, 28, 28), None, True, "2000", 2.5])
 def test_sizes_that_are_none(given):
-    with pytest.raises(UserError, match="image_size") as caught:
-        Config(image_size=given)
-    assert "\n" not in str(caught.value)
+    for of in (Config, ClipConfig):
+        with pytest.raises(UserError, match="image_size") as caught:
+            of(image_size=given)
+        assert "\n" not in str(caught.value)
+    for of, given, words in ((Config, "16x32x32", "height and width"), (ClipConfig, "32x32", "frames, height")):
+        with pytest.raises(UserError, match=f"image_size is .*must be {words}"):
+            of(image_size=given)
 
 
 def test_patches_that_do_not_divide_name_what_does():
@@ -106,28 +118,28 @@ def test_patches_that_do_not_divide_name_what_does():
         Config(image_size=(28, 20), patch_size=7)
     assert Config(image_size=(28, 20), patch_size=(7, 5)).patch_size == (7, 5)
     with pytest.raises(UserError, match=r"4x8x8 does not divide image_size 9x8x8: .*\[1, 3, 9\] x \[1, 2, 4, 8\] x"):
-        Config(image_size="9x8x8", patch_size="4x8x8")
-    with pytest.raises(UserError, match=r"patch_size 8 does not divide image_size 8x8x8"):  # which is no 8 x 8
-        Config(image_size="8x8x8", patch_size=8)
+        ClipConfig(image_size="9x8x8", patch_size="4x8x8")
+    with pytest.raises(UserError, match=r"patch_size is \(8, 8\), but must be frames, height and width"):
+        ClipConfig(image_size="8x8x8", patch_size=8)
 
 
 def test_rope_needs_pairs_of_channels():
     with pytest.raises(UserError, match="rope turns pairs of channels, but a head has 3"):
-        Config(rope=True, hidden_size=12, num_heads=4)
-    Config(rope=True, hidden_size=8, num_heads=4)
+        ClipConfig(rope=True, hidden_size=12, num_heads=4)
+    ClipConfig(rope=True, hidden_size=8, num_heads=4)
 
 
 def test_several_sizes():
-    config = Config(image_size="16x32x32", patch_size="2x8x8", channels=1, sizes="1x32x32,8x32x64")
+    config = ClipConfig(image_size="16x32x32", patch_size="2x8x8", channels=1, sizes="1x32x32,8x32x64")
     assert config.sizes == ((1, 32, 32), (8, 32, 64)) and config.largest == (16, 32, 64)
-    assert Config(**dataclasses.asdict(config)) == config
-    assert Config(image_size=8, channels=1).largest == (8, 8) and Config(sizes="0").sizes == ()
+    assert ClipConfig(**dataclasses.asdict(config)) == config
+    assert ClipConfig(sizes="0").sizes == ()
     for wrong in ("x", "8x8,", 3, ((8, 8, 8), 5), [[8, 8, 0]], "1025x8x8"):
         with pytest.raises(UserError, match="sizes"):
-            Config(sizes=wrong)
+            ClipConfig(sizes=wrong)
     for image_size in ("32", "1x1x1x1"):
         with pytest.raises(UserError, match="size"):
-            Config(image_size=image_size, sizes="1x32x32")
+            ClipConfig(image_size=image_size, sizes="1x32x32")
 
 
 def test_a_signal_too_small_for_a_float():

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, TINY, assert_refused
+from conftest import HANGS, REPOSITORY, TINY
 from PIL import Image
 
 from record.checkpoint import load_checkpoint
@@ -56,34 +56,15 @@ def test_a_run_does_not_depend_on_the_number_of_processes(command, tmp_path):
     assert_alike(one, three)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_split_weights_learn_the_same(command, tmp_path, precision):
-    """FSDP against one process, from checkpoints that are alike: each resumes what the other began."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*FLAGS, "--precision", precision, "--optimizer", "adamw"]
-    assert command("train.py", *flags, "--steps", 8, "--run-dir", one).returncode == 0
-    finish(torchrun(2, "train.py", *flags, "--shard", "--steps", 2, "--run-dir", two))
-    assert command("train.py", *flags, "--no-shard", "--steps", 4, "--run-dir", two, "--resume").returncode == 0
-    out = finish(torchrun(2, "train.py", *flags, "--shard", "--recompute", "--steps", 8, "--run-dir", two, "--resume"))
-    assert "steps 4 to 8" in out
-    assert_alike(one, two, 1e-4 if precision == "fp32" else 2e-2)
-    with Image.open(one / "samples_000008.png") as a, Image.open(two / "samples_000008.png") as b:
-        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= (2 if precision == "fp32" else 60)
-
-
-def test_what_cannot_be_split(command, tmp_path):
-    assert_refused(command("train.py", *FLAGS, "--shard", "--run-dir", tmp_path / "run"), "--shard", "torchrun")
-
-
 AT_A_STEP = """
 import os, signal, sys, train
 from support.commands import run
-original = train.train_step
-def step(state, batch, i):
-    if i == 25 and os.environ["RANK"] == "1":
+original = train.descend
+def descend(state, losses, step):
+    if step == 25 and os.environ["RANK"] == "1":
         {what}
-    return original(state, batch, i)
-train.train_step = step
+    return original(state, losses, step)
+train.descend = descend
 run(train.main)
 """
 

@@ -22,8 +22,8 @@ from config import Config
 from dataset import Dataset
 from record.checkpoint import FORMAT, load_checkpoint
 from record.log import NOISE_LEVELS, RunLog
-from train import make_batch, save, start_run, train_step
-from video.config import ANY
+from train import learn, save, start_run
+from video.config import ANY, ClipConfig
 
 
 def short_and_long(name, short, long):
@@ -53,13 +53,13 @@ def half_a_row(log, *_):
 torch_save = torch.save
 # Where a run is killed: a function, and what it does in its last call instead.
 KILLS = {
-    "within a step": (train, "train_step", lambda *_: die()),
+    "within a step": (train, "descend", lambda *_: die()),
     "within a save": (torch, "save", lambda content, file: half_of(file, content)),
     "before the new checkpoint takes the old one's place": (os, "replace", lambda *_: die()),
     "before it is on the disk": (os, "fsync", lambda *_: die()),
     "within a row of the log": (RunLog, "write", half_a_row),
-    "before the samples": (train, "draw_samples", lambda *_: die()),
-    "within the samples": (train, "save_animation", lambda *_: die()),
+    "before the samples": (train, "sample", lambda *_: die()),
+    "within the samples": (train, "save_picture", lambda *_: die()),
 }
 
 
@@ -116,9 +116,9 @@ STRANGE = [None, True, -1, 0, 1, 2, 3, 7, 10**9, 2**63, 10**400, -0.5, 1e-300, 1
            "x", "flow", "mnist", b"x", [], [1], {}, {"a": 1}, (1, 2), "a\nb", "../..", "\0"]
 
 
-def strange_config(rng):
-    """The fields of `SMALL`, some of them missing, strange, or strangers."""
-    values = dataclasses.asdict(SMALL)
+def strange_config(rng, small=SMALL):
+    """The fields of `small`, some of them missing, strange, or strangers."""
+    values = dataclasses.asdict(small)
     for _ in range(rng.randint(1, 3)):
         values[rng.choice([*values, "stranger"])] = rng.choice(STRANGE)
     if rng.random() < 0.1:
@@ -129,18 +129,20 @@ def strange_config(rng):
 @short_and_long("count", 500, 10_000)
 def test_configurations(count):
     """A configuration is either refused in one line or sound."""
+    clips = ClipConfig(**vars(SMALL) | dict(dataset="moving", image_size=(4, 8, 8), patch_size=(2, 4, 4)))
     rng, accepted = random.Random(0), 0
-    for _ in range(count):
-        values = strange_config(rng)
+    for i in range(count):
+        small = clips if i % 2 else SMALL
+        values = strange_config(rng, small)
         try:
-            made = Config(**values)
+            made = type(small)(**values)
         except UserError as error:
             assert "\n" not in str(error)
         except TypeError as error:
             assert "stranger" in str(error)
         else:
             accepted += 1
-            assert Config(**dataclasses.asdict(made)) == made
+            assert type(small)(**dataclasses.asdict(made)) == made
     assert count / 100 < accepted < count
 
 
@@ -181,7 +183,7 @@ def test_damaged_checkpoints(count, tmp_path, monkeypatch):
     state = start_run(SMALL, torch.device("cpu"))
     for step in range(2):
         zeros = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
-        train_step(state, make_batch(Dataset("", zeros, torch.arange(9), []), state.process, SMALL, step), step)
+        learn(state, Dataset("", zeros, torch.arange(9), []), step)
     save(state, path, 2, 1.0, "0" * 16, torch.ones(NOISE_LEVELS, 2))
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
     monkeypatch.chdir(tmp_path)

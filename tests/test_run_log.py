@@ -145,7 +145,8 @@ def test_a_damaged_log_is_put_aside_and_the_run_goes_on(call, tmp_path, damage):
         (run / "log.csv").unlink()
     code, _, err = call(train, *flags, "--run-dir", run, "--resume")
     assert code == 0 and err.count("warning:") == 1
-    assert torch.equal(load_checkpoint(run / "model.pth", ANY)["window"], load_checkpoint(whole / "model.pth", ANY)["window"])
+    windows = [load_checkpoint(folder / "model.pth", ANY)["window"] for folder in (run, whole)]
+    assert torch.equal(*windows)
     rows, complete = (run / "log.csv").read_text().splitlines(), (whole / "log.csv").read_text().splitlines()
     assert rows[0] == complete[0] and rows[-2:] == complete[-2:] and set(rows) <= set(complete)
     if damage:

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import SMALL_DATA, TINY
 from PIL import Image
 
 import train
 from config import Config
+from record import page
 from record.log import read_log
 from record.page import POINTS, log_ticks, short, show_loss, ticks, write_page
 
@@ -83,8 +84,7 @@ def test_it_asks_nothing_of_a_network(trained):
 def test_it_is_watched_while_it_is_trained(call, tmp_path, monkeypatch):
     """With the first grid, when there is no more than that."""
     written = []
-    monkeypatch.setattr(train, "write_page", lambda path, *rest: (write_page(path, *rest),
-                                                                  written.append(Page(path))))
+    monkeypatch.setattr(page, "write_page", lambda path, *rest: (write_page(path, *rest), written.append(Page(path))))
     assert call(train, *TINY, "--steps", 4, "--sample-every", 2, "--run-dir", tmp_path / "run")[0] == 0
     assert re.search("Step 2 of 4, after [0-9]+ s of training. Reload", written[0].text)
     assert "samples_000002.png" in written[0].addresses
@@ -92,29 +92,31 @@ def test_it_is_watched_while_it_is_trained(call, tmp_path, monkeypatch):
 
 
 def test_only_rank_0_writes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "RANK", 1)
-    train.show_run(Config(num_classes=10), tmp_path)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(parallel, "RANK", 0)
-    train.show_run(Config(num_classes=10), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+    """Nor do the others leave anything else."""
+    monkeypatch.setattr(parallel, "share", slice)  # there is one process
+    for rank, left in ((1, []), (0, ["index.html", "log.csv", "loss.png", "model.pth", "samples_000001.png"])):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        train.train(SMALL_DATA | dict(hidden_size=16, depth=1, num_heads=2, sample_steps=1, steps=1), tmp_path,
+                    device="cpu")
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_names_are_no_markup(tmp_path):
     evil = """<script>alert("1")</script>&amp;'{}\udcff"""
     for name in ("samples_1<b>.png", "samples_000001.png"):
         (tmp_path / name).touch()
-    page = page_of(tmp_path, title=evil, columns=evil, settings={evil: evil}, defaults={evil: 1}, commands={evil: evil})
-    assert page.tags.count("script") == 1 and "b" not in page.tags and page.source.count("alert") == 7
-    assert page.text.count(evil.replace("\udcff", "?")) == 7
+    first = page_of(tmp_path, title=evil, columns=evil, settings={evil: evil}, defaults={evil: 1},
+                    commands={evil: evil})
+    assert first.tags.count("script") == 1 and "b" not in first.tags and first.source.count("alert") == 7
+    assert first.text.count(evil.replace("\udcff", "?")) == 7
     config = Config(num_classes=2, classes=("<i>", "a&b"))
     folder = tmp_path / "<u>"
     folder.mkdir()
-    train.show_run(config, folder)
-    page = Page(folder / "index.html")
-    assert not {"i", "u"} & set(page.tags) and "<i>, a&b" in page.text
-    assert f"A DiT learns {config.dataset}, in <u>" in page.text
-    assert "<dt>classes</dt>" in page.source.partition("As by default")[0]
+    page.show_run(config, folder, 1.0, "train.py")
+    shown = Page(folder / "index.html")
+    assert not {"i", "u"} & set(shown.tags) and "<i>, a&b" in shown.text
+    assert f"A DiT learns {config.dataset}, in <u>" in shown.text
+    assert "<dt>classes</dt>" in shown.source.partition("As by default")[0]
 
 
 def test_it_depends_on_the_files_alone(tmp_path):

@@ -8,6 +8,7 @@ from support.commands import UserError
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
@@ -20,13 +21,18 @@ from conftest import SMALL, SMALL_DATA, TINY, assert_refused, same, small_mnist,
 from PIL import Image
 
 import inference
+import latent.draw
+import latent.train_dit
 import train
+import video.train_dit
 from config import Config
 from dataset import Dataset
-from dit import sincos_positions
+from dit import DiT, sincos_positions
 from dit_block import DiTBlock
+from latent.config import LatentConfig
 from latent.vae import VAE, save_vae
 from record.checkpoint import load_model, save_checkpoint
+from video.config import ANY, ClipConfig
 
 BASE = ["--precision", "fp32", "--warmup", "0", "--lr-decay", "constant", "--optimizer", "adamw", "--grad-clip", "0",
         "--patch-size", "2"]
@@ -35,21 +41,21 @@ EMBEDDING, LAST = "patch_embedding.linear.weight", "final_layer.linear.weight"
 # Written out, so that a setting that wrongly became changeable is noticed
 CHANGEABLE = dict(steps=4, data_dir=f"{SMALL}/MNIST/raw", log_every=1, sample_every=1, checkpoint_every=1,
                   sampler="ddim", sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1,
-                  clamp=False, compile=True, recompute=True, shard=True)
+                  clamp=False, compile=True, recompute=True, latents="elsewhere")
 NOT_CHANGEABLE = dict(
     dataset="folder", ground="white", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
-    flips=True, num_classes=11, classes=("cat",), patch_size=4,
-    hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0, time_spacing="article", rope=True, T=500, process="ddpm",
-    beta_start=1e-3, beta_end=0.01, shift=1.0, variance="learned", loss="l1", vae="there", vae_hash="0",
-    latent_shape=(4, 2, 2), latent_mean=(0.5,),
-    latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
+    flips=True, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0,
+    time_spacing="article", gelu="tanh", rope=True, T=500, process="ddpm", beta_start=1e-3, beta_end=0.01, shift=1.0,
+    variance="learned", loss="l1", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,), latent_std=(2.0,),
+    batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
     grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1)
 
 
 def test_every_setting_has_a_test():
-    names = [field.name for field in dataclasses.fields(Config)]
+    names = [field.name for field in dataclasses.fields(ClipConfig)]
     assert [name for name in names if f"test_{name}" not in globals()] == []
-    assert sorted(names) == sorted([*CHANGEABLE, *NOT_CHANGEABLE])
+    assert sorted(names) == sorted([*CHANGEABLE, *NOT_CHANGEABLE, "vae"])  # test_cache.py changes that
+    assert {*ClipConfig.CHANGEABLE} == {*CHANGEABLE, "vae"}
 
 
 class Left:
@@ -75,13 +81,14 @@ class Left:
 
 @pytest.fixture
 def go(call, tmp_path):
-    """Trains by the command, for one step unless told otherwise: go(lr=0.1) returns what the run has `Left`."""
+    """Trains by a command, for one step unless told otherwise: go(lr=0.1) returns what the run has `Left`."""
     count = itertools.count()
 
-    def go(**settings):
+    def go(command=train, **settings):
         run = tmp_path / f"run{next(count)}"
         flags = [word for name, value in ({"steps": 1} | settings).items() for word in to_flag(name, value)]
-        code, out, err = call(train, *TINY, *BASE, *flags, "--run-dir", run)
+        data = TINY[:2] if "dataset" not in settings else []
+        code, out, err = call(command, *data, *TINY[2:], *BASE, *flags, "--run-dir", run)
         assert code == 0, err
         return Left(run, out)
 
@@ -111,7 +118,7 @@ def digits():
 
 def draws(config, step=0, data=None):
     """What step `step` draws: x_0, y, t, noise. The one place that asks train.py itself."""
-    config = config if isinstance(config, Config) else Config(**config)
+    config = LatentConfig(**config)
     images, labels = data or digits()
     return train.make_batch(Dataset("", images, labels, []), config.build_process(), config, step)
 
@@ -179,13 +186,25 @@ def taught(tmp_path_factory):
     return run
 
 
+def as_latents(run):
+    """The run as one of `latent.train_dit`, which trains on pixels too."""
+    folder = run.with_name("latents")
+    if not folder.exists():
+        shutil.copytree(run, folder)
+        content = torch.load(run / "model.pth", weights_only=True)
+        config = dataclasses.asdict(LatentConfig(**content["config"]))
+        torch.save(content | {"kind": "latents", "config": config}, folder / "model.pth")
+    return folder
+
+
 @pytest.fixture
 def draw(call, taught, tmp_path):
     """The picture that inference.py draws with the model `taught`, with these flags."""
 
-    def draw(*words, **settings):
+    def draw(*words, command=inference, **settings):
         flags = [word for name, value in settings.items() for word in to_flag(name, value)]
-        code, _, err = call(inference, "--checkpoint", taught, "--device", "cpu", "--precision", "fp32", *words, *flags,
+        run = taught if command == inference else as_latents(taught)
+        code, _, err = call(command, "--checkpoint", run, "--device", "cpu", "--precision", "fp32", *words, *flags,
                             "--out", tmp_path / "drawn.png")
         assert code == 0, err
         return picture(tmp_path / "drawn.png")
@@ -193,12 +212,12 @@ def draw(call, taught, tmp_path):
     return draw
 
 
-def further(call, taught, folder, **settings):
+def further(call, taught, folder, command=train, **settings):
     """The sample grid of `taught`, drawn anew by a resumed run that changes these settings."""
-    shutil.copytree(taught, folder)
+    shutil.copytree(taught if command == train else as_latents(taught), folder)
     (folder / "samples_000300.png").unlink()
     flags = [word for name, value in settings.items() for word in to_flag(name, value)]
-    code, _, err = call(train, "--resume", "--run-dir", folder, "--device", "cpu", *flags)
+    code, _, err = call(command, "--resume", "--run-dir", folder, "--device", "cpu", *flags)
     assert code == 0, err
     return picture(folder / "samples_000300.png")
 
@@ -274,20 +293,21 @@ def test_channels(go, own):
 
 def test_flips(go, own, call, tmp_path):
     """A network that answers 0 is as wrong about an image as about its mirror image, but has other things to learn."""
-    run, plain = (go(flips=flips, dataset="folder", data_dir=own, batch_size=12) for flips in (True, False))
+    run, plain = (go(latent.train_dit, flips=flips, dataset="folder", data_dir=own, batch_size=12)
+                  for flips in (True, False))
     assert run.config["flips"] and not plain.config["flips"] and run.content["data"] == plain.content["data"]
     assert float(run.rows[0]["loss"]) == pytest.approx(float(plain.rows[0]["loss"]), rel=1e-4)
     gradients, others = run.gradients()[LAST], plain.gradients()[LAST]
     assert (gradients - others).abs().max() > 0.01 * others.abs().max()
-    assert_refused(call(train, *TINY, "--flips", "--run-dir", tmp_path / "no"), "--flips", "photographs")
+    assert_refused(call(latent.train_dit, *TINY, "--flips", "--run-dir", tmp_path / "no"), "--flips", "photographs")
 
 
 @pytest.fixture
 def go_moving(go, tmp_path):
     """As `go`, on clips of moving digits: of MNIST's shape, noise."""
     write_mnist(tmp_path / "there")
-    return lambda **settings: go(**dict(dataset="moving", data_dir=tmp_path / "there", image_size="2x24x24",
-                                        patch_size="2x12x12") | settings)
+    return lambda **settings: go(video.train_dit, **dict(dataset="moving", data_dir=tmp_path / "there",
+                                                         image_size="2x24x24", patch_size="2x12x12") | settings)
 
 
 def test_digits(go_moving):
@@ -344,7 +364,7 @@ def test_depth(go, call):
     for depth, optimizer in itertools.product((1, 2, 3), ("adamw", "muon")):
         run = go(depth=depth, optimizer=optimizer)
         assert {int(name.split(".")[1]) for name in run.model if name.startswith("blocks.")} == {*range(depth)}
-        assert load_model(run.folder / "model.pth")[1].depth == depth
+        assert load_model(run.folder / "model.pth", kinds=ANY)[1].depth == depth
         code, _, err = call(train, "--resume", "--steps", 2, "--run-dir", run.folder, "--device", "cpu")
         assert code == 0, err
 
@@ -382,13 +402,23 @@ def test_time_spacing(go):
         torch.testing.assert_close(seen[0].double(), torch.cat([angles.sin(), angles.cos()], 1), atol=2e-4, rtol=0)
 
 
-def test_rope(go):
+def test_gelu():
+    """The tanh formula instead of the exact one, which are 4.7e-4 apart at the most."""
+    config = LatentConfig(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=16, num_heads=2, depth=1)
+    x = torch.linspace(-5, 5, 1001)
+    for gelu, expected in (("none", x * torch.special.ndtr(x)), ("tanh", x / 2 * (1 + torch.tanh(
+            math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))):
+        layer = dataclasses.replace(config, gelu=gelu).build_model().blocks[0].mlp[1]
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rope(go_moving):
     """Attention's queries and keys are then turned, which shows once its gates have opened; and where samples are drawn
     from the checkpoint."""
-    runs = [go(rope=rope, steps=4, log_every=1) for rope in (False, True)]
+    runs = [go_moving(rope=rope, steps=4, log_every=1) for rope in (False, True)]
     losses = [[float(row["loss"]) for row in run.rows] for run in runs]
     assert losses[0][0] == losses[1][0] and losses[0][3] != losses[1][3] and shapes(runs[0]) == shapes(runs[1])
-    model, config = load_model(runs[1].folder / "model.pth", precision="fp32")
+    model, config = load_model(runs[1].folder / "model.pth", precision="fp32", kinds=ANY)
     x, y = torch.randn(2, *config.input_shape), torch.tensor([0, 1])
     whole = config.build_model()
     whole.load_state_dict(model.state_dict())
@@ -432,8 +462,8 @@ def test_shift(go):
 
 def test_variance(go, call):
     """The network answers twice as much: 0, which is midway between the two bounds of the variance."""
-    assert shapes(go(process="ddpm", variance="fixed"))[LAST] == (4, 32)
-    learned = go(process="ddpm", variance="learned", batch_size=64, beta_start=1e-3)
+    assert shapes(go(latent.train_dit, process="ddpm", variance="fixed"))[LAST] == (4, 32)
+    learned = go(latent.train_dit, process="ddpm", variance="learned", batch_size=64, beta_start=1e-3)
     assert shapes(learned)[LAST] == (8, 32)
     _, _, t, noise = draws(learned.config)
     kept, _, _ = path(learned.config, torch.arange(1000))
@@ -452,9 +482,9 @@ def test_variance(go, call):
     gradient = learned.gradients()[LAST].float().view(4, 2, 32)  # values of a patch, then noise and variance
     torch.testing.assert_close(gradient[:, 0], by_hand(learned)[2], rtol=1e-3, atol=1e-6)
     assert gradient[:, 1].any()
-    assert call(train, "--resume", "--steps", 2, "--run-dir", learned.folder, "--device", "cpu")[0] == 0
-    assert_refused(call(train, *TINY, "--process", "flow", "--variance", "learned", "--run-dir", learned.folder / "x"),
-                   "process ddpm alone")
+    assert call(latent.train_dit, "--resume", "--steps", 2, "--run-dir", learned.folder, "--device", "cpu")[0] == 0
+    assert_refused(call(latent.train_dit, *TINY, "--process", "flow", "--variance", "learned", "--run-dir",
+                        learned.folder / "x"), "process ddpm alone")
 
 
 @pytest.mark.parametrize("process", ["flow", "ddpm"])
@@ -624,12 +654,6 @@ def test_recompute(go, monkeypatch):
     torch.testing.assert_close(again.model, plain.model, rtol=1e-5, atol=1e-6)
 
 
-def test_shard(call, tmp_path):
-    """What it does takes several processes: test_parallel.py has them."""
-    assert_refused(call(train, *TINY, *BASE, "--shard", "--run-dir", tmp_path / "run"), "--shard", "torchrun")
-    assert not (tmp_path / "run" / "model.pth").exists()
-
-
 def test_seed(go):
     first, again, other, large = (go(seed=seed, batch_size=64) for seed in (5, 5, 6, 5 + 2**32))
     assert same(first.model, again.model) and first.rows == again.rows
@@ -684,7 +708,7 @@ def test_sampler(call, taught, draw, tmp_path):
 
 
 def test_sample_steps(call, taught, draw, tmp_path, monkeypatch):
-    calls, forward = [], train.build_model.__globals__["DiT"].forward
+    calls, forward = [], DiT.forward
     monkeypatch.setattr("dit.DiT.forward", lambda *args: (calls.append(args[2].unique().tolist()), forward(*args))[1])
     for steps, times in ((1, [999]), (4, [999, 749, 499, 249])):
         calls.clear()
@@ -697,7 +721,7 @@ def test_sample_steps(call, taught, draw, tmp_path, monkeypatch):
 
 def test_guidance(call, taught, draw, tmp_path):
     """In one step the image is what the network answers for the label and without one: u + guidance (c - u)."""
-    model, config = load_model(taught / "model.pth", precision="fp32")
+    model, config = load_model(taught / "model.pth", precision="fp32", kinds=ANY)
     noise = inference.noise_source(0, range(10), (1, 8, 8), "cpu")()
     with torch.no_grad():
         c, u = (model(noise, config.T - 1, y) for y in (torch.arange(10), 10))
@@ -724,20 +748,20 @@ def test_eta(call, taught, draw, tmp_path):
 
 
 def test_spacing(call, taught, draw, tmp_path, monkeypatch):
-    calls, forward = [], train.build_model.__globals__["DiT"].forward
+    calls, forward = [], DiT.forward
     monkeypatch.setattr("dit.DiT.forward", lambda *args: (calls.append(args[2].unique().tolist()), forward(*args))[1])
     for spacing, times in (("trailing", [999, 749, 499, 249]), ("linspace", [999, 666, 333, 0])):
         calls.clear()
-        drawn = draw("--count", 6, sample_steps=4, spacing=spacing)
+        drawn = draw("--count", 6, command=latent.draw, sample_steps=4, spacing=spacing)
         assert calls == [[t] for t in times]
-    grid = further(call, taught, tmp_path / "run", sample_steps=4, spacing="linspace")
+    grid = further(call, taught, tmp_path / "run", latent.train_dit, sample_steps=4, spacing="linspace")
     assert np.abs(grid - drawn).max() <= 1 < 8 < np.abs(grid - draw("--count", 6, sample_steps=4)).max()
 
 
 def test_guided_channels(call, go, own, tmp_path):
     """Drawn in one step: the first channels are u + 5 (c - u), the others c."""
-    run = go(dataset="folder", data_dir=own, channels=3, steps=200, lr=0.01, batch_size=16)
-    model, _ = load_model(run.folder / "model.pth", precision="fp32")
+    run = go(latent.train_dit, dataset="folder", data_dir=own, channels=3, steps=200, lr=0.01, batch_size=16)
+    model, _ = load_model(run.folder / "model.pth", precision="fp32", kinds=ANY)
     noise = inference.noise_source(0, range(3), (3, 8, 8), "cpu")()
     with torch.no_grad():
         c, u = (model(noise, 999, y) for y in (torch.arange(3), 3))
@@ -745,8 +769,8 @@ def test_guided_channels(call, go, own, tmp_path):
     for n in (0, 1, 2, 3):
         expected = c.clone()
         expected[:, :n or 3] = (u + 5 * (c - u))[:, :n or 3]
-        assert call(inference, "--checkpoint", run.folder, "--guidance", 5, "--sample-steps", 1, "--guided-channels", n,
-                    "--count", 1, "--precision", "fp32", "--out", tmp_path / "a.png", "--device", "cpu")[0] == 0
+        assert call(latent.draw, "--checkpoint", run.folder, "--guidance", 5, "--sample-steps", 1, "--guided-channels",
+                    n, "--count", 1, "--precision", "fp32", "--out", tmp_path / "a.png", "--device", "cpu")[0] == 0
         drawn = picture(tmp_path / "a.png")[-58:-2:7, :, :]
         for i in range(3):
             pixels = torch.from_numpy(drawn[:, 2 + 58 * i:58 + 58 * i:7]).permute(2, 0, 1)
@@ -755,13 +779,14 @@ def test_guided_channels(call, go, own, tmp_path):
 
 def test_clamp(call, taught, draw, tmp_path):
     """The image is what the last step sees, cut off or not; what is cut off at an early step leads elsewhere."""
-    model, config = load_model(taught / "model.pth", precision="fp32")
+    model, config = load_model(as_latents(taught) / "model.pth", precision="fp32", kinds=ANY)
+    draw = functools.partial(draw, command=latent.draw)
     for clamp in (True, False):
         settings = dataclasses.replace(config, guidance=5.0, clamp=clamp)
         assert (inference.generate(model, settings, torch.arange(10)).abs().max() > 1.1) == (not clamp)
     assert np.abs(draw(guidance=5, clamp=False) - draw(guidance=5)).max() > 8
     assert np.abs(draw(guidance=5, clamp=False, sample_steps=1) - draw(guidance=5, sample_steps=1)).max() == 0
-    grid = further(call, taught, tmp_path / "run", guidance=5, clamp=False)
+    grid = further(call, taught, tmp_path / "run", latent.train_dit, guidance=5, clamp=False)
     assert np.abs(grid - draw("--count", 6, guidance=5, clamp=False)).max() <= 1
 
 
@@ -769,128 +794,155 @@ def test_clamp(call, taught, draw, tmp_path):
 
 
 @pytest.fixture
-def latent(tmp_path, call):
-    """Draws two images in one step with a network that has never learned, and answers 0: latent(**fields) returns the
+def untaught(tmp_path, call):
+    """Draws two images in one step with a network that has never learned, and answers 0: untaught(**fields) returns the
     picture's tiles, uint8 (2, 8, 8), and their VAE."""
     torch.manual_seed(1)
     vae = VAE(in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 16), norm_num_groups=4).eval()
     save_vae(vae, tmp_path / "vae")
 
-    def latent(**fields):
-        config = Config(**dict(
+    def untaught(**fields):
+        config = LatentConfig(**dict(
             dataset="mnist", image_size=8, channels=1, num_classes=2, patch_size=2, hidden_size=16, depth=1,
             num_heads=2, sample_steps=1, clamp=False, latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,),
             vae=str(tmp_path / "vae"), vae_hash=vae.fingerprint) | fields)
-        save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, train.build_model(config).state_dict())
-        result = call(inference, "--checkpoint", tmp_path / "model.pth", "--count", 1, "--out", tmp_path / "a.png",
+        save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, config.build_model().state_dict())
+        result = call(latent.draw, "--checkpoint", tmp_path / "model.pth", "--count", 1, "--out", tmp_path / "a.png",
                       "--device", "cpu")
         if result[0]:
             return result, vae
         drawn = picture(tmp_path / "a.png")[2:-2:7]
         return torch.from_numpy(np.stack([drawn[:, 2:58:7], drawn[:, 60:116:7]])), vae
 
-    return latent
+    return untaught
 
 
-def assert_decoded(latent, vae, z, **fields):
+def assert_decoded(untaught, vae, z, **fields):
     """An untrained network sees the clean latent 0, which stands for z (C,)."""
     with torch.no_grad():
         expected = (vae.reconstruct(torch.tensor(z).view(1, -1, 1, 1).expand(1, 2, 4, 4))[0, 0] + 1) * 127.5
-    for tile in latent(**fields)[0]:
+    for tile in untaught(**fields)[0]:
         assert (tile - expected.clamp(0, 255)).abs().max() < 0.6
 
 
-def test_latent_shape(latent):
-    drawn, vae = latent()
+def test_latent_shape(untaught):
+    drawn, vae = untaught()
     assert drawn.shape == (2, 8, 8)
-    assert_decoded(latent, vae, [0.0, 0.0])
+    assert_decoded(untaught, vae, [0.0, 0.0])
     for shape in ((2, 2, 2), (2, 4, 2), (3, 4, 4)):
-        assert_refused(latent(latent_shape=shape)[0], str(shape), "(1, 8, 8)")
+        assert_refused(untaught(latent_shape=shape)[0], str(shape), "(1, 8, 8)")
     for shape in ((2,), (2, 0, 4), (2, 4, 4.0), ("2", 4, 4), (2, 4, 10**6)):
         with pytest.raises(UserError, match="latent_shape"):
-            Config(latent_shape=shape, latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
+            LatentConfig(latent_shape=shape, latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
     with pytest.raises(UserError, match="--no-clamp"):
-        Config(latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,))
+        LatentConfig(latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,))
     with pytest.raises(UserError, match=r"patch_size 2 does not divide latent_shape 5x4: choose one of \[1, 5\]"):
-        Config(image_size=8, patch_size=2, latent_shape=(2, 5, 4), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
+        LatentConfig(image_size=8, patch_size=2, latent_shape=(2, 5, 4), latent_mean=(0.0,), latent_std=(1.0,),
+                     clamp=False)
 
 
-def test_latent_mean(latent):
-    _, vae = latent()
-    assert_decoded(latent, vae, [3.0, 3.0], latent_mean=(3.0,))
-    assert_decoded(latent, vae, [3.0, -1.0], latent_mean=(3.0, -1.0))
+def test_latent_mean(untaught):
+    _, vae = untaught()
+    assert_decoded(untaught, vae, [3.0, 3.0], latent_mean=(3.0,))
+    assert_decoded(untaught, vae, [3.0, -1.0], latent_mean=(3.0, -1.0))
     for wrong in ((), (1.0, 2.0, 3.0), (math.nan,), ("a",), (1,)):
         with pytest.raises(UserError, match="latent_mean"):
-            latent(latent_mean=wrong)
+            untaught(latent_mean=wrong)
 
 
-def test_latent_std(latent, tmp_path):
+def test_latent_std(untaught, tmp_path):
     """The network's 0 stays 0, whatever it is; a state before the end does not."""
-    drawn, vae = latent(latent_std=(2.0, 9.0))
-    assert torch.equal(drawn, latent()[0])
+    drawn, vae = untaught(latent_std=(2.0, 9.0))
+    assert torch.equal(drawn, untaught()[0])
     z = torch.randn(3, 2, 4, 4)
-    config = Config(image_size=8, channels=1, latent_shape=(2, 4, 4), latent_mean=(0.5,), latent_std=(2.0, 9.0),
-                    clamp=False, vae=str(tmp_path / "vae"))
+    config = LatentConfig(image_size=8, channels=1, latent_shape=(2, 4, 4), latent_mean=(0.5,), latent_std=(2.0, 9.0),
+                          clamp=False, vae=str(tmp_path / "vae"))
     with torch.no_grad():
         expected = (vae.reconstruct(z * torch.tensor([2.0, 9.0]).view(2, 1, 1) + 0.5) + 1) * 127.5
-    assert (inference.to_images(z, config) - expected.clamp(0, 255)).abs().max() < 0.6
+    assert (config.to_images(z) - expected.clamp(0, 255)).abs().max() < 0.6
     for wrong in ((), (1.0, 2.0, 3.0), (0.0,), (-1.0, 1.0), (math.inf,)):
         with pytest.raises(UserError, match="latent_std"):
-            latent(latent_std=wrong)
+            untaught(latent_std=wrong)
 
 
-def test_vae(latent, tmp_path):
-    drawn, _ = latent()
+def test_vae(untaught, tmp_path):
+    drawn, _ = untaught()
     shutil.move(tmp_path / "vae", tmp_path / "other")
-    assert torch.equal(latent(vae=str(tmp_path / "other"))[0], drawn)
-    assert torch.equal(latent(vae="other")[0], drawn)  # beside the checkpoint
-    assert_refused(latent()[0], f"there is no folder {str(tmp_path / 'vae')!r}")
-    assert_refused(latent(vae="")[0], "--vae FOLDER")
+    assert torch.equal(untaught(vae=str(tmp_path / "other"))[0], drawn)
+    assert torch.equal(untaught(vae="other")[0], drawn)  # beside the checkpoint
+    assert_refused(untaught()[0], f"there is no folder {str(tmp_path / 'vae')!r}")
+    assert_refused(untaught(vae="")[0], "--vae FOLDER")
     for fields in (dict(vae_hash="x"), dict(latent_std=(1.0,))):
         with pytest.raises(UserError, match="latent_shape"):
-            Config(**fields)
+            LatentConfig(**fields)
 
 
-def test_vae_hash(latent):
-    drawn, vae = latent()
-    assert torch.equal(latent(vae_hash="")[0], drawn)
-    assert_refused(latent(vae_hash="0123456789abcdef")[0], "is another VAE", vae.fingerprint, "0123456789abcdef")
+def test_latents(call, untaught, tmp_path):
+    """The folder that gets them, beside what else is there."""
+    untaught()  # makes the VAE
+    for name in ("a", "b"):
+        code, _, err = call(latent.train_dit, *TINY, "--vae", tmp_path / "vae", "--latents", tmp_path / name, "--steps",
+                            1, "--run-dir", tmp_path / f"run_{name}")
+        assert code == 0, err
+    kept = [[*(tmp_path / name).rglob("latents.npy")] for name in ("a", "b")]
+    assert [len(files) for files in kept] == [1, 1] and kept[0][0].read_bytes() == kept[1][0].read_bytes()
+
+
+def test_vae_hash(untaught):
+    drawn, vae = untaught()
+    assert torch.equal(untaught(vae_hash="")[0], drawn)
+    assert_refused(untaught(vae_hash="0123456789abcdef")[0], "is another VAE", vae.fingerprint, "0123456789abcdef")
 
 
 # What a resumed run may change
 
 
+COMMANDS = {Config: train, LatentConfig: latent.train_dit, ClipConfig: video.train_dit}
+
+
+def command_of(name):
+    """The first class that has the setting, and the command that trains with it."""
+    return next((of, command) for of, command in COMMANDS.items() if name in of.__dataclass_fields__)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train.train(Config(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=3,
-                       optimizer="adamw", precision="fp32", patch_size=2, channels=1), run, device="cpu")
-    return run
+    """whole(of): a run folder whose settings are of that class."""
+    settings = dict(dataset="mnist", data_dir=str(SMALL), image_size=8, patch_size=2, hidden_size=32, depth=1,
+                    num_heads=2, sample_steps=3, batch_size=8, steps=3, optimizer="adamw", precision="fp32", channels=1)
+    clips = dict(dataset="moving", image_size="2x24x24", patch_size="2x12x12")
+
+    @functools.cache
+    def whole(of):
+        run = tmp_path_factory.mktemp("whole") / "run"
+        COMMANDS[of].train(settings | (clips if of == ClipConfig else {}), run, device="cpu")
+        return run
+
+    return whole
 
 
 @pytest.mark.parametrize("name", NOT_CHANGEABLE)
 def test_a_resumed_run_refuses(name, call, whole):
-    before, value = (whole / "model.pth").read_bytes(), NOT_CHANGEABLE[name]
-    if "help" not in Config.__dataclass_fields__[name].metadata:  # it has no flag
+    (of, command), value = command_of(name), NOT_CHANGEABLE[name]
+    run = whole(of)
+    before = (run / "model.pth").read_bytes()
+    if "help" not in of.__dataclass_fields__[name].metadata:  # it has no flag
         with pytest.raises(UserError, match=f"cannot be resumed with other settings: {name} "):
-            train.train({name: value}, whole, resume=True, device="cpu")
+            command.train({name: value}, run, resume=True, device="cpu")
     else:
-        assert_refused(call(train, *to_flag(name, value), "--resume", "--run-dir", whole, "--device", "cpu"),
+        assert_refused(call(command, *to_flag(name, value), "--resume", "--run-dir", run, "--device", "cpu"),
                        f"cannot be resumed with other settings: {name} ")
-    assert (whole / "model.pth").read_bytes() == before
+    assert (run / "model.pth").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", CHANGEABLE)
 def test_a_resumed_run_accepts(name, call, whole, tmp_path, monkeypatch):
-    run, value = tmp_path / "run", CHANGEABLE[name]
-    shutil.copytree(whole, run)
+    (of, command), value = command_of(name), CHANGEABLE[name]
+    run = shutil.copytree(whole(of), tmp_path / "run")
     monkeypatch.setattr(train, "can_compile", lambda device: False)  # minutes, and test_compile has it
     more = ["--sampler", "ddim"] if name == "eta" else []  # the one that has a use for it
-    flags = ["--steps", 4, *to_flag(name, value), *more, "--resume", "--run-dir", run, "--device", "cpu"]
-    if name == "shard":  # other settings are not what it lacks
-        assert_refused(call(train, *flags), "torchrun")
-        return
-    code, _, err = call(train, *flags)
+    code, _, err = call(command, "--steps", 4, *to_flag(name, value), *more, "--resume", "--run-dir", run, "--device",
+                        "cpu")
     assert code == 0, err
     left = Left(run)
     assert left.content["step"] == 4 and left.config[name] == (value if name != "compile" else False)

@@ -23,14 +23,16 @@ import generator
 import inference
 import measure.score
 import train
+import video.train_dit
 from config import PRESETS, Config
 from dataset import Dataset, load_dataset, to_uint8
 from diffusion import DDPM
 from inference import sample
+from latent.config import LatentConfig
 from measure.classifier import train_classifier
 from record.checkpoint import load_checkpoint
-from train import Run, learning_rate, make_batch, start_run, train_step
-from video.config import ANY
+from train import Run, learn, learning_rate, make_batch, start_run
+from video.config import ANY, ClipConfig
 
 
 def data_of(images, labels):
@@ -43,7 +45,7 @@ def test_from_python(tmp_path):
     small = dict(data_dir=tmp_path / "data", image_size=8, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=2)
     assert train.train(small, tmp_path / "run", device="cpu") == (2, 0)
     assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].data_dir == str(tmp_path / "data")
-    assert Config(vae=Path("some") / "vae").vae == os.path.join("some", "vae")
+    assert LatentConfig(vae=Path("some") / "vae").vae == os.path.join("some", "vae")
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = small | {"data_dir": tmp_path / "elsewhere", "steps": 3}
     assert train.train(moved, str(tmp_path / "run"), resume=True, device=torch.device("cpu")) == (3, 0)
@@ -130,8 +132,9 @@ def test_ctrl_c_within_the_sample_grid_does_not_wait_for_it(call, tmp_path, monk
     assert states == [0, 1, 2] and load_checkpoint(run / "model.pth", ANY)["step"] == 5
     assert call(train, *flags, "--run-dir", run, "--resume", "--sample-steps", 3)[0] == 0
     assert call(train, *flags, "--run-dir", whole, "--sample-steps", 3)[0] == 0
+    a, b = (load_checkpoint(folder / "model.pth", ANY) for folder in (run, whole))
     for part in ("model", "ema", "optimizers", "window", "step"):
-        assert same(load_checkpoint(run / "model.pth", ANY)[part], load_checkpoint(whole / "model.pth", ANY)[part]), part
+        assert same(a[part], b[part]), part
 
 
 @pytest.mark.parametrize("missing", [["samples_000006.png"], ["samples_000006.png", "loss.png"],
@@ -167,7 +170,7 @@ def test_says_how_to_draw_with_what_was_trained(call, tmp_path, monkeypatch):
 
 
 def test_flags_override_the_preset(call, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "S", dict(loss="l1", process="ddpm", steps=2, lr=0.125, hidden_size=64))
+    monkeypatch.setitem(PRESETS, "S", dict(loss="l1", process="ddpm", steps=2, lr=0.125, hidden_size=64))
     assert call(train, "--preset", "S", *TINY, "--steps", 1, "--lr", 0.5, "--run-dir", tmp_path / "run")[0] == 0
     config = load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"]
     assert (config.loss, config.process, config.steps, config.lr, config.hidden_size) == ("l1", "ddpm", 1, 0.5, 32)
@@ -258,18 +261,6 @@ def test_resume_takes_the_command_of_the_first_run(call, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 6
 
 
-def test_a_checkpoint_of_an_older_version_draws_and_is_not_resumed(call, trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run")
-    content = torch.load(run / "model.pth", weights_only=True)
-    del content["data"]
-    torch.save(content | {"format": "dit-checkpoint-1"}, run / "model.pth")
-    assert_refused(call(train, *TINY, "--resume", "--steps", 9, "--run-dir", run), "model.pth", "train a new run")
-    pictures = [tmp_path / "old.png", tmp_path / "new.png"]
-    for folder, out in zip((run, trained), pictures, strict=True):
-        assert call(inference, "--checkpoint", folder / "model.pth", "--out", out)[0] == 0
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
-
-
 def test_from_a_notebook(tmp_path, monkeypatch):
     """The same run as the command's; what goes wrong is an exception."""
     config = Config(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, sample_steps=3, batch_size=8, steps=4,
@@ -297,12 +288,12 @@ def test_a_trained_model_is_never_overwritten(call, trained):
 def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, log_every):
     """At the next row of the log, or else before the next checkpoint."""
     run = tmp_path / "run"
-    original = train.train_step
+    original = train.descend
 
     def explode(*args):
         return original(*args) * (float("nan") if args[-1] == 4 else 1)
 
-    monkeypatch.setattr(train, "train_step", explode)
+    monkeypatch.setattr(train, "descend", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--log-every", log_every, "--run-dir", run)
     assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
@@ -311,16 +302,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, lo
 def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     """The loss of a step is finite, but the weights after it are not."""
     run = tmp_path / "run"
-    original = train.train_step
+    original = train.descend
 
-    def explode(run, batch, step):
-        losses = original(run, batch, step)
+    def explode(run, losses, step):
+        losses = original(run, losses, step)
         if step == 5:
             torch.nn.init.constant_(run.model.final_layer.linear.bias, float("nan"))
             torch.nn.init.constant_(run.ema.final_layer.linear.bias, float("nan"))
         return losses
 
-    monkeypatch.setattr(train, "train_step", explode)
+    monkeypatch.setattr(train, "descend", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
     assert_refused(result, "weights are not finite at step 6", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
@@ -368,14 +359,14 @@ def test_run_dir_that_cannot_be_written(call, tmp_path):
 def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatch):
     """Else the steps since the last checkpoint were lost with it."""
     run = tmp_path / "run"
-    original = train.train_step
+    original = train.descend
 
     def blocked(*args):
         for name in ("samples_000002.png", "index.html", "loss.png"):
             (run / name).mkdir(exist_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(train, "train_step", blocked)
+    monkeypatch.setattr(train, "descend", blocked)
     code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
     assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth", ANY)["step"] == 3
     assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
@@ -436,8 +427,9 @@ def test_step_trains_and_averages():
     optimizer = torch.optim.AdamW(model.parameters())
     diffusion = config.build_process()
     data = data_of(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9))
-    batch = make_batch(data, diffusion, config, 0)
-    losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step=999)
+    batch = make_batch(data, diffusion, config, 999)
+    losses, t = learn(Run(config, model, model, ema, [optimizer], diffusion), data, step=999)
+    assert torch.equal(t, batch[2])
     assert losses.shape == (8,) and not losses.requires_grad
     target = diffusion.target(batch[0], batch[3])
     scale = diffusion.error_scale[batch[2]]
@@ -454,8 +446,7 @@ def test_bf16_gradients_are_those_of_fp32():
                     batch_size=64, grad_clip=0.0, lr=0.0)
     diffusion = config.build_process()
     images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
-    batch = make_batch(data_of(images, torch.arange(99) % 10), diffusion, config, 0)
-    gradients = []
+    data, gradients = data_of(images, torch.arange(99) % 10), []
 
     class Recorder(torch.optim.SGD):
         def step(self):
@@ -468,7 +459,7 @@ def test_bf16_gradients_are_those_of_fp32():
     for worker in (model, copy.deepcopy(model).bfloat16()):
         ema = copy.deepcopy(model)
         run = Run(config, model, worker, ema, [Recorder(model.parameters())], diffusion)
-        losses.append(train_step(run, batch, 0))
+        losses.append(learn(run, data, 0)[0])
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert losses[1].dtype == gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
@@ -488,8 +479,7 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.1)
         images = torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8)
         for step in range(3):
-            batch = make_batch(data_of(images, torch.arange(99) % 10), run.process, config, step)
-            losses = train_step(run, batch, step)
+            losses, _ = learn(run, data_of(images, torch.arange(99) % 10), step)
         assert (run.worker._compiled_call_impl is not None) == compiled
         trained.append((losses, run.model.state_dict()))
     torch.testing.assert_close(trained[0], trained[1], atol=1e-4, rtol=1e-3)
@@ -497,8 +487,7 @@ def test_compiled_network_learns_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("settings", "compiled"), [
     ({}, False), ({"steps": 9_999}, False), ({"steps": 10_000}, True), ({"steps": 10_000, "compile": False}, False),
-    ({"steps": 2, "compile": True}, True), ({"steps": 10_000, "shard": True}, False),
-    ({"steps": 10_000, "sizes": "1x32x32"}, False)])
+    ({"steps": 2, "compile": True}, True)])
 def test_long_runs_are_compiled_unless_told_otherwise(settings, compiled):
     assert train.configure(settings, None, resume=False)[0].compile == compiled
 
@@ -508,7 +497,8 @@ def test_without_a_compiler_it_trains_all_the_same(command, tmp_path):
     process = command("train.py", *TINY, "--steps", 2, "--compile", "--run-dir", tmp_path / "run", env=environment)
     assert process.returncode == 0, process.stderr
     assert "warning: nothing can be compiled here" in process.stderr and "Traceback" not in process.stderr
-    assert "compiled" not in process.stdout and not load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].compile
+    assert "compiled" not in process.stdout
+    assert not load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].compile
 
 
 def test_overfits_a_handful_of_digits():
@@ -523,8 +513,7 @@ def test_overfits_a_handful_of_digits():
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     diffusion = config.build_process()
     for step in range(config.steps):
-        batch = make_batch(data_of(images, labels), diffusion, config, step)
-        train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, step)
+        learn(Run(config, model, model, ema, [optimizer], diffusion), data_of(images, labels), step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
     assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
@@ -533,17 +522,16 @@ def test_overfits_a_handful_of_digits():
 
 def test_every_preset_takes_a_step():
     """The step of each preset, at its own objective, on a model cut down to a size for a test."""
-    for preset in PRESETS.values():
-        size = (4, 8, 8) if preset.get("dataset") == "moving" else (8, 8)
-        config = Config(**{**preset, "image_size": size, "channels": 1, "num_classes": 10,
-                           "patch_size": (2,) * len(size), "hidden_size": 32, "depth": 1, "num_heads": 2,
-                           "batch_size": 4})
+    clips = [(ClipConfig, video.train_dit, (4, 8, 8), preset) for preset in video.config.PRESETS.values()]
+    for of, command, size, preset in [*((Config, train, (8, 8), preset) for preset in PRESETS.values()), *clips]:
+        config = of(**{**preset, "image_size": size, "channels": 1, "num_classes": 10,
+                       "patch_size": (2,) * len(size), "hidden_size": 32, "depth": 1, "num_heads": 2,
+                       "batch_size": 4})
         model = config.build_model()
         ema = config.build_model()
         diffusion, optimizer = config.build_process(), torch.optim.AdamW(model.parameters())
         data = data_of(torch.zeros(3, 1, *size, dtype=torch.uint8), torch.arange(3))
-        batch = make_batch(data, diffusion, config, 0)
-        losses = train_step(Run(config, model, model, ema, [optimizer], diffusion), batch, 0)
+        losses, _ = command.learn(Run(config, model, model, ema, [optimizer], diffusion), data, 0)
         assert losses.isfinite().all()
 
 
@@ -661,7 +649,7 @@ def test_grids_are_drawn_with_the_average(tmp_path):
     pictures = {}
     for name, network in (("seen", None), ("average", run.ema), ("raw", run.model)):
         path = tmp_path / f"{name}.png"
-        train.draw_samples(dataclasses.replace(run, ema=network) if network else run, path, "cpu", lambda: False)
+        train.show(dataclasses.replace(run, ema=network) if network else run, path, lambda: False)
         pictures[name] = path.read_bytes()
     assert pictures["seen"] == pictures["average"] != pictures["raw"]
 
@@ -687,7 +675,7 @@ def test_a_size_that_does_fit_is_named_height_first():
     """Of images and of latents, whose patches are counted in latents."""
     data = SimpleNamespace(settings=dict(image_size=(10, 23), num_classes=2, channels=1))
     with pytest.raises(UserError, match=r"image_size 10x23 .* --patch-size to one of .*10.*23.* --image-size to 8x24"):
-        train.resolve(Config(), data, torch.device("cpu"))
+        Config().resolve(data)
 
 
 def test_the_commands_it_prints_take_a_folder_that_looks_like_a_flag(call, tmp_path, monkeypatch):

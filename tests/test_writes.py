@@ -11,6 +11,8 @@ from conftest import REPOSITORY, TINY, assert_refused
 from PIL import Image
 
 import demo.export
+import demo.share
+import edit.draw
 import few.distill
 import fid_computer
 import generator
@@ -24,8 +26,8 @@ import measure.scaling
 import measure.score
 import time_emb
 import train
+import video.draw
 import video.score
-from record import checkpoint
 
 
 @pytest.fixture
@@ -41,6 +43,8 @@ OUTPUTS = [  # the command, its flags, what it writes
     (inference, ["--strip"], "strip.png"),
     (inference, ["--gif"], "samples.gif"),
     (inference, ["--out", "out.webp"], "out.webp"),
+    (edit.draw, ["--morph", "3:8"], "strip.png"),
+    (video.draw, ["--checkpoint", REPOSITORY / "weights" / "moving.pth"], "samples.gif"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/log.csv"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/loss.png"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/index.html"),
@@ -51,7 +55,7 @@ OUTPUTS = [  # the command, its flags, what it writes
     (few.distill, ["--run-dir", "new"], "new/fake_backup.pth"),
     (latent.train_vae, ["--out", "new"], "new/log.csv"),
     (latent.train_vae, ["--out", "new"], "new/reconstructions.png"),
-    (checkpoint, ["run", "out.pth"], "out.pth"),
+    (demo.share, ["run", "out.pth"], "out.pth"),
     (latent.import_dit, ["official.pt", "out.pth"], "out.pth"),
     (demo.export, [], "dit.html"),
     (fid_computer, ["--real", "images", "--fake", "images", "--save-stats", "out.npz"], "out.npz"),
@@ -87,7 +91,7 @@ def test_a_file_of_another_program_stays(module, flags, path, here, call):
 
 
 @pytest.mark.parametrize(("module", "flags"), [
-    (checkpoint, [REPOSITORY / "weights" / "mnist.pth", "run/model.pth"]),
+    (demo.share, [REPOSITORY / "weights" / "mnist.pth", "run/model.pth"]),
     (latent.import_dit, ["official.pt", "run/model.pth"]),
     (demo.export, ["--out", "run/model.pth"]),
     (measure.classifier, ["--out", "run/model.pth"]),
@@ -104,21 +108,25 @@ def test_a_trained_model_stays(module, flags, here, call):
 @pytest.mark.parametrize("flags", [
     ["--edit", "samples.png"], ["--inpaint", "samples.png", "--mask", "mask.png"],
     ["--inpaint", "other.png", "--mask", "samples.png"], ["--edit", "link.png"],
-    ["--edit", "samples.png", "--out", "link.png"], ["--extend", "samples.png", "--out", "samples.png"],
-    ["--before", "samples.png", "--out", "samples.png"], ["--loop", "samples.png", "--out", "samples.png"],
-    ["--between", "other.png", "samples.png", "--out", "samples.png"], ["--extend", ".", "--out", "samples.png"]])
-def test_a_picture_that_is_read_stays(flags, here, call, monkeypatch):
-    """The one that the command itself has drawn too."""
-    assert call(inference, "--labels", 7, "--count", 1)[0] == 0
+    ["--edit", "samples.png", "--out", "link.png"], ["--extend", "samples.gif"], ["--before", "samples.gif"],
+    ["--loop", "samples.gif"], ["--between", "other.gif", "samples.gif"], ["--extend", "."]])
+def test_a_picture_that_is_read_stays(flags, here, call):
+    """The one that a command itself has drawn too."""
+    changed = flags[0] in ("--edit", "--inpaint")
+    assert call(inference, "--labels", 7, "--count", 1, *([] if changed else ["--gif"]))[0] == 0
     (here / "link.png").symlink_to("samples.png")
-    monkeypatch.setattr(inference, "check_clip_flags", lambda *_: None)
-    before = (here / "samples.png").read_bytes()
-    assert_refused(call(inference, *flags), "is read by this command")
-    assert (here / "samples.png").read_bytes() == before
+    path = here / ("samples.png" if changed else "samples.gif")
+    before, moving = path.read_bytes(), ["--checkpoint", REPOSITORY / "weights" / "moving.pth"]
+    if changed:  # other pictures that are read are sound
+        for name in ("other.png", "mask.png"):
+            Image.effect_noise((8, 8), 50).save(here / name)
+    result = call(edit.draw, "--labels", 7, *flags) if changed else call(video.draw, *moving, *flags)
+    assert_refused(result, "is read by this command")
+    assert path.read_bytes() == before
 
 
 def test_checkpoints_and_pages_that_are_read_stay(here, call):
-    for module, flags in ((checkpoint, ["run", "run/model.pth"]),
+    for module, flags in ((demo.share, ["run", "run/model.pth"]),
                           (demo.export, ["--out", "run/model.pth", "--checkpoint", "run"]),
                           (latent.import_dit, ["run/model.pth", "run/model.pth"])):
         assert_refused(call(module, *flags), "is read by this command")
@@ -127,7 +135,7 @@ def test_checkpoints_and_pages_that_are_read_stay(here, call):
 @pytest.mark.parametrize(("module", "flags", "path"), [
     (inference, ["--count", 1], "samples.png"), (inference, ["--count", 1, "--gif"], "samples.gif"),
     (inference, ["--count", 1, "--out", "a.jpg"], "a.jpg"), (inference, ["--count", 1, "--out", "a.tiff"], "a.tiff"),
-    (checkpoint, ["run", "out.pth"], "out.pth"), (checkpoint, ["run", "a.safetensors"], "a.safetensors"),
+    (demo.share, ["run", "out.pth"], "out.pth"), (demo.share, ["run", "a.safetensors"], "a.safetensors"),
     (demo.export, [], "dit.html"), (time_emb, [], "time_emb.png")])
 def test_its_own_file_is_replaced(module, flags, path, here, call):
     assert call(module, *flags)[0] == 0
