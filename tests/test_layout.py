@@ -1,7 +1,9 @@
 """The house: which file may import which, and what lies in the root."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -9,9 +11,11 @@ import tomllib
 import pytest
 from conftest import REPOSITORY
 
+from support.commands import Parser
+
 # In reading order: each may import those before it.
-ARTICLE = ("config", "dataset", "diffusion", "time_emb", "dit_block", "dit", "checkpoint", "inference", "train",
-           "generator", "fid_computer")
+ARTICLE = ("dataset", "diffusion", "time_emb", "dit_block", "dit", "config", "inference", "train", "generator",
+           "fid_computer")
 FOLDERS = ("demo", "few", "latent", "measure", "video")
 STANDS_ON = {"video": ("latent", "measure")}  # what else a folder imports: clips are learned as latents, and scored
 # The files of folders that others read: a VAE, since whoever draws shows latents as images (it imports support alone),
@@ -92,46 +96,6 @@ def test_the_tests_that_the_readme_names_are_there():
     assert "::test_" in readme
 
 
-NUMBER = r"(?:± )?-?\d+(?:[.,]\d+)*(?: %)?"
-
-
-def facts(section):
-    """What a section of a README says in any language: its commands, its pictures, where its links lead, the numbers
-    and the code in each cell of its tables, and those in all of it, which the order of words may move."""
-    lines = section.splitlines()
-    said = f"`[^`]*`|{NUMBER}"
-    return {
-        "commands": [re.sub(r"\s+# .*", "", line) for line in lines if line.startswith("    ")],
-        "pictures": re.findall(r"!\[.*?\]\((.*?)\)", section),
-        "links": sorted(re.findall(r"\]\(((?:http|EXPERIMENTS|LICENSE).*?)\)", section)),
-        "tables": [[re.findall(said, cell) for cell in line.split("|")] for line in lines if line.startswith("|")],
-        "said": sorted(re.findall(said, " ".join(lines))),
-    }
-
-
-def test_the_readme_says_the_same_in_both_languages():
-    """The table that says where in the code the sections of the article are is the first of the Chinese one."""
-    english, chinese = ((REPOSITORY / name).read_text() for name in ("README.md", "README.zh.md"))
-    assert "](README.zh.md)" in "".join(english.splitlines()[:5])
-    assert "](README.md)" in "".join(chinese.splitlines()[:5])
-    tables = [re.search(pattern + r".*\n(\|.*\n)+", text, flags=re.MULTILINE)[0] for pattern, text in (
-        (r"^\| the article's section", english), (r"^\|", chinese))]
-    assert facts(tables[0]) == facts(tables[1])
-    english, chinese = english.replace(tables[0], ""), chinese.replace(tables[1], "")
-    for ours, theirs in zip(english.split("\n## "), chinese.split("\n## "), strict=True):
-        assert facts(theirs) == facts(ours), f"{ours.splitlines()[0]} / {theirs.splitlines()[0]}"
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_links_within_the_readme_lead_to_a_heading(name):
-    """As GitHub names the places: the heading in lower case, without punctuation, with hyphens for spaces."""
-    readme = (REPOSITORY / name).read_text()
-    headings = re.findall(r"^#+ (.*)", readme, flags=re.MULTILINE)
-    places = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = re.findall(r"\]\(#(.*?)\)", readme)
-    assert links and places.issuperset(links)
-
-
 def test_an_old_python_is_told_so_in_one_line():
     """By the first import of every command, which the old Python must be able to read."""
     minimum = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["requires-python"]
@@ -154,3 +118,102 @@ def test_an_old_python_is_told_so_in_one_line():
         if path.name != "__init__.py":
             ours = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             assert ours[0].module.startswith("support"), f"{path} does not begin with support"
+
+
+# The READMEs: of the root, and of each wing that has one.
+READMES = [path.parent for path in sorted(REPOSITORY.glob("**/README.zh.md"))]
+NUMBER = r"(?:± )?-?\d+(?:[.,]\d+)*(?: %)?"
+
+
+def facts(section):
+    """What a section of a README says in any language: its commands, its pictures, where its links lead, the numbers
+    and the code in each cell of its tables, and those in all of it, which the order of words may move."""
+    lines = section.splitlines()
+    said = f"`[^`]*`|{NUMBER}"
+    return {
+        "commands": [re.sub(r"\s+# .*", "", line) for line in lines if line.startswith("    ")],
+        "pictures": re.findall(r"!\[.*?\]\((.*?)\)", section),
+        "links": sorted(re.findall(r"\]\((?!#)(.*?)\)", section.replace(".zh.md", ".md"))),
+        "tables": [[re.findall(said, cell) for cell in line.split("|")] for line in lines if line.startswith("|")],
+        "said": sorted(re.findall(said, " ".join(lines))),
+    }
+
+
+@pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
+def test_a_readme_says_the_same_in_both_languages(folder):
+    english, chinese = ((folder / name).read_text() for name in ("README.md", "README.zh.md"))
+    assert "](README.zh.md)" in "".join(english.splitlines()[:5])
+    assert "](README.md)" in "".join(chinese.splitlines()[:5])
+    for ours, theirs in zip(english.split("\n## "), chinese.split("\n## "), strict=True):
+        assert facts(theirs) == facts(ours), f"{ours.splitlines()[0]} / {theirs.splitlines()[0]}"
+
+
+def places(path):
+    """The headings of a page, as GitHub names them: in lower case, without punctuation, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_a_file_and_a_heading():
+    pages = [path for path in REPOSITORY.glob("**/*.md") if not path.relative_to(REPOSITORY).parts[0].startswith(".")]
+    assert len(pages) > 12
+    for page in pages:
+        for link in re.findall(r"\]\((?!http)(.*?)\)", page.read_text()):
+            name, _, heading = link.partition("#")
+            target = (page.parent / name) if name else page
+            assert target.exists(), f"{page}: {link}"
+            assert not heading or heading in places(target), f"{page}: {link}"
+
+
+def commands():
+    """The commands that the READMEs and EXPERIMENTS.md print: which page, what is run, and its arguments."""
+    for page in [*(folder / "README.md" for folder in READMES), REPOSITORY / "EXPERIMENTS.md"]:
+        text = page.read_text()
+        for line in re.findall(r"^ {4}(.*)", text, re.MULTILINE) + re.findall(r"`([^`]+)`", text):
+            for command in line.split(" && "):
+                found = re.search(r"^(?:\w+=\S* )*(?:python|torchrun --nproc-per-node \d|uv run) (?:-m )?(\w\S*.*)",
+                                  command.replace("\n", " "))
+                if found:
+                    yield page, *shlex.split(found[1], comments=True)
+
+
+def test_the_commands_that_are_printed_are_understood(monkeypatch):
+    """Each is read by its own parser, up to where the work would begin."""
+    class Understood(Exception):
+        pass
+
+    def parse_args(parser, *args, **options):
+        original(parser, *args, **options)
+        raise Understood
+
+    original, count = Parser.parse_args, 0
+    monkeypatch.setattr(Parser, "parse_args", parse_args)
+    for page, name, *args in commands():
+        path = REPOSITORY / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+        assert path.is_file() or name == "pytest", f"{page}: {name}"
+        if args and name != "pytest" and args != ["--help"]:
+            monkeypatch.setattr(sys, "argv", [name, *args])
+            with pytest.raises(Understood):
+                importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts)).main()
+            count += 1
+    assert count > 60
+
+
+def counted(text):
+    """The text of a README with the line counts of the root's files as they are."""
+    counts = {name: (REPOSITORY / f"{name}.py").read_text().count("\n") for name in ARTICLE}
+    for name, count in counts.items():
+        text = re.sub(rf"^(\| `{name}\.py` \| )\d+", rf"\g<1>{count}", text, flags=re.MULTILINE)
+    return re.sub(r"[\d,]+(?= lines, docstrings| 行，含文档字符串)", f"{sum(counts.values()):,}", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_is_short_and_counts_the_lines_of_the_root(name):
+    text = (REPOSITORY / name).read_text()
+    assert text == counted(text), "renew the counts: PYTHONPATH=. python tests/test_layout.py"
+    assert text.count("\n") <= 300 and len(re.findall(r"\.py` \| \d+ \|", text)) == len(ARTICLE)
+
+
+if __name__ == "__main__":  # renews the counts
+    for readme in (REPOSITORY / "README.md", REPOSITORY / "README.zh.md"):
+        readme.write_text(counted(readme.read_text()))
