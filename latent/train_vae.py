@@ -37,8 +37,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import Config, add_flags, check_value, flag, given_flags
+from config import add_flags, check_value, flag, given_flags
 from dataset import to_float, to_uint8
+from latent.config import LatentConfig
 from latent.sprites import load_images
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
 from record.log import Bar, kept_rows, to_csv
@@ -64,8 +65,8 @@ DECODER_ALONE = 0.2  # the last part of the steps: latents stay, and their decod
 
 
 def like(name):
-    """A field that is as that of `Config`."""
-    field = Config.__dataclass_fields__[name]
+    """A field that is as that of `LatentConfig`."""
+    field = LatentConfig.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
@@ -510,7 +511,7 @@ def finish(run, images, tests, out):
 
 
 def parse_args():
-    parser = Parser(description="Trains a small autoencoder (VAE), whose latents train.py --vae learns to draw.")
+    parser = Parser(description="Trains a small autoencoder (VAE), whose latents latent.train_dit learns to draw.")
     parser.add_argument("--out", type=some_path, default=Path("vae"), help="the folder that gets it (default: vae)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it was")
     add_flags(parser, Recipe)
@@ -526,9 +527,9 @@ def main():
     recipe, done, stopped = train_vae(given_flags(args, Recipe), args.out, args.resume, args.device)
     if stopped:
         end_stopped(done, stopped, "-m", "latent.train_vae")
-    data_dir = [] if recipe.data_dir == Config.data_dir else ["--data-dir", str(recipe.data_dir)]
+    data_dir = [] if recipe.data_dir == LatentConfig.data_dir else ["--data-dir", str(recipe.data_dir)]
     print("train on its latents with: " + shlex.join([
-        "python", "train.py", "--vae", str(args.out), "--dataset", recipe.dataset, *data_dir,
+        "python", "-m", "latent.train_dit", "--vae", str(args.out), "--dataset", recipe.dataset, *data_dir,
         "--image-size", show_size(recipe.image_size)]))
 
 

@@ -322,7 +322,7 @@ def test_what_it_says(call, tmp_path):
     assert "step 3: loss" in out and "dB on 16 held-out images" in out
     vae = f"'{tmp_path / 'my vae'}'"
     assert out.splitlines()[-1].endswith(
-        f"python train.py --vae {vae} --dataset mnist --data-dir {SMALL} --image-size 8")
+        f"python -m latent.train_dit --vae {vae} --dataset mnist --data-dir {SMALL} --image-size 8")
 
 
 @pytest.fixture
