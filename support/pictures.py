@@ -4,6 +4,7 @@ from support.commands import UserError, first_line, is_out_of_memory
 from support.files import MARK, check_output, write_atomically
 
 import io
+import itertools
 from pathlib import Path
 
 import torch
@@ -64,9 +65,9 @@ def check_picture(path, animated=False, inputs=(), size=(64, 64)):
         raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
     if animated and kind not in ("GIF", "PNG", "WEBP", "AVIF"):
         raise UserError(f"{path}: {kind} cannot be animated; let it end in .gif, .png or .webp")
-    try:  # some formats can only be read, or need a program that is not there, or know no grey
-        for mode in ("L", "RGB"):
-            Image.new(mode, size).save(io.BytesIO(), kind, save_all=animated)
+    try:  # some formats can only be read, or need a program that is not there, or know no grey; their sides have limits
+        for mode, part in itertools.product(("L", "RGB"), {(size[0], 64), (64, size[1])}):
+            Image.new(mode, part).save(io.BytesIO(), kind, save_all=animated)
     except Exception as error:
         raise UserError(f"{path} cannot be written as {kind}, {size[0]:,} x {size[1]:,} pixels "
                         f"({first_line(error):.100}); let it end in .png") from None
