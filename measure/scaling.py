@@ -51,7 +51,7 @@ STUDIES = {
 }
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
 OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
-       "checkpoint_every", "shard")
+       "checkpoint_every")
 SCORE = ("step", "seconds", "scoring", "accuracy", *METRICS)  # what scores.json has of each score
 MEASURES = ("parameters", "tokens", "flops", "speed")  # ... and of a model of the first seed
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change

@@ -2,7 +2,7 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 
-from measure import figures
+from demo import figures
 
 
 def fake_drawn(name, labels, shown=1, **settings):

@@ -1,6 +1,6 @@
 """Draws the two pictures at the top of the README.
 
-    python -m measure.figures      writes images/collage.gif and images/dit.png
+    python -m demo.figures      writes images/collage.gif and images/dit.png
 
 It needs the weights that come with the repository, and two other pictures of the README: images/sprites_moving.gif, and
 images/page.png, which shows the page of demo/ in a window of 930 pixels.
