@@ -189,25 +189,32 @@ def sampling_parser(description, of=Config, names=None):
     return parser
 
 
-def drawing_parser(description, of=Config):
-    """The flags of every command that draws pictures."""
+def drawing_parser(description, of=Config, count="8; with --strip 1",
+                   strip="draw the denoising of each image, from left to right",
+                   gif="animate the denoising of the grid"):
+    """The flags of every command that draws pictures; what its help says of these three."""
     parser = sampling_parser(description, of)
     parser.add_argument("--labels", nargs="+", help="what to draw, names or numbers: 31415, or a list: 3 1 4, cat dog "
                         "(default: each label)")
-    parser.add_argument("--count", type=int, help="how many of each (default: 8; with --strip 1)")
+    parser.add_argument("--count", type=int, help=f"how many of each (default: {count})")
     parser.add_argument("--out", type=some_path,
                         help="the picture to write (default: samples.png, strip.png or samples.gif)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--strip", action="store_true", help="draw the denoising of each image, from left to right")
-    kind.add_argument("--gif", action="store_true", help="animate the denoising of the grid")
+    kind.add_argument("--strip", action="store_true", help=strip)
+    kind.add_argument("--gif", action="store_true", help=gif)
     return parser
 
 
-def check_out(args, config, labels, views, animated, inputs=()):
+def check_out(args, config, labels, views, animated, inputs=(), size=(), grid=None):
     """Finds out before the work whether `--out` may be written, and whether its format holds a picture as large as that
-    of so many views: else `UserError`. inputs: files that are read."""
-    columns = views if args.strip else len(labels)
-    size, _ = grid_size(len(labels) * args.count * (views if args.strip else 1), *config.image_size[-2:], columns,
+    of so many views: else `UserError`.
+
+    inputs: files that are read. size: of an image, instead of the model's own. grid: (columns, rows), instead of those
+    of `save_views`.
+    """
+    check_count(args.count, labels)
+    columns, rows = grid or ((views, len(labels) * args.count) if args.strip else (len(labels), args.count))
+    size, _ = grid_size(columns * rows, *(size or config.image_size)[-2:], columns,
                         captions=() if are_numbers(config.class_names) else config.class_names)
     check_picture(args.out, animated, [args.checkpoint, *inputs], size if max(size) > 10_000 else (64, 64))
 

@@ -82,7 +82,7 @@ def export(path):
     config = content["config"]
     if f"*{config.sampler}(" not in (HERE / "diffusion.js").read_text(encoding="utf-8"):
         raise UserError(f"{path} draws with the sampler {config.sampler}, which the page does not know: "
-                        "checkpoint.py --sampler writes it with another")
+                        "python -m demo.share --sampler writes it with another")
     if config.channels not in (1, 3):
         raise UserError(f"{path} draws {config.channels} channels, but the page shows grey (1 channel) or colour (3)")
     halves = {name: weight.half() for name, weight in content["ema"].items()}

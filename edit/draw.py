@@ -45,12 +45,13 @@ STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no 
 def check_changes(args):
     """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
     kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
-    if len(kinds) != 1:
-        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other" if kinds else
-                        "say what to do: --edit PICTURE, --inpaint PICTURE --mask PICTURE, or --morph A:B")
+    if len(kinds) > 1:
+        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other")
     for name, kind in (("strength", "edit"), ("mask", "inpaint"), ("to_seed", "morph")):
         if getattr(args, name) is not None and kind not in kinds:
             raise UserError(f"--{name.replace('_', '-')} is for --{kind}: add that, or leave it out")
+    if not kinds:
+        raise UserError("say what to do: --edit PICTURE, --inpaint PICTURE --mask PICTURE, or --morph A:B")
     if args.inpaint is not None and args.mask is None:
         raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
                         "is drawn anew")
@@ -74,6 +75,7 @@ def prepare(model, config, args, frames):
         if ends[0] == ends[1] and args.to_seed is None:
             raise UserError(f"--morph {args.morph} leads nowhere: name two labels, or another seed with --to-seed")
         add_labels_between(model, *ends, frames)
+        config = dataclasses.replace(config, num_classes=frames, classes=())
         return config, list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
     labels, device = parse_labels(args.labels, config.class_names), next(model.parameters()).device
     if args.edit is not None:
@@ -152,14 +154,14 @@ def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength
     model, config = load_for_sampling(args, ANY)
     config, labels, options = prepare(model, config, args, STRIP)
     frames = frames_of(draw_states(model, config, labels, count, **options)[-1])
-    if len(frames) > 1:
-        return strips(torch.stack(frames))
-    return grid(frames[0], len(labels)) if morph is not None else label_grid(frames[0], config, labels)
+    return strips(torch.stack(frames)) if len(frames) > 1 else label_grid(frames[0], config, labels)
 
 
 def parse_args():
     parser = drawing_parser("Changes pictures and clips, completes them, or leads from one label or seed to another.",
-                            ClipConfig)
+                            ClipConfig, "8; with --strip, and of clips, 1",
+                            "draw the denoising of each image, or the frames of each clip, from left to right",
+                            "animate the denoising of the grid; clips are animated anyway")
     parser.add_argument("--edit", type=some_path, metavar="PICTURE", help="draw the labels onto this picture: noise "
                         "it, and denoise it as what they ask for (SDEdit, 2108.01073)")
     parser.add_argument("--strength", type=float, help="how much of --edit's picture is drawn anew, above 0 and at "
@@ -175,11 +177,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def there_and_back(frames, args):
-    """The way of a morph as an animation: PIL pictures of rows, and how long each is shown, milliseconds. frames: uint8
-    (count * steps, C, H, W)."""
-    rows = frames.unflatten(0, (args.count, -1)).unbind(1)
-    there, way = [grid(images, min(args.count, 10)) for images in rows], [60] * (len(rows) - 2)
+def there_and_back(images, count, columns):
+    """`count` morphs as an animation: grids of so many columns, PIL images, and how long each is shown, milliseconds.
+    images: uint8 (count * steps, C, H, W)."""
+    there = [grid(step, columns) for step in images.unflatten(0, (count, -1)).unbind(1)]
+    way = [60] * (len(there) - 2)
     return there + there[-2:0:-1], [1000, *way, 1000, *way]
 
 
@@ -194,12 +196,15 @@ def main():
     if args.out is None:
         args.out = "samples.gif" if animated else "strip.png" if args.strip or morph else "samples.png"
     config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
-    shown = 1 if morph or frames > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
-    check_out(args, config, labels, shown * frames, animated, [args.edit, args.inpaint, args.mask])
-    states = draw_states(model, config, labels, args.count, shown, **options)
     if morph and frames == 1:
-        pictures = there_and_back(states[-1], args) if args.gif else ([grid(states[-1], len(labels))], [0])
-        save_animation(args.out, *pictures)
+        args.strip = False  # its grid is one
+    back, columns = morph and frames == 1 and args.gif, max(1, min(args.count, 10))
+    shown = 1 if morph or frames > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+    check_out(args, config, labels, shown * frames, animated, [args.edit, args.inpaint, args.mask],
+              grid=(columns, -(-args.count // columns)) if back else None)
+    states = draw_states(model, config, labels, args.count, shown, **options)
+    if back:
+        save_animation(args.out, *there_and_back(states[-1], args.count, columns))
         say_drawn(args, config, f"{states.shape[1]} images")
     elif frames == 1:
         save_views(args, states, config, labels, [1500 // len(states)] * (len(states) - 1) + [2000])

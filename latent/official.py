@@ -13,13 +13,15 @@ class Official:
     """A `Process`, mixed in, with the habits of DiT's official code.
 
     spacing: which steps the samplers take: "trailing", or "linspace", evenly spaced and ending at step 0.
-    guided_channels: how many channels, the first ones, are guided; 0 = all. The others follow the label.
+    guided_channels: how many channels, the first ones, are guided; 0 = all of x. The others follow the label.
+    answers: how many times as many channels as x the network answers with. What it says beside its first answer is not
+        guided.
     """
 
-    spacing, guided_channels = "trailing", 0
+    spacing, guided_channels, answers = "trailing", 0, 1
 
     def guide(self, cond, uncond, guidance):
-        n = self.guided_channels or cond.shape[1]
+        n = self.guided_channels or cond.shape[1] // self.answers
         return torch.cat([super().guide(cond[:, :n], uncond[:, :n], guidance), cond[:, n:]], dim=1)
 
     def descending_steps(self, count, strength=1.0):
@@ -45,6 +47,8 @@ class LearnedVarianceDDPM(Official, DDPM):
 
     log variance = f log(beta) + (1 - f) log(posterior variance),  f = (v + 1) / 2      (equation 15)
     """
+
+    answers = 2
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, device="cpu"):
         super().__init__(T, beta_start, beta_end, device)

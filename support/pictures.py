@@ -69,6 +69,8 @@ def check_picture(path, animated=False, inputs=(), size=(64, 64)):
         for mode, part in itertools.product(("L", "RGB"), {(size[0], 64), (64, size[1])}):
             Image.new(mode, part).save(io.BytesIO(), kind, save_all=animated)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} cannot be written as {kind}, {size[0]:,} x {size[1]:,} pixels "
                         f"({first_line(error):.100}); let it end in .png") from None
 

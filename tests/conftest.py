@@ -10,17 +10,27 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import inference
 import train
-from dataset import Dataset, load_dataset
+import video.draw
+from config import Config
+from dataset import Dataset, load_dataset, to_float
+from diffusion import from_noise
+from inference import noise_source
+from record.checkpoint import load_model, save_checkpoint
+from video.config import ANY, ClipConfig
 
 HANGS = 1000  # seconds, after which a process hangs for sure: no machine is so slow
 REPOSITORY = Path(__file__).parent.parent
+SHIPPED = REPOSITORY / "weights" / "mnist.pth"
 
 
 def write_small_mnist():
@@ -186,3 +196,92 @@ def parts():
     order = torch.cat([(data.labels == digit).nonzero()[:180, 0] for digit in range(10)])[:1797]
     return [Dataset("mnist", data.images[order[part::3]], data.labels[order[part::3]], data.classes)
             for part in range(3)]
+
+
+# Pictures and models to draw with
+
+
+def make_checkpoint(path, seed=0, of=Config, **settings):
+    """A checkpoint of an untrained model whose output is not zero."""
+    settings = dict(image_size=8, channels=1, num_classes=10, patch_size=4, hidden_size=16, depth=1, num_heads=2,
+                    sample_steps=3) | settings
+    config = of(dataset="clips" if of is ClipConfig else "folder", **settings)
+    torch.manual_seed(seed)
+    model = config.build_model()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    save_checkpoint(path, config, 5, 1.0, model.state_dict())
+    return path
+
+
+def load(path, **options):
+    """`load_model` of a checkpoint of any kind."""
+    return load_model(path, kinds=ANY, **options)
+
+
+def size(path):
+    """The size, the mode and the number of frames of a picture."""
+    with Image.open(path) as image:
+        return image.size, image.mode, getattr(image, "n_frames", 1)
+
+
+def tile(picture, row, column, scale=7, side=56):
+    """An image of a grid of 8 x 8 ones, each of its pixels once."""
+    top, left = 2 + (side + 2) * row, 2 + (side + 2) * column
+    return np.asarray(picture)[top:top + side:scale, left:left + side:scale]
+
+
+def save_clip(path, *greys):
+    frames = [Image.fromarray(np.full((8, 8), grey, np.uint8)) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return path
+
+
+SLOPE = np.indices((8, 12))[0] + 2 * np.indices((8, 12))[1]  # so that no picture is a mirror image of itself
+
+
+def save_frames(path, *greys):
+    """Frames of 12 x 8 pixels that all differ."""
+    frames = [Image.fromarray((grey + SLOPE).astype(np.uint8)) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return path
+
+
+def greys_of(frames):
+    """Frames uint8 (T, 8, 12) as numbers: of those of `save_frames` and of those newly drawn their grey."""
+    for frame in frames:
+        assert (frame == frame[0, 0]).all() or (frame - frame[0, 0] == SLOPE).all()
+    return frames[:, 0, 0].tolist()
+
+
+def new(window, k, i):
+    """The grey of frame i of clip k, of 2, in the window that the stand-in for `sample` draws as its first, 1, ..."""
+    return 130 + 16 * (window - 1) + 8 * k + i
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Stands in for `sample`: returns the list of what it was asked for, and draws frames of one grey each, `new`."""
+    calls = []
+
+    def sample(model, config, labels, indices=None, way=from_noise, source=None):
+        B, bound = len(labels), getattr(way, "keywords", {})
+        x = 0 * (source or noise_source)(config.seed, range(B), config.input_shape, "cpu")()
+        shape = x.shape[1:]
+        calls.append(SimpleNamespace(model=model, config=config, labels=labels.tolist(), indices=indices, source=source,
+                                     way=getattr(way, "func", way), shape=shape, **bound))
+        if len(shape) == 4:
+            drawn = torch.tensor([[new(len(calls), k, i) for i in range(shape[1])] for k in range(B)])
+            x = x + to_float(drawn)[:, None, :, None, None]
+        x = torch.where(bound["known"], bound["picture"][:B], x) if "known" in bound else x
+        yield from [x] * (config.sample_steps + 1)
+
+    for module in (inference, video.draw):
+        monkeypatch.setattr(module, "sample", sample)
+    return calls
+
+
+WIDE = dict(of=ClipConfig, image_size=(8, 8, 12), patch_size=(2, 4, 4))
+A, B = [30, 40, 50, 60, 70, 80, 90, 100, 110, 120], [200, 205, 210, 215, 220]  # of more frames than the model, of fewer
+
+
+CLIPS = dict(of=ClipConfig, image_size=(4, 8, 8), patch_size=(2, 4, 4))

@@ -40,7 +40,8 @@ def check_flags(config, args):
     if len(longer) > 1 and (longer[-1] != "frames" or longer[0] in ("between", "loop")):
         raise UserError(f"--{longer[0]} and --{longer[1]} do not go together: do one after the other")
     if longer and not config.given:
-        raise UserError(f"--{longer[0]} needs a model that was trained with frames given: video.train_dit --given 0.3")
+        raise UserError(f"--{longer[0]} needs a model that was trained with frames given: "
+                        "python -m video.train_dit --given 0.3")
     if not args.size:
         return
     if longer:
@@ -92,8 +93,8 @@ def draw_longer(model, config, labels, count, args):
     frames that are given are in them as the model sees them."""
     device = next(model.parameters()).device
     y = torch.tensor(labels * count, device=device)
-    if not 1 <= len(y) <= 10_000 or args.frames not in (None, *range(1, 10_001)):
-        raise UserError("--count and --frames: draw at most 10,000 clips, of at most 10,000 frames, at once")
+    if args.frames not in (None, *range(1, 10_001)):
+        raise UserError(f"--frames {args.frames}: draw between 1 and 10,000 frames")
 
     def ask(frames):
         demand_memory(len(y) * frames, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
@@ -128,7 +129,9 @@ def sized_noise(size, seed, indices, shape, *rest):
 
 def parse_args():
     parser = drawing_parser("Draws clips with a trained model, and makes clips longer. Settings that are not given "
-                            "here are the model's own.", ClipConfig)
+                            "here are the model's own.", ClipConfig, "1",
+                            "draw the frames of each clip, from left to right",
+                            "animate the clips, as without this flag")
     parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="draw clips of another size that the "
                         "model has learned (video.train_dit --sizes)")
     for name, count, metavar, text in (
@@ -157,7 +160,7 @@ def main():
     inputs, moves = [args.extend, args.before, *(args.between or ()), args.loop], frames > 1 and not args.strip
     if args.out is None:
         args.out = "strip.png" if args.strip else "samples.gif" if moves else "samples.png"
-    check_out(args, config, labels, frames, moves, inputs)
+    check_out(args, config, labels, frames, moves, inputs, args.size)
     if any(getattr(args, name) is not None for name in LONGER):
         clips = draw_longer(model, config, labels, args.count, args)
     else:
