@@ -17,16 +17,16 @@ from measure import classifier, results
 from measure.classifier import load_classifier
 from measure.score import Judge, compare, draw_fakes, embed
 from record.checkpoint import load_checkpoint, load_model, save_checkpoint
-from video.config import ANY
+from video.config import ClipConfig
 
-CONFIG = Config(dataset="mnist", image_size=28, channels=1, num_classes=10, patch_size=14, hidden_size=32, depth=1,
-                num_heads=2, sample_steps=2)
+SHAPE = dict(channels=1, num_classes=10, hidden_size=32, depth=1, num_heads=2, sample_steps=2)
+CONFIG = Config(dataset="mnist", image_size=28, patch_size=14, **SHAPE)
 
 
 @pytest.fixture
 def checkpoint(monkeypatch, parts, tmp_path):
     """Makes checkpoints of untrained models, in a place where the stand-in digits are MNIST."""
-    monkeypatch.setattr(classifier, "load_dataset", lambda name, data_dir, train, **options: parts[0 if train else 1])
+    monkeypatch.setattr(classifier, "load_images", lambda name, data_dir, train, **options: parts[0 if train else 1])
 
     def checkpoint(name, seconds, **settings):
         config = dataclasses.replace(CONFIG, **settings)
@@ -50,7 +50,7 @@ def test_samplers(call, checkpoint, parts, tmp_path):
                                                     [" dpm ", " 3 "]]
     assert "guidance 1 | guidance 2" in out and "warning: 100 images are few" in out
     # The last row's last cell, done by hand
-    model, config = load_model(path)
+    model, config = load_model(path, kinds=(Config,))
     labels = torch.arange(100) % 10
     fakes = draw_fakes(model, dataclasses.replace(config, sample_steps=3, guidance=2.0), labels)
     classifier = load_classifier()
@@ -117,7 +117,8 @@ def test_a_sampler_is_one_entry_of_one_table(call, checkpoint, tmp_path, monkeyp
     (dict(process="ddpm", variance="learned", sampler="ddpm", sample_steps=3, image_size="8x28x14",
           patch_size="4x14x7"), 3)])
 def test_network_calls_are_counted(settings, calls):
-    config = dataclasses.replace(CONFIG, **{"guidance": 1.0} | settings)
+    config = ClipConfig(**SHAPE | {"guidance": 1.0} | settings) if "variance" in settings else dataclasses.replace(
+        CONFIG, **{"guidance": 1.0} | settings)
     assert results.network_calls(config) == calls
 
 
@@ -175,7 +176,7 @@ def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts
     code, out, err = call(results, "runs", path, "--count", 100, "--out", tmp_path)
     assert code == 0, err
     judge = Judge(parts[0], parts[1], load_classifier())
-    result = judge.score(draw_fakes(*load_model(path), judge.labels(100)), judge.labels(100))
+    result = judge.score(draw_fakes(*load_model(path, kinds=(Config,)), judge.labels(100)), judge.labels(100))
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines() if row.startswith("| ")]
     head, run, real = cells
     assert head == ["run", "calls per image", "training, s", "read as asked", "Fréchet", "to real", "precision",
@@ -184,6 +185,6 @@ def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts
         part = result[part]
         assert row[3:] == [f"{part['accuracy']:.1%}", f"{part['frechet']:.3f}", ratio, f"{part['precision']:.2f}",
                            f"{part['recall']:.2f}", f"{part['coverage']:.2f}"]
-    assert run[1:3] == ["16", f"{load_checkpoint(path, ANY)['seconds']:.0f}"] and len(set(real[6:])) == 3
+    assert run[1:3] == ["16", f"{load_checkpoint(path, (Config,))['seconds']:.0f}"] and len(set(real[6:])) == 3
     assert judge.brief_real(torch.arange(100) % 10) == {name: result["real"][name] for name in (
         "frechet", "precision", "recall", "density", "coverage", "accuracy")}

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, SMALL, SMALL_DATA, assert_refused, small_mnist
 from PIL import Image, ImageDraw
 
+import inference
 import measure.score
 from config import Config
 from dataset import Dataset, load_dataset, to_uint8
 from inference import generate
 from latent.cache import kept_distance
+from latent.config import LatentConfig
 from latent.vae import VAE, load_vae, save_vae
 from measure import classifier as classifier_script
 from measure.classifier import WEIGHTS, DigitClassifier, augment, load_classifier, train_classifier
@@ -35,7 +37,7 @@ from measure.score import (
     report,
     worst_picture,
 )
-from record.checkpoint import load_model, save_checkpoint
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -316,9 +318,9 @@ def vae(tmp_path, small_classifier, monkeypatch):
 
 
 def test_a_model_of_latents_stands_beside_its_vae(call, vae, tmp_path):
-    config = Config(**SMALL_DATA, channels=1, num_classes=10, latent_shape=(4, 4, 4), vae=str(vae),
-                    latent_mean=(0.0,), latent_std=(1.0,), clamp=False, patch_size=2, hidden_size=32, depth=1,
-                    num_heads=2, sample_steps=2)
+    config = LatentConfig(**SMALL_DATA, channels=1, num_classes=10, latent_shape=(4, 4, 4), vae=str(vae),
+                          latent_mean=(0.0,), latent_std=(1.0,), clamp=False, patch_size=2, hidden_size=32, depth=1,
+                          num_heads=2, sample_steps=2)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     code, out, err = call(measure.score, "--checkpoint", tmp_path / "model.pth", "--vae", vae, "--count", 50)
     assert code == 0, err
@@ -693,7 +695,7 @@ def test_training_learns_and_is_repeatable(parts):
 @pytest.fixture
 def mnist(parts, monkeypatch):
     """The stand-in digits in place of MNIST."""
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: (
+    monkeypatch.setattr(classifier_script, "load_images", lambda name, data_dir, train, **options: (
         parts[0 if train else 1] if name == "mnist" else load_dataset(name, data_dir, train, **options)))
 
 
@@ -732,30 +734,33 @@ def test_what_is_drawn_is_read_as_what_was_asked_for(call, mnist):
     code, out, err = call(measure.score, "--checkpoint", SHIPPED, "--count", 200)
     assert code == 0, err
     assert out.startswith(f"{SHIPPED}: dpm, 8 steps, guidance 1.1, seed 0") and accuracy(out) > 0.96
-    model, config = load_model(SHIPPED)
+    model, config = load_model(SHIPPED, kinds=(Config,))
     labels = torch.arange(25) % 10
     fakes = measure.score.draw_fakes(model, config, labels)
     assert torch.equal(fakes, to_uint8(generate(model, config, labels)))
 
 
-def test_each_flag_reaches_the_drawing(call, mnist, monkeypatch, parts):
-    seen = []
+def test_each_flag_reaches_the_drawing(call, mnist, monkeypatch, parts, tmp_path):
+    seen, content = [], load_checkpoint(SHIPPED, (Config,))
+    config, path = LatentConfig(**dataclasses.asdict(content["config"])), tmp_path / "pixels.pth"
+    save_checkpoint(path, config, 5, 1.0, content["ema"])
 
     def watched(model, config, labels):
         seen.append((config, next(model.parameters()).dtype, labels))
         return parts[2].images[:len(labels)]
 
     monkeypatch.setattr(measure.score, "draw_fakes", watched)
-    code, out, err = call(measure.score, "--checkpoint", SHIPPED, "--count", 33, "--sampler", "ddim", "--sample-steps",
-                          4, "--guidance", 3, "--eta", 0.5, "--spacing", "linspace", "--guided-channels", 1,
-                          "--no-clamp", "--seed", 7, "--precision", "bf16", "--device", "cpu")
+    flags = ["--count", 33, "--sampler", "ddim", "--sample-steps", 4, "--guidance", 3, "--eta", 0.5, "--spacing",
+             "linspace", "--guided-channels", 1, "--no-clamp", "--seed", 7, "--precision", "bf16", "--device", "cpu"]
+    code, out, err = call(measure.score, "--checkpoint", path, *flags)
     assert code == 0, err
-    config, dtype, labels = seen[0]
-    assert config == dataclasses.replace(
-        load_model(SHIPPED)[1], sampler="ddim", sample_steps=4, guidance=3.0, eta=0.5, spacing="linspace",
-        guided_channels=1, clamp=False, seed=7, precision="bf16") and dtype == torch.bfloat16
+    drawn, dtype, labels = seen[0]
+    assert drawn == dataclasses.replace(
+        config, sampler="ddim", sample_steps=4, guidance=3.0, eta=0.5, spacing="linspace", guided_channels=1,
+        clamp=False, seed=7, precision="bf16") and dtype == torch.bfloat16
     assert labels.tolist() == [*range(10), *range(10), *range(10), 0, 1, 2]
-    assert f"{SHIPPED}: ddim, 4 steps, guidance 3, seed 7" in out and "33 images" in out
+    assert f"{path}: ddim, 4 steps, guidance 3, seed 7" in out and "33 images" in out
+    assert_refused(call(measure.score, "--checkpoint", SHIPPED, *flags), "--spacing")  # which its kind does not have
     for flags in (["--images", "x", "--equal"], ["--vae", "x", "--dataset", "mnist", "--equal"]):
         assert_refused(call(measure.score, *flags), "leave out the flags")
 
@@ -765,7 +770,7 @@ def test_equally_many_where_asked_for(call, mnist, monkeypatch, parts):
     one[(parts[0].labels == 0).nonzero()[:20]] = True  # a third of the zeros
     monkeypatch.setitem(parts_of := {}, 0, dataclasses.replace(parts[0], images=parts[0].images[one],
                                                                labels=parts[0].labels[one]))
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: (
+    monkeypatch.setattr(classifier_script, "load_images", lambda name, data_dir, train, **options: (
         parts_of[0] if train else parts[1]))
     counts = []
     monkeypatch.setattr(measure.score, "draw_fakes", lambda model, config, labels: (
@@ -786,10 +791,10 @@ def test_distances_of_the_report_by_hand(classifier, parts):
 
 
 def test_fakes_do_not_depend_on_the_batch(monkeypatch):
-    model, config = load_model(SHIPPED)
+    model, config = load_model(SHIPPED, kinds=(Config,))
     labels = torch.arange(20) % 7
     whole = measure.score.draw_fakes(model, config, labels)
-    monkeypatch.setattr(measure.score, "batch_that_fits", lambda config, device: 7)
+    monkeypatch.setattr(inference, "batch_that_fits", lambda config, device: 7)
     assert torch.equal(measure.score.draw_fakes(model, config, labels), whole)
 
 
@@ -818,7 +823,7 @@ def test_what_cannot_be_scored_is_refused_before_the_work(call, tmp_path, monkey
     config = Config(**settings)
     save_checkpoint(tmp_path / "model.pth", config, 0, 0.0, config.build_model().state_dict())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, **options: dataclasses.replace(
+    monkeypatch.setattr(classifier_script, "load_images", lambda name, data_dir, **options: dataclasses.replace(
         load_dataset(*(["folder", data_dir] if name == "folder" else ["mnist", SMALL]), **options), name=name))
     monkeypatch.setattr(measure.score, "draw_fakes", None)
     assert_refused(call(measure.score, "--checkpoint", tmp_path / "model.pth"), *words)
@@ -828,7 +833,7 @@ def test_no_mnist_is_found_before_the_work(call, tmp_path, monkeypatch):
     def missing(*args, **options):
         raise UserError("MNIST is not there")
 
-    monkeypatch.setattr(classifier_script, "load_dataset", missing)
+    monkeypatch.setattr(classifier_script, "load_images", missing)
     monkeypatch.setattr(measure.score, "draw_fakes", None)
     assert_refused(call(measure.score, "--checkpoint", SHIPPED), "MNIST is not there")
     (tmp_path / "worst.png").mkdir()
@@ -853,7 +858,7 @@ def test_models_of_small_digits_can_be_scored(call, trained, tmp_path, small_cla
 
 
 def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_script, "load_dataset", None)
+    monkeypatch.setattr(classifier_script, "load_images", None)
     for out in (tmp_path / "none" / "x.pth", tmp_path):
         assert_refused(call(classifier_script, "--out", out), out, "cannot be written")
     for seed in (-1, 2**63, 10**30):
@@ -861,7 +866,7 @@ def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp
 
 
 def test_a_classifier_is_written(call, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_script, "load_dataset", lambda name, data_dir, train, **options: parts[
+    monkeypatch.setattr(classifier_script, "load_images", lambda name, data_dir, train, **options: parts[
         0 if train else 1])
     code, out, err = call(classifier_script, "--out", tmp_path / "x.pth", "--device", "cpu")
     assert code == 0, err
