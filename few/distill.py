@@ -31,17 +31,19 @@ from train import (
     round_weights,
     save,
     say_end,
+    show,
     start_run,
     step_generator,
 )
 from video.config import ANY, ClipConfig
+from video.train_dit import show as show_clips
 
 SCRIPT = ("-m", "few.distill")  # of python
 STEPS = 4000
 SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
 TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
-SAMPLING = ("sample_steps", "guidance", "seed", "precision")
-CHANGEABLE = ("steps", "recompute", "log_every", "sample_every", "checkpoint_every")  # by a resumed run
+SAMPLING = ("sample_steps", "guidance", "seed", "precision", "vae")
+CHANGEABLE = ("steps", "recompute", "log_every", "sample_every", "checkpoint_every", "vae")  # by a resumed run
 
 
 def student_of(config):
@@ -161,8 +163,7 @@ def start(config, settings, data, run_dir, resume):
 
 def distill(args):
     """Makes the student of `args.checkpoint` in the folder `args.run_dir`, which gets all that `train.train` leaves,
-    and the fake; see `parse_args`. Returns the step that was reached, and the number of the signal that ended it there
-    (0: none). Raises `UserError`."""
+    and the fake; see `parse_args`. Raises `UserError`."""
     if parallel.WORLD > 1:
         raise UserError("few.distill is work for one process: start it without torchrun")
     settings, args.precision = given_flags(args, ClipConfig), "fp32"  # in which the weights are as they were saved
@@ -183,9 +184,10 @@ def distill(args):
         teacher.to(dtype_of(config.precision, device))
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)
-        return loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
-                    config.steps, save=saver(fake),
-                    script=shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
+        done, stopped = loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
+                             config.steps, show_clips if config.kind == "clips" else show, saver(fake),
+                             shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
+    say_end(done, stopped, run_dir, config.drawn_by, SCRIPT)
 
 
 def parse_args():
@@ -203,8 +205,7 @@ def parse_args():
 
 
 def main():
-    args = parse_args()
-    say_end(*distill(args), args.run_dir, script=SCRIPT)
+    distill(parse_args())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from support.commands import (
 )
 from support.files import check_output, write_atomically
 from support.flops import flops
-from support.sizes import as_size
 
 import argparse
 import contextlib
@@ -182,9 +181,6 @@ def parse_args():
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
         raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
-    clips = [preset for preset in args.presets if len(as_size(PRESETS[preset].get("patch_size", 0))) == 3]
-    if clips:
-        raise UserError(f"--presets {clips[0]}: it is of clips, and images alone are measured here")
     if args.json:
         check_output(args.json, b'"cold_start"')
     return args

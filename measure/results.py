@@ -46,6 +46,12 @@ def network_calls(config):
     return sum(passed) // FULL_BATCH
 
 
+def show_mean(values, form):
+    """The mean of numbers, and the standard deviation of several."""
+    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    return format(statistics.mean(values), form) + spread
+
+
 def save_figure(figure, path):
     write_figure(figure, path)
     print(f"-> {path}")
@@ -120,9 +126,7 @@ def runs(args, judge, real):
         cells = []
         for name, form in columns.items():
             values = [result["frechet"] / real["frechet"] if name == "ratio" else result[name] for result in results]
-            cells.append(format(statistics.mean(values), form))
-            if len(values) > 1:
-                cells[-1] += f" ± {format(statistics.stdev(values), form)}"
+            cells.append(show_mean(values, form))
         tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
         network = f"{config.process}, {config.depth} blocks, {tokens} tokens of {config.hidden_size}"
         print(f"| {network}, {config.steps:,} steps | {network_calls(config)} | {' | '.join(cells)} |")

@@ -34,10 +34,10 @@ import torch
 
 from config import PAPER, PRESETS, Config, add_flags, given_flags
 from latent.config import LatentConfig
-from latent.train_dit import train
-from measure.results import network_calls, save_figure
+from measure.results import network_calls, save_figure, show_mean
 from measure.score import METRICS, draw_fakes, few, open_judge
 from record.checkpoint import averaged_model, load_checkpoint
+from train import train
 
 HEAD = 32  # the width of a head, for sizes that are named by depth x width
 # Drawn without guidance, as in the paper: it would hide what a model cannot do
@@ -50,8 +50,7 @@ STUDIES = {
                   recipe=PAPER | dict(dataset="folder", steps=400_000, guidance=1.0, sample_steps=50)),
 }
 PROBE = 10  # steps that every model makes first, to see whether it can, and how long all will take
-OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every",
-       "checkpoint_every")
+OWN = ("patch_size", "hidden_size", "depth", "num_heads", "seed", "log_every", "sample_every", "checkpoint_every")
 SCORE = ("step", "seconds", "scoring", "accuracy", *METRICS)  # what scores.json has of each score
 MEASURES = ("parameters", "tokens", "flops", "speed")  # ... and of a model of the first seed
 MOVABLE = ("data_dir", "compile", "recompute")  # settings that a study which goes on may change
@@ -65,14 +64,15 @@ class Model:
     patch: int
     seed: int
     folder: Path
-    settings: dict   # of its `Config`, those that are not the defaults
+    of: type         # its class of settings: `Config`, or `LatentConfig`
+    settings: dict   # those that are not the defaults
     marks: list      # the steps at which it is scored
     record: dict     # see `read_record`
 
     @property
     def config(self):
         """Without what the data decide."""
-        return LatentConfig(**self.settings)
+        return self.of(**self.settings)
 
     @property
     def kind(self):
@@ -117,7 +117,8 @@ def plan(args):
     where --out holds another study."""
     study = STUDIES[args.preset]
     recipe = study["recipe"] | given_flags(args, LatentConfig)
-    usual = recipe.get("lr", Config.lr)
+    alone = recipe.keys() - Config.__dataclass_fields__.keys() or recipe["dataset"] == "sprites"
+    of, usual = LatentConfig if alone else Config, recipe.get("lr", Config.lr)
     sizes, patches, rates = args.models or study["sizes"], args.patches or study["patches"], args.rates or [usual]
     patches = patches[len(patches) // 2:][:1] if args.rates else patches
     count = args.marks or (1 if args.rates else study["marks"])
@@ -128,8 +129,8 @@ def plan(args):
         settings = recipe | size_settings(size) | dict(patch_size=as_size(patch), lr=rate, seed=seed,
                                                        sample_every=steps, checkpoint_every=max(1, steps // 16))
         marks = sorted({max(1, steps >> i) for i in range(count if seed == args.seeds[0] else 1)})
-        record = read_record(folder, LatentConfig(**settings), args.count)
-        models.append(Model(size, patch, seed, folder, settings, marks, record))
+        record = read_record(folder, of(**settings), args.count)
+        models.append(Model(size, patch, seed, folder, of, settings, marks, record))
     return models
 
 
@@ -176,7 +177,7 @@ def advance(model, until, args):
     model.write()  # before there is a checkpoint that could be taken for another study's
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            return train(model.settings, model.folder, model.file.exists(), args.device, until)[1]
+            return train(model.settings, model.folder, model.file.exists(), args.device, until, of=model.of)[1]
         except UserError as error:
             raise UserError(f"{model.folder.name}: {error}") from None
 
@@ -184,7 +185,7 @@ def advance(model, until, args):
 def probe(model, args):
     """Makes the first steps of a model, and takes its measures. Returns as `advance`."""
     stopped = advance(model, min(PROBE, model.marks[0]), args)
-    content = load_checkpoint(model.file, (LatentConfig,))
+    content = load_checkpoint(model.file, (model.of,))
     config = content["config"]
     model.record |= {"parameters": sum(weight.numel() for weight in content["ema"].values()),
                      "tokens": math.prod(config.input_shape[1:]) // math.prod(config.patch_size),
@@ -204,7 +205,7 @@ def forward_flops(config):
 
 def draw(model, labels, device):
     """What `draw_fakes` draws with the model's checkpoint, and the content of that."""
-    content = load_checkpoint(model.file, (LatentConfig,))
+    content = load_checkpoint(model.file, (model.of,))
     fakes = draw_fakes(averaged_model(content, device), dataclasses.replace(content["config"], seed=0), labels)
     return fakes, content
 
@@ -275,12 +276,6 @@ def collect(models):
     return {kind: [next(part for part in model.scores if part["step"] == step) for model in models
                    if model.kind == kind and step in steps[model.seed]]
             for kind in dict.fromkeys(model.kind for model in models)}
-
-
-def show_mean(values, form):
-    """The mean and, of several values, their standard deviation."""
-    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-    return format(statistics.mean(values), form) + spread
 
 
 def make_table(models, results, real):

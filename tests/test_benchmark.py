@@ -24,11 +24,6 @@ def test_bench_measures_what_train_runs(command, tmp_path):
     assert [row["batch"] for row in content["rows"]] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("preset", ["moving", "moving-64"])
-def test_presets_of_clips_are_not_measured(call, preset):
-    assert_refused(call(benchmark, "--presets", "default", preset), f"--presets {preset}: it is of clips")
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A list of the seconds that have passed; they pass when a test adds to it."""

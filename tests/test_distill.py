@@ -3,18 +3,26 @@
 import dataclasses
 import shutil
 import signal
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import SMALL, TINY, assert_refused, same
+from PIL import Image
 
+import latent.draw
+import latent.train_dit
 import train
+import video.draw
+import video.train_dit
+from config import Config
 from diffusion import RectifiedFlow, per_image
 from dit import DiT
 from few import distill
 from inference import draw, generate
-from record.checkpoint import load_checkpoint, load_model
+from latent.vae import VAE, save_vae
+from record.checkpoint import load_checkpoint, load_model, save_checkpoint
 from video.config import ANY
 
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-every", "2"]
@@ -47,7 +55,7 @@ def batch(n):
 
 def gradient(process, x_0, t, y, noise, teacher, fake, guidance=1):
     x_0.requires_grad_()
-    losses = process.matching_losses(x_0, t, y, noise, teacher, fake, guidance)
+    losses = distill.matching_losses(process, x_0, t, y, noise, teacher, fake, guidance)
     assert losses.shape == (len(x_0),)
     return torch.autograd.grad(losses.sum(), x_0)[0]
 
@@ -83,7 +91,8 @@ def test_what_a_student_draws_spreads_as_what_its_teacher_draws():
         for value in (mean, std):
             value.requires_grad_()
         x_0 = mean + per_image(y, z) + std * z
-        losses = process.matching_losses(x_0, t, y, noise, teacher, Gaussian(process, mean.detach(), std.detach()), 1)
+        fake = Gaussian(process, mean.detach(), std.detach())
+        losses = distill.matching_losses(process, x_0, t, y, noise, teacher, fake, 1)
         steps = torch.autograd.grad(losses.mean(), (mean, std))
         mean, std = (value.detach() - (1 - i / 600) * step for value, step in zip((mean, std), steps, strict=True))
     assert mean.item() == pytest.approx(0.3, abs=0.05) and std.item() == pytest.approx(0.5, abs=0.05)
@@ -126,6 +135,25 @@ def test_the_command(command, trained, tmp_path):
         "fake_000004.pth", "index.html", "log.csv", "loss.png", "model.pth", "samples_000002.png", "samples_000004.png"]
     assert "-m few.distill --checkpoint" in (folder / "index.html").read_text()
     assert command("inference.py", "--checkpoint", folder, "--out", tmp_path / "drawn.png").returncode == 0
+
+
+@pytest.mark.parametrize(("trainer", "drawer", "flags"), [
+    (latent.train_dit, latent.draw, ["--vae", "vae", "--patch-size", 2]),
+    (video.train_dit, video.draw, ["--dataset", "moving", "--image-size", "4x24x24", "--patch-size", "2x12x12",
+                                   "--given", 0.5, "--sizes", "1x24x24"])])
+def test_students_of_latents_and_of_clips(call, tmp_path, monkeypatch, capsys, trainer, drawer, flags):
+    """Each is drawn by the command of its kind, and a grid of clips moves."""
+    monkeypatch.chdir(tmp_path)
+    save_vae(VAE(1, 1, 2, (4, 8), norm_num_groups=4), "vae")
+    assert call(trainer, *TINY[2:] if drawer is video.draw else TINY, *flags, "--steps", 2)[0] == 0
+    assert run("run", "run_few", "--steps", 2) == 0
+    name = drawer.__name__
+    assert f"draw with: python -m {name} --checkpoint run_few/model.pth" in capsys.readouterr().out
+    code, out, err = call(drawer, "--checkpoint", "run_few", "--labels", 3)
+    assert code == 0 and "ddpm with 1 steps, guidance 1" in out, err
+    with Image.open("run_few/samples_000002.png") as image:
+        assert getattr(image, "n_frames", 1) == (4 if drawer is video.draw else 1)
+    assert f"python -m {name}" in Path("run_few/index.html").read_text()
 
 
 @pytest.mark.parametrize("calls", [1, 2])
@@ -185,14 +213,15 @@ def test_a_run_that_is_killed_between_two_files_is_the_same_run(trained, student
     assert load_checkpoint(folder / "model.pth", ANY)["step"] == 2
     assert run(trained, folder, "--resume", "--checkpoint-every", 1000) == 0
     assert [path.name for path in folder.glob("fake*")] == ["fake_000007.pth"]
-    assert same(load_checkpoint(folder / "model.pth", ANY)["model"], load_checkpoint(student / "model.pth", ANY)["model"])
+    ours, theirs = (load_checkpoint(place / "model.pth", ANY)["model"] for place in (folder, student))
+    assert same(ours, theirs)
 
 
 def test_it_starts_as_its_teacher_and_learns(trained, tmp_path):
     """A student that learns nothing answers as its teacher does. Weights of half precision will do."""
     shared = tmp_path / "shared.pth"
     content = load_checkpoint(trained / "model.pth", ANY)
-    train.save_checkpoint(shared, content["config"], 6, 1.0, {n: w.half() for n, w in content["ema"].items()})
+    save_checkpoint(shared, content["config"], 6, 1.0, {n: w.half() for n, w in content["ema"].items()})
     for lr in (0, 0.01):
         assert run(shared, tmp_path / str(lr), "--lr", lr, "--steps", 1) == 0
         left = [load_checkpoint(tmp_path / str(lr) / name, ANY)["model"] for name in ("model.pth", "fake_000001.pth")]
@@ -208,7 +237,7 @@ def test_a_student_is_as_varied_as_its_teacher(call, tmp_path):
     assert run(tmp_path / "teacher", tmp_path / "student", "--steps", 150, "--batch-size", 32) == 0
     labels, spread = torch.arange(10).repeat(40), {}
     for name, steps in (("teacher", 1), ("teacher", 12), ("student", 1)):
-        model, config = load_model(tmp_path / name / "model.pth", precision="fp32")
+        model, config = load_model(tmp_path / name / "model.pth", precision="fp32", kinds=(Config,))
         images = generate(model, dataclasses.replace(config, sample_steps=steps), labels)
         spread[name, steps] = images.unflatten(0, (40, 10)).std(dim=0).mean().item()
     assert spread["teacher", 1] < 0.5 * spread["teacher", 12]
@@ -237,8 +266,8 @@ def test_refusals(call, trained, student, tmp_path):
 @pytest.mark.parametrize(("flags", "guidance"), [([], 1.4), (["--guidance", 2.5], 2.5)])
 def test_guidance_is_what_the_teacher_answers_with(trained, tmp_path, monkeypatch, flags, guidance):
     """The teacher's own, if not asked for; the student draws with none."""
-    seen, original = [], RectifiedFlow.matching_losses
-    monkeypatch.setattr(RectifiedFlow, "matching_losses", lambda *args: (seen.append(args[7]), original(*args))[1])
+    seen, original = [], distill.matching_losses
+    monkeypatch.setattr(distill, "matching_losses", lambda *args: (seen.append(args[7]), original(*args))[1])
     assert run(trained, tmp_path / "run", "--steps", 2, *flags) == 0
     assert seen == [guidance] * 2 and load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].guidance == 1
 

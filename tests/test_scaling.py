@@ -13,12 +13,12 @@ from PIL import Image
 import measure.score
 import train
 from config import Config
+from latent.config import LatentConfig
 from measure import scaling
 from measure.classifier import train_classifier
 from measure.results import save_figure
 from measure.scaling import collect, fit, forward_flops, plan, seconds_left
 from record.checkpoint import load_checkpoint
-from video.config import ANY
 
 FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--models", "1x32", "2x64", "--patches", 8, 4, "--steps", 8,
          "--batch-size", 8, "--count", 20, "--sample-steps", 2, "--device", "cpu"]
@@ -65,7 +65,7 @@ def check_the_study(call, tmp_path):
     assert sorted(records) == sorted(f"{size}_patch{patch}_seed{seed}" for size in ("1x32", "2x64") for patch in (8, 4)
                                      for seed in (0, 1))
     for name, record in records.items():
-        content = load_checkpoint(tmp_path / name / "model.pth", ANY)
+        content = load_checkpoint(tmp_path / name / "model.pth", (Config,))
         assert content["step"] == 8 and record["settings"]["steps"] == 8
         assert [part["step"] for part in record["scores"]] == ([4, 8] if name.endswith("0") else [8])
         if name.endswith("1"):
@@ -102,7 +102,7 @@ def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
     flags = [*FLAGS, "--models", "1x32", "--marks", 2]
     assert call(scaling, *flags, "--out", tmp_path / "whole")[0] == 0
     # In the first steps, on the way to a score, and while images are drawn for one
-    for where, calls in (((train, "train_step"), 3), ((train, "train_step"), 7), ((scaling, "draw_fakes"), 1)):
+    for where, calls in (((train, "descend"), 3), ((train, "descend"), 7), ((scaling, "draw_fakes"), 1)):
         with pytest.MonkeyPatch.context() as patch:
             stopped_at(patch, where, calls)
             code, out, err = call(scaling, *flags, "--out", tmp_path / "parts")
@@ -112,7 +112,8 @@ def test_a_study_that_is_stopped_anywhere_is_the_same_study(call, tmp_path):
     assert code == 0, err
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     for name in read(tmp_path / "whole"):
-        whole, parts = (load_checkpoint(tmp_path / folder / name / "model.pth", ANY) for folder in ("whole", "parts"))
+        whole, parts = (load_checkpoint(tmp_path / folder / name / "model.pth", (Config,))
+                        for folder in ("whole", "parts"))
         assert same({**whole, "seconds": 0}, {**parts, "seconds": 0}), name
 
 
@@ -239,7 +240,7 @@ def test_mistakes(call, tmp_path, flags, words):
 def test_another_study_in_the_folder(call, tmp_path):
     flags = [*FLAGS, "--models", "1x32", "--patches", 8, "--marks", 1, "--out", tmp_path]
     with pytest.MonkeyPatch.context() as patch:
-        stopped_at(patch, (train, "train_step"), 10)  # the second step of the second seed
+        stopped_at(patch, (train, "descend"), 10)  # the second step of the second seed
         assert call(scaling, *flags, "--seeds", 0, 1)[0] == 130
     assert_refused(call(scaling, *flags, "--seeds", 1, "--steps", 9), "seed1 was made with", "steps 8 -> 9")
     assert call(scaling, *flags)[0] == 0
@@ -294,8 +295,8 @@ def test_the_table_by_hand(made):
 
 
 def test_each_flag_reaches_the_training(call, tmp_path, monkeypatch):
-    def watched(*args):
-        seen.append(args)
+    def watched(*args, of):
+        seen.append((*args, of))
         raise UserError("that will do")
 
     seen = []
@@ -303,9 +304,10 @@ def test_each_flag_reaches_the_training(call, tmp_path, monkeypatch):
     assert_refused(call(scaling, *FLAGS, "--models", "2x64", "--patches", 4, "--seeds", 3, "--latents", tmp_path / "z",
                         "--marks", 1, "--lr-decay", "linear", "--label-dropout", 0.3, "--out", tmp_path),
                    "2x64_patch4_seed3: that will do")
-    (settings, folder, resume, device, latents, until), = seen
-    assert (folder, resume, device, latents, until) == (tmp_path / "2x64_patch4_seed3", False, "cpu", tmp_path / "z", 8)
-    config = Config(**settings)
+    (settings, folder, resume, device, until, of), = seen
+    assert (folder, resume, device, until, of) == (tmp_path / "2x64_patch4_seed3", False, "cpu", 8, LatentConfig)
+    config = of(**settings)
+    assert config.latents == str(tmp_path / "z")
     assert (config.depth, config.hidden_size, config.num_heads, config.patch_size, config.seed) == (2, 64, 2, (4, 4), 3)
     assert (config.lr_decay, config.label_dropout, config.steps, config.guidance) == ("linear", 0.3, 8, 1.0)
 
