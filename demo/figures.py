@@ -7,7 +7,7 @@ images/page.png, which shows the page of demo/ in a window of 930 pixels.
 """
 
 from support.commands import run
-from support.pictures import LINE, save_animation
+from support.pictures import LINE, save_animation, write_figure
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 
 from config import Config
 from inference import draw_states
-from measure.results import save_figure
 from record.checkpoint import averaged_model, load_checkpoint
 from video.config import ClipConfig
 
@@ -160,9 +159,9 @@ def architecture():
 
 
 def main():
-    save_figure(architecture(), IMAGES / "dit.png")
+    write_figure(architecture(), IMAGES / "dit.png")
     save_animation(IMAGES / "collage.gif", collage(), MILLISECONDS)
-    print(f"-> {IMAGES / 'collage.gif'}")
+    print(f"-> {IMAGES / 'dit.png'}\n-> {IMAGES / 'collage.gif'}")
 
 
 if __name__ == "__main__":
