@@ -1,5 +1,6 @@
 """The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
+from support import parallel
 from support.commands import UserError
 from support.sizes import LARGEST, as_size, show_divisors, show_size
 
@@ -34,6 +35,7 @@ class Config:
     kind = "images"  # what a model of these settings draws; its checkpoint says so
     trained_by, drawn_by = "train.py", "inference.py"
     axes, size_words = (2,), "height and width, such as 28x20"  # of an image
+    input_name = "image_size"  # the setting that says the size of what the network sees
     # The settings that say how to draw, and those that a resumed run may change
     SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")
     CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every", "sampler", "sample_steps",
@@ -142,8 +144,6 @@ class Config:
         step = (self.beta_end - self.beta_start) / (self.T - 1)
         return sum(math.log1p(-self.beta_start - i * step) for i in range(self.T)) / 2
 
-    input_name = "image_size"  # the setting that says its size
-
     @property
     def input_shape(self):
         """The shape (C, *size) of what the network sees."""
@@ -194,8 +194,9 @@ class Config:
 
     def open_data(self, device):
         """The training images, a `Dataset`. Raises `UserError`."""
-        return load_dataset(self.dataset, self.data_dir, image_size=self.image_size, channels=self.channels,
-                            ground=self.ground)
+        with parallel.rank_0_first():  # it may download them
+            return load_dataset(self.dataset, self.data_dir, image_size=self.image_size, channels=self.channels,
+                                ground=self.ground)
 
     def ready(self, checkpoint, device):
         """These settings of the file `checkpoint`, once all is at hand that drawing needs. Raises `UserError`."""
