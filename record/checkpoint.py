@@ -34,7 +34,8 @@ from record.log import NOISE_LEVELS
 
 FORMAT = "dit-checkpoint-3"
 OLDER = ("dit-checkpoint-1", "dit-checkpoint-2")
-DRAWN_BY = {"images": "inference.py", "latents": "-m latent.draw", "clips": "-m video.draw"}
+COMMANDS = {"images": ("inference.py", "train.py"), "latents": ("-m latent.draw", "-m latent.train_dit"),
+            "clips": ("-m video.draw", "-m video.train_dit")}
 TO_RESUME = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
 
@@ -95,9 +96,10 @@ def load_checkpoint(path, kinds):
     kind = content.get("kind")
     of = next((of for of in kinds if of.kind == kind), None)
     if of is None:
-        known = isinstance(kind, str) and kind in DRAWN_BY
-        raise UserError(f"{path} is a model of {kind}: draw with it by python {DRAWN_BY[kind]}" if known else
-                        f"{path} is a damaged checkpoint: its kind is {kind!r:.20}")
+        if not isinstance(kind, str) or kind not in COMMANDS:
+            raise UserError(f"{path} is a damaged checkpoint: its kind is {kind!r:.20}")
+        raise UserError("{} is a model of {}: draw with it by python {}, train it by python {}".format(
+            path, kind, *COMMANDS[kind]))
     names = ["config", "step", "seconds", "ema"]
     if any(name in content for name in TO_RESUME):
         names += TO_RESUME

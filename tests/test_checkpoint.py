@@ -263,7 +263,8 @@ def test_each_kind_names_its_command(saved, call, tmp_path):
     change(path, kind="latents", config=vars(latents))
     assert load_checkpoint(path, ANY)["config"] == latents
     moving = REPOSITORY / "weights" / "moving.pth"
-    for file, kind, by in ((path, "latents", "-m latent.draw"), (moving, "clips", "-m video.draw")):
+    for file, kind, by in ((path, "latents", "-m latent.draw, train it by python -m latent.train_dit"),
+                           (moving, "clips", "-m video.draw, train it by python -m video.train_dit")):
         for result in (call(inference, "--checkpoint", file, "--out", tmp_path / "a.png"),
                        call(generator, "--checkpoint", file, "--real", tmp_path / "b", "--fake", tmp_path / "c")):
             assert_refused(result, file, f"a model of {kind}: draw with it by python {by}")
