@@ -4,6 +4,7 @@ from support import parallel
 from support.commands import UserError, flag_words, run, some_path
 from support.files import make_dir, write_atomically
 from support.image_files import list_images
+from support.labels import class_weights, labels_by
 
 import argparse
 import hashlib
@@ -33,24 +34,6 @@ def check_classes(config, data):
         one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
         print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
               "set: they are taken for the same classes in the same order", file=sys.stderr)
-
-
-def class_weights(labels, num_classes, equal=False):
-    """How often each class is to be drawn, next to the others, int64 (num_classes,): as often as real images have these
-    labels (N,). Equally often with `equal`, and where no class is larger than another by more than a quarter, as in
-    MNIST, so that scores compare with others of such data."""
-    counts = labels.bincount(minlength=num_classes)
-    return torch.ones_like(counts) if equal or 4 * counts.max() <= 5 * counts.min() else counts
-
-
-def labels_by(weights, count):
-    """The labels of the images number 0 to `count` - 1, int64 (count,): whatever the count, each class has the share of
-    them that `weights` (num_classes,) say, rounded. Equal weights take turns."""
-    enough = (weights * ((count + len(weights)) / weights.sum()) + 1).long()  # of each class
-    labels = torch.arange(len(weights)).repeat_interleave(enough)
-    place = torch.arange(len(labels)) - (enough.cumsum(0) - enough)[labels]  # within its class
-    # Webster's method: it never takes back an image of a class when there are to be more of all
-    return labels[((2 * place + 1) / weights[labels].double()).argsort(stable=True)[:count]]
 
 
 def missing_indices(folder, count):

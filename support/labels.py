@@ -1,9 +1,11 @@
-"""The labels that a user asks for, by the names of their classes or by number."""
+"""The labels that a user asks for, by the names of their classes or by number; and those of a folder of fakes."""
 
 from support.commands import UserError
 
 import contextlib
 import re
+
+import torch
 
 
 def parse_labels(words, names):
@@ -51,3 +53,21 @@ def parse_morph(text, names):
                 return first + last
     raise UserError(f"--morph {text!r:.80}: must be two labels with a colon between, such as 3:8; this model knows "
                     f"{list_names(names)}")
+
+
+def class_weights(labels, num_classes, equal=False):
+    """How often each class is to be drawn, next to the others, int64 (num_classes,): as often as real images have these
+    labels (N,). Equally often with `equal`, and where no class is larger than another by more than a quarter, as in
+    MNIST, so that scores compare with others of such data."""
+    counts = labels.bincount(minlength=num_classes)
+    return torch.ones_like(counts) if equal or 4 * counts.max() <= 5 * counts.min() else counts
+
+
+def labels_by(weights, count):
+    """The labels of the images number 0 to `count` - 1, int64 (count,): whatever the count, each class has the share of
+    them that `weights` (num_classes,) say, rounded. Equal weights take turns."""
+    enough = (weights * ((count + len(weights)) / weights.sum()) + 1).long()  # of each class
+    labels = torch.arange(len(weights)).repeat_interleave(enough)
+    place = torch.arange(len(labels)) - (enough.cumsum(0) - enough)[labels]  # within its class
+    # Webster's method: it never takes back an image of a class when there are to be more of all
+    return labels[((2 * place + 1) / weights[labels].double()).argsort(stable=True)[:count]]

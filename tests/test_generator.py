@@ -1,25 +1,29 @@
+from support.labels import class_weights, labels_by
+
 import dataclasses
+import functools
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, assert_refused, small_mnist
+from conftest import REPOSITORY, SMALL, assert_refused, load, small_mnist
 from PIL import Image
 
 import few.distill
 import fid_computer
 import generator
 import inference
+import latent.generator
 import measure.results
 import measure.score
 from config import Config
 from dataset import load_dataset, to_float, to_uint8
-from generator import class_weights, labels_by
 from inference import generate
+from latent.config import LatentConfig
 from measure.classifier import load_classifier
-from record.checkpoint import load_checkpoint, load_model, save_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
 from video.config import ANY
 
 
@@ -44,7 +48,7 @@ def test_fills_both_folders(command, trained, tmp_path):
         image = torch.from_numpy(np.array(Image.open(tmp_path / "real" / name)))
         match = (data.images[:, 0] == image).all(dim=(1, 2)).nonzero()[:, 0]
         assert len(match) and data.labels[match[0]] == int(name[7])
-    model, config = load_model(trained / "model.pth")
+    model, config = load(trained / "model.pth")
     drawn = to_uint8(generate(model, config, torch.arange(12) % 10))
     for i, image in enumerate(drawn):
         assert np.array_equal(Image.open(tmp_path / "fake" / f"{i:06d}_{i % 10}.png"), image[0])
@@ -93,13 +97,13 @@ def test_fakes_are_as_unequal_as_the_data(call, unequal, tmp_path, monkeypatch, 
     """And so perfect fakes, the real images once more, are at no distance."""
     data = load_dataset("folder", tmp_path / "data")
 
-    def perfect(model, config, labels, indices):
+    def perfect(model, config, labels, indices, way):
         places = [labels_by(torch.tensor([18, 2]), 20)[:i].tolist().count(label) for i, label in zip(
             indices, labels.tolist(), strict=True)]  # how many of its class came before
         return torch.stack([to_float(data.images[data.labels == label][place])
                             for label, place in zip(labels.tolist(), places, strict=True)])
 
-    monkeypatch.setattr(generator, "generate", perfect)
+    monkeypatch.setattr(inference, "generate", perfect)
     flags = ["--checkpoint", unequal, *folders(tmp_path)]
     code, _, err = call(generator, *flags, "--count", 7)
     assert code == 0 and "a class has 2 to 18 images: the fakes are as unequal (--equal" in err
@@ -174,7 +178,7 @@ def test_other_data_in_the_same_folder(call, trained, tmp_path, monkeypatch):
     before, note = read(tmp_path / "real"), (tmp_path / "real" / "settings.json").read_text()
     data = small_mnist()
     other = dataclasses.replace(data, images=data.images.flip(0), labels=data.labels.flip(0))
-    monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: other)
+    monkeypatch.setattr(generator, "main", functools.partial(generator.main, load=lambda *args, **options: other))
     assert_refused(call(generator, *flags), "another data", tmp_path / "real")
     assert read(tmp_path / "real") == before and (tmp_path / "real" / "settings.json").read_text() == note
     assert json.loads(note)["data"] == data.fingerprint and json.loads(note)["channels"] == 1
@@ -258,36 +262,41 @@ def test_what_the_shipped_weights_draw_is_what_the_names_say(call, tmp_path, mon
 def test_the_batch_is_as_large_as_memory_allows(call, trained, tmp_path, monkeypatch):
     sizes = []
 
-    def watched(model, config, labels, indices):
+    def watched(model, config, labels, indices, way):
         sizes.append(len(labels))
         return generate(model, config, labels, indices)
 
-    monkeypatch.setattr(generator, "generate", watched)
-    monkeypatch.setattr(generator, "batch_that_fits", lambda config, device: 4)
+    monkeypatch.setattr(inference, "generate", watched)
+    monkeypatch.setattr(inference, "batch_that_fits", lambda config, device: 4)
     flags = ["--checkpoint", trained / "model.pth", "--count", 10]
     assert call(generator, *flags, *folders(tmp_path / "a"))[0] == 0
     assert call(generator, *flags, *folders(tmp_path / "b"), "--batch-size", 7)[0] == 0
     assert sizes == [4, 4, 2, 7, 3]
 
 
-def test_each_flag_reaches_the_drawing(call, unequal, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of", [Config, LatentConfig])
+def test_each_flag_reaches_the_drawing(call, unequal, tmp_path, monkeypatch, of):
+    """Of `generator.py`, and of `latent.generator`, which has more."""
     seen = []
+    content = load_checkpoint(unequal, ANY)
+    save_checkpoint(unequal, of(**vars(content["config"])), 0, 0.0, content["ema"])
+    more = [] if of is Config else ["--spacing", "linspace", "--guided-channels", 1, "--no-clamp"]
+    changed = {} if of is Config else dict(spacing="linspace", guided_channels=1, clamp=False)
 
-    def watched(model, config, labels, indices):
+    def watched(model, config, labels, indices, way):
         seen.append((config, next(model.parameters()).dtype))
         return torch.zeros(len(labels), *config.input_shape)
 
-    monkeypatch.setattr(generator, "generate", watched)
+    monkeypatch.setattr(inference, "generate", watched)
     (tmp_path / "data").rename(tmp_path / "moved")
-    code, _, err = call(generator, "--checkpoint", unequal, *folders(tmp_path), "--count", 3, "--data-dir",
-                        tmp_path / "moved", "--sampler", "ddim", "--sample-steps", 4, "--guidance", 3, "--eta", 0.5,
-                        "--spacing", "linspace", "--guided-channels", 1, "--no-clamp", "--seed", 7, "--precision",
-                        "bf16", "--device", "cpu")
+    code, _, err = call(generator if of is Config else latent.generator, "--checkpoint", unequal, *folders(tmp_path),
+                        "--count", 3, "--data-dir", tmp_path / "moved", "--sampler", "ddim", "--sample-steps", 4,
+                        "--guidance", 3, "--eta", 0.5, *more, "--seed", 7, "--precision", "bf16", "--device", "cpu")
     assert code == 0, err
     config, dtype = seen[0]
     assert config == dataclasses.replace(
-        load_checkpoint(unequal, ANY)["config"], data_dir=str(tmp_path / "moved"), sampler="ddim", sample_steps=4, eta=0.5,
-        guidance=3.0, spacing="linspace", guided_channels=1, clamp=False, seed=7, precision="bf16")
+        load_checkpoint(unequal, ANY)["config"], data_dir=str(tmp_path / "moved"), sampler="ddim", sample_steps=4,
+        eta=0.5, guidance=3.0, seed=7, precision="bf16", **changed)
     assert dtype == torch.bfloat16
     assert len(read(tmp_path / "real")) == 3
 
@@ -304,7 +313,7 @@ def test_bad_flags(call, trained, tmp_path):
 def test_more_images_than_the_data_set_has(call, trained, tmp_path, monkeypatch):
     data = small_mnist()
     few = dataclasses.replace(data, images=data.images[:5], labels=data.labels[:5])
-    monkeypatch.setattr(generator, "load_dataset", lambda *args, **options: few)
+    monkeypatch.setattr(generator, "main", functools.partial(generator.main, load=lambda *args, **options: few))
     code, _, err = call(generator, "--checkpoint", trained / "model.pth", "--count", 7, *folders(tmp_path))
     assert code == 0 and "only 5 training images" in err
     assert len(read(tmp_path / "real")) == 5 and len(read(tmp_path / "fake")) == 7
