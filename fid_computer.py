@@ -2,15 +2,15 @@
 
 from support import parallel
 from support.commands import Parser, UserError, add_device_flag, run, some_path
-from support.files import check_output, write_atomically
+from support.files import check_output
 from support.image_files import list_images, read_image
+from support.stats import read_stats, save_stats
 
 import argparse
 import http.client
 import os
 import socket
 import sys
-import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +24,6 @@ from tqdm import tqdm
 # TensorFlow's Inception of 2015-12-05, which defines the score, as ported by pytorch-fid. The name ends in its SHA-256.
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_NAME = WEIGHTS_URL.rpartition("/")[2]
-LARGEST = 2048**2 * 16 + 1000  # bytes that a covariance takes at most, in the widest floats there are
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
@@ -108,11 +107,9 @@ def inception_extractor(dims, weights, device):
 
     @torch.inference_mode()
     def extract(images):
-        if len({image.shape for image in images}) == 1:
-            batch = torch.stack(images).to(device) / 255
-        else:  # they cannot be stacked, so what the network does first is done here, one by one
-            batch = torch.cat([interpolate(image[None].to(device) / 255, size=(299, 299), mode="bilinear",
-                                           align_corners=False) for image in images])
+        # What the network does first, here, since images of several sizes cannot be stacked before
+        batch = torch.cat([interpolate(image[None].to(device) / 255, size=(299, 299), mode="bilinear",
+                                       align_corners=False) for image in images])
         return network(batch)[0].mean(dim=(2, 3))  # (B, D, h, w) -> (B, D)
 
     return extract
@@ -137,79 +134,30 @@ def cached_weights():
     return file
 
 
-def read_stats(file, dims):
-    """Mean (dims,), covariance (dims, dims) and number of images (None: not known) from a file of `save_stats` or of
-    pytorch-fid, which calls them mu and sigma. Raises `UserError` when the file is neither, or of other dims."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
-        names = ("mu", "sigma") if "mu" in sizes else ("mean", "cov")
-        if not sizes.keys() >= {*names}:
-            raise UserError(f"{file} holds {', '.join(sizes) or 'nothing':.80}, but no mean and cov, or mu and sigma: "
-                            "perhaps features or pixels, and no statistics of images; give the folder of the images")
-        if any(sizes.get(name, 0) > LARGEST for name in (*names, "count", "dims")):
-            raise ValueError  # before it is unpacked, which a small file may be to any size
-        with np.load(file, allow_pickle=False) as data:
-            mean, cov = (np.asarray(data[name], dtype=np.float64) for name in names)
-            count = int(data["count"]) if "count" in data else None
-            size = int(data["dims"]) if "dims" in data else len(mean)
-        if mean.shape != (size,) or cov.shape != (size, size) or not np.isfinite(mean.sum() + cov.sum()):
-            raise ValueError
-        tolerance = 1e-4 * abs(cov).max(initial=0)  # a file may hold single precision
-        if abs(cov - cov.T).max() > tolerance or cov.diagonal().min() < 0 or np.linalg.eigvalsh(cov)[0] < -tolerance:
-            raise ValueError  # no images have such a covariance, and the distance to it can be 0
-        if count is not None and count < 2:
-            raise ValueError
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    except Exception:  # a damaged file fails in too many ways to list
-        raise UserError(f"{file} is damaged or no file of --save-stats: write it anew") from None
-    if size != dims:
-        raise UserError(f"{file} holds the statistics of {size} features, but --dims is {dims}")
-    return mean, cov, count
-
-
-def save_stats(file, mean, cov, count):
-    """Writes what `read_stats` reads, whole or not at all. Raises `UserError` when it cannot."""
-    write_atomically(file, lambda stream: np.savez(stream, mean=mean, cov=cov, count=count, dims=len(mean)))
-
-
-def moved(_):
-    raise UserError("--features is gone: digits are scored by python -m measure.score --images images/fake")
-
-
 def parse_args():
     parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Prints the Fréchet Inception Distance (FID, arXiv 1706.08500) of a folder of fake images against\n"
                     "a folder of real ones: lower is better, 0 is no distance.",
         epilog=f"""\
-A folder's images may be of any size, and of different sizes; its subfolders are not read. In place of a folder, give a
-.npz file of its statistics, from --save-stats or from pytorch-fid (it does not say of how many images: shown as ?).
+A folder's images may be of any size; its subfolders are not read. In place of a folder, give a .npz file of its
+statistics, from --save-stats or from pytorch-fid, which does not say of how many images: shown as ?.
 
-Digits of 28 x 28 pixels, which Inception has never seen, are better scored by python -m measure.score --images DIR.
+Compare scores of equal counts only, 10,000 or more if you can: FID falls as images are added. Digits, which Inception
+has never seen, are better scored by python -m measure.score --images DIR.
 
-FID falls as images are added: compare scores of equal counts only, 10,000 or more if you can, and always more images
-than features.
-
-The weights of Inception are looked for in torch hub's cache (~/.cache/torch, or $TORCH_HOME) at
-  hub/checkpoints/{WEIGHTS_NAME}
-and else downloaded to it (96 MB). On a machine without internet put them there, or name them with --weights, after
+Inception's weights (96 MB) are downloaded once, to hub/checkpoints in torch hub's cache, ~/.cache/torch or $TORCH_HOME.
+On a machine without internet put them there, or name them with --weights:
   {WEIGHTS_URL}
 
 examples:
   python fid_computer.py                                        images/fake against images/real
   python fid_computer.py --fake samples --save-stats mnist.npz  keeps the statistics of images/real ...
-  python fid_computer.py --fake other --real mnist.npz          ... so that they need not be computed again
-
-The score goes to standard output, all else to standard error. The exit code is 1 after an error.""")
+  python fid_computer.py --fake other --real mnist.npz          ... so that they need not be computed again""")
     parser.add_argument("--fake", type=some_path, default=Path("images/fake"), metavar="DIR",
                         help="the folder to score, or its statistics (default: %(default)s)")
     parser.add_argument("--real", type=some_path, default=Path("images/real"), metavar="DIR",
                         help="the folder to score it against, or its statistics (default: %(default)s)")
-    parser.add_argument("--features", type=moved, help=argparse.SUPPRESS)
     parser.add_argument("--save-stats", type=some_path, metavar="FILE.npz",
                         help="keep the statistics of the real folder in this file, for a later --real FILE.npz")
     parser.add_argument("--dims", type=int, default=2048, choices=(64, 192, 768, 2048),

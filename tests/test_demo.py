@@ -606,11 +606,11 @@ def test_a_page_with_guidance_opens_with_enough_of_it(tmp_path):
         assert (model["config"]["guidance"], model["reference"]["guidance"]) == (opened, own)
 
 
-def rms_norm(block, x, c, rotation=None):
+def rms_norm(block, x, c):
     """The forward pass of a DiTBlock with another norm, without weights."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.modulation(c).chunk(6, dim=1)
     norm = functools.partial(torch.nn.functional.rms_norm, normalized_shape=x.shape[-1:])
-    x = dit_block.add_gated(x, gate_1, block.attention(dit_block.modulate(norm(x), shift_1, scale_1), rotation))
+    x = dit_block.add_gated(x, gate_1, block.attention(dit_block.modulate(norm(x), shift_1, scale_1)))
     return dit_block.add_gated(x, gate_2, block.mlp(dit_block.modulate(norm(x), shift_2, scale_2)))
 
 
@@ -627,7 +627,7 @@ class Renamed(dit_block.DiTBlock):
 
 @pytest.mark.parametrize("change", [
     lambda patch: patch.setattr(dit_block.DiTBlock, "forward", rms_norm),
-    lambda patch: patch.setattr(dit, "DiTBlock", Renamed),
+    lambda patch: patch.setattr(dit.DiT.__init__, "__defaults__", (*dit.DiT.__init__.__defaults__[:-1], Renamed)),
     lambda patch: patch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.nn.functional.silu(x)),
     lambda patch: patch.setattr(dit_block, "attend", lambda q, k, v: (q @ k.mT).softmax(dim=-1) @ v)])
 def test_a_network_that_the_page_does_not_know_is_refused(call, tmp_path, monkeypatch, change):

@@ -1,6 +1,7 @@
 """The score against closed forms, SciPy's matrix root and pytorch-fid's own network; the command on small folders."""
 
 from support.commands import UserError, run
+from support.stats import read_stats, save_stats
 
 import os
 import pickle
@@ -63,7 +64,7 @@ def fake(tmp_path):
 def stats(tmp_path):
     """A file of --save-stats, of 64 features of 1,000 images."""
     file = tmp_path / "stats.npz"
-    fid_computer.save_stats(file, *gaussian(np.random.default_rng(0), 64, 100), 1000)
+    save_stats(file, *gaussian(np.random.default_rng(0), 64, 100), 1000)
     return file
 
 
@@ -375,7 +376,7 @@ def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
 def test_as_many_images_as_features_are_too_few(count, stats, tmp_path, call):
     """Their mean takes one away: so many differences from it are singular."""
     few = tmp_path / "few.npz"
-    fid_computer.save_stats(few, np.zeros(64), np.eye(64), count)
+    save_stats(few, np.zeros(64), np.eye(64), count)
     err = call("--fake", few, "--real", stats, "--dims", 64)[1]
     assert err.startswith(f"warning: 64 images in {few} are too few for 64 features") if count == 64 else not err
 
@@ -400,7 +401,7 @@ def test_distance_of_a_folder_to_itself(fake, weights, call):
 
 
 def test_pytorch_fid_statistics_are_read(tmp_path, stats, call):
-    mean, cov, _ = fid_computer.read_stats(stats, 64)
+    mean, cov, _ = read_stats(stats, 64)
     theirs = tmp_path / "theirs.npz"
     np.savez_compressed(theirs, mu=mean + 1, sigma=cov)
     out, err = call("--fake", stats, "--real", theirs, "--dims", 64)
@@ -487,7 +488,7 @@ def test_a_small_file_of_huge_arrays_is_not_unpacked(stats, fails, tmp_path):
     del zeros
     tracemalloc.start()
     assert "huge.npz is damaged" in fails("--fake", stats, "--real", tmp_path / "huge.npz", "--dims", 64)
-    assert np.array_equal(fid_computer.read_stats(tmp_path / "batch.npz", 64)[1], np.eye(64))
+    assert np.array_equal(read_stats(tmp_path / "batch.npz", 64)[1], np.eye(64))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**7
@@ -501,7 +502,7 @@ def test_rounding_is_no_damage(precision, rank, tmp_path):
     cov = np.cov(features, rowvar=False).astype(precision)
     np.savez(tmp_path / "theirs.npz", mu=features.mean(axis=0).astype(precision), sigma=cov)
     assert rank > 3 or np.linalg.eigvalsh(cov)[0] < 0
-    assert np.array_equal(fid_computer.read_stats(tmp_path / "theirs.npz", 192)[1], cov)
+    assert np.array_equal(read_stats(tmp_path / "theirs.npz", 192)[1], cov)
 
 
 def test_statistics_that_do_not_fit(stats, fails):
@@ -517,14 +518,12 @@ def test_statistics_that_cannot_be_written(real, stats, fails, tmp_path, monkeyp
     assert "--save-stats" in fails("--fake", real, "--real", stats, "--dims", 64, "--save-stats", tmp_path / "new.npz")
     monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="cannot be written: No space left"):
-        fid_computer.save_stats(stats, np.zeros(64), np.eye(64), 10)
-    assert list(tmp_path.glob(".*")) == [] and fid_computer.read_stats(stats, 64)[2] == 1000
+        save_stats(stats, np.zeros(64), np.eye(64), 10)
+    assert list(tmp_path.glob(".*")) == [] and read_stats(stats, 64)[2] == 1000
     assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_bad_flags(stats, fails):
     for size in (0, -3):
         assert f"--batch-size is {size}" in fails("--batch-size", size)
-    for old in (["--features", "digits", "--data-dir", "."], ["--data-dir", ".", "--features=digits"]):
-        assert "python -m measure.score --images images/fake" in fails(*old)
     assert "--device cuda:99 cannot" in fails("--fake", stats, "--real", stats, "--dims", 64, "--device", "cuda:99")

@@ -21,6 +21,7 @@ from conftest import (
 )
 from PIL import Image
 
+import inference
 import video.draw
 from dataset import to_uint8
 from diffusion import from_noise
@@ -210,3 +211,16 @@ def test_what_is_given_is_measured(call, tmp_path, monkeypatch):
         monkeypatch.setattr(sizes, "available_memory", lambda: 2 * 130 * 4 * 64)
         code, _, err = call(video.draw, *flags, *more)
         assert code == 0, err
+
+
+def test_a_picture_too_large_for_its_format_is_refused_before_the_work(call, tmp_path, monkeypatch):
+    """As large as the clips that are asked for: those of 16 rows are shown taller than those of 8."""
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint("clips.pth", **CLIPS, sizes=((4, 16, 8),))
+    for module in (inference, video.draw):
+        monkeypatch.setattr(module, "sample", None)
+    flags = ["--checkpoint", "clips.pth", "--labels", 7, "--count", 260, "--out", "a.webp"]
+    assert_refused(call(video.draw, *flags, "--size", "4x16x8"), "WEBP, 36 x 17,162 pixels")
+    assert_refused(call(video.draw, *flags, "--size", "4x16x8", "--strip", "--count", 400), "WEBP, 138 x 26,402 pixels")
+    with pytest.raises(TypeError):  # it is drawn
+        call(video.draw, *flags)
