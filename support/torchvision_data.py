@@ -2,8 +2,6 @@
 
 from support.commands import UserError, first_line
 
-import contextlib
-import io
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +30,7 @@ def read_torchvision(name, root, train):
             print(f"downloading {name} into {root} ...", file=sys.stderr)
             trouble = "cannot be downloaded into"
             above = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-            with tempfile.TemporaryDirectory(dir=above) as whole, contextlib.redirect_stdout(io.StringIO()):
+            with tempfile.TemporaryDirectory(dir=above) as whole:
                 data = getattr(datasets, name)(whole, download=True, **options)
                 for path in filter(Path.is_file, sorted(Path(whole).rglob("*"))):
                     target = root / path.relative_to(whole)

@@ -253,7 +253,7 @@ def test_the_picture_and_the_figure_are_of_the_same_images(tmp_path, monkeypatch
         top, left = 2 + 2 * (i // 10) * 58, 2 + i % 10 * 42
         assert torch.equal(shown[top:top + 56, left:left + 40], tests[number, 0])
         assert torch.equal(shown[top + 58:top + 114, left:left + 40], made[number, 0])
-    run = module.start_run(Recipe(**SMALL), torch.device("cpu"))
+    run = module.start_run(Recipe(**SETTINGS), torch.device("cpu"))
     module.finish(run, small_mnist().images[:40], tests, tmp_path / "vae")
     assert f"PSNR {quality:.2f} dB on 45 held-out images" in capsys.readouterr().out
 
@@ -261,7 +261,7 @@ def test_the_picture_and_the_figure_are_of_the_same_images(tmp_path, monkeypatch
 def test_the_seed_decides_all_and_the_channels_are_those_asked_for(call, tmp_path):
     images, parts = small_mnist().images, []
     for seed in (3, 3, 4):
-        run = module.start_run(Recipe(**SMALL, seed=seed, batch_size=4), torch.device("cpu"))
+        run = module.start_run(Recipe(**SETTINGS, seed=seed, batch_size=4), torch.device("cpu"))
         parts.append((run.model.state_dict()["encoder.conv_in.weight"], *module.make_batch(images, run, 5)))
     for a, b, c in zip(*parts, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
