@@ -44,12 +44,12 @@ class Config:
     # Data
     dataset: str = flag("mnist", "mnist; folder: one folder per class; or a data set that torchvision downloads",
                         choices=("mnist", "folder", *TORCHVISION))
-    data_dir: str = flag("", "folder that holds the data set, or gets it; for --dataset folder the folder of classes "
-                         "(empty: the code's own folder, which has MNIST)")
+    data_dir: str = flag("", "folder of the data set; without it this repository, which contains MNIST; for --dataset "
+                         "folder: the folder of the classes")
     image_size: tuple = flag((), "height and width of the images, pixels: 28 or 28x20; 0 = as the data set has them", 1,
                              LARGEST, read=as_size)
     channels: int = flag(0, "1 grey, 3 RGB; 0 = as the data set has them", 0, 16)
-    ground: str = flag("black", "what transparent images of your own are laid on", choices=("black", "white"))
+    ground: str = flag("black", "background of transparent images", choices=("black", "white"))
     # The two without a flag: the data set says them.
     num_classes: int = dataclasses.field(default=0, metadata=dict(low=0, high=100_000))
     classes: tuple = ()  # the name of each class; () = their numbers
@@ -87,7 +87,7 @@ class Config:
     ema_decay: float = flag(0.9999, "upper limit of the EMA decay; before it is reached, the average covers about the "
                             "last tenth of the steps", 0, 0.999999)
     label_dropout: float = flag(0.1, "share of labels replaced by the null label, for guidance (2207.12598)", 0, 1)
-    precision: str = flag("auto", "what the network computes in: fp32; bf16 (in training, a bfloat16 copy of the "
+    precision: str = flag("auto", "number format of the network: fp32; bf16 (in training, a bfloat16 copy of the "
                           "weights computes the gradients); or auto: bf16 if it is faster",
                           choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): up to a minute's wait "
@@ -155,7 +155,7 @@ class Config:
         return self.classes or tuple(map(str, range(self.num_classes)))
 
     def resolve(self, data):
-        """These settings, with all filled in that the data decide. Raises `UserError`."""
+        """These settings, completed with those that the data decide. Raises `UserError`."""
         config = dataclasses.replace(self, **data.settings, patch_size=())
         size = config.input_shape[1:]
         if not self.patch_size and any(side % 4 for side in size):
@@ -199,11 +199,11 @@ class Config:
                                 ground=self.ground)
 
     def ready(self, checkpoint, device):
-        """These settings of the file `checkpoint`, once all is at hand that drawing needs. Raises `UserError`."""
+        """These settings, of the file `checkpoint`, once everything that drawing needs is there. Raises `UserError`."""
         return self
 
     def drawn_how(self, device):
-        """What decides how images look, besides the weights and the labels: a dict."""
+        """The settings that decide how images look, besides weights and labels: a dict."""
         return {name: getattr(self, name) for name in self.SAMPLING}
 
     def to_images(self, x):
@@ -216,8 +216,7 @@ class Config:
 
 
 def check_given(config, given):
-    """Raises `UserError` when the user has given a setting, in the dict `given`, that a model of this `Config` has no
-    use for."""
+    """Raises `UserError` when `given`, a dict, holds a setting that a model of this `Config` does not use."""
     for name in given:
         if name not in config.__dataclass_fields__:
             raise UserError(f"--{name.replace('_', '-')} says nothing to a model of {config.kind}: leave it out")

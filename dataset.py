@@ -33,7 +33,7 @@ class Dataset(Images):
     images: torch.Tensor  # uint8 (N, C, H, W), 0..255
     labels: torch.Tensor
     classes: list[str]
-    flips: bool = False   # mirror half of what is learned from, left to right
+    flips: bool = False   # mirror half of the training images, left to right
     held_out: int = 0
 
     @property
@@ -42,7 +42,7 @@ class Dataset(Images):
 
     @property
     def fingerprint(self):
-        """A hash, 16 hexadecimal digits, of the classes' names, the labels and every pixel: of other data, another."""
+        """A hash (16 hexadecimal digits) of the classes' names, the labels and every pixel."""
         digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
         for tensor in (self.labels, self.images):
             digest.update(tensor.contiguous().numpy())
@@ -76,7 +76,7 @@ def load_dataset(name, data_dir="", train=True, image_size=(), channels=0, groun
     data_dir: see `Config`.
     image_size: (height, width) to resize the images to, or a number for a square; () or 0 = as they are.
     channels: 1 (grey), 3 (RGB), or 0 = as they are.
-    ground: black or white, on which transparent images in folders are laid.
+    ground: background of transparent images in folders, black or white.
 
     Returns a `Dataset`. Raises `UserError` when the data cannot be had, are damaged or do not fit into memory.
     """

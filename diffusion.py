@@ -90,7 +90,7 @@ class Process:
         return self.pairs([round(top - i * top / count) - 1 for i in range(count)])
 
     def pairs(self, steps):
-        """The list that `descending_steps` returns, of these steps."""
+        """These steps as the list that `descending_steps` returns."""
         return [(t, self.path[t], self.path[after]) for t, after in itertools.pairwise([*steps, -1])]
 
 
@@ -125,8 +125,8 @@ class RectifiedFlow(Process):
 
     x_t = (1 - tau) x_0 + tau eps,  logit(tau) = logit((t + 1) / (T + 1)) + log(shift)
 
-    A shift above 1 has more of the T steps where there is much noise (2403.03206, equation 23). The loss is that of the
-    velocity eps - x_0 = (x_t - x_0) / tau all the same: the error of x_0 divided by tau, but not by less than MIN_TAU.
+    A shift above 1 places more of the T steps at high noise (2403.03206, equation 23). The loss is still that of the
+    velocity eps - x_0 = (x_t - x_0) / tau: the error of x_0 divided by tau, but not by less than MIN_TAU.
     A network whose tokens are not much wider than a patch has pixels predicts images more easily than velocities
     (2511.13720).
     """

@@ -96,12 +96,12 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Predicts a process's target from x_t, t and the label, in the type of its weights.
 
-    forward: x (B, C, *size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, of which the last is the null
+    forward: x (B, C, *size) floats, t (B,) steps 0..T-1, y (B,) labels 0..num_classes, where num_classes is the null
     label (no label) -> like x. A plain number as t or y holds for all of the batch. Raises TypeError when x holds
     integers, and ValueError when its size is not `input_size`.
 
     input_size, patch_size: a tuple with a number for each axis, or a number for square images and patches.
-    out_channels: of the prediction; None: as many as x has. time_spacing: see `time_emb.sinusoids`.
+    out_channels: channels of the prediction; None: as many as x has. time_spacing: see `time_emb.sinusoids`.
     block: makes a block of hidden_size, num_heads and mlp_ratio.
     recompute: keep only what goes into each block, and compute the rest again for its gradient (1604.06174).
     Raises ValueError for sizes that do not fit together.

@@ -1,4 +1,4 @@
-"""One transformer block, steered by time and label through adaLN-Zero.
+"""One transformer block, modulated by time and label through adaLN-Zero.
 
     python dit_block.py      shows that an untrained block is the identity, and what a gate lets through
 """

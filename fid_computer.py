@@ -56,7 +56,7 @@ def statistics(features):
 
 
 def compute_features(paths, extract, batch_size, title=None):
-    """The features float32 (N, D) of N image files, of which every process reads its share.
+    """The features float32 (N, D) of N image files. Each process reads its shard.
 
     extract: the network, a function from a list of B images, each uint8 (3, H, W) of any size, to a tensor (B, D).
     """

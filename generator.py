@@ -109,14 +109,15 @@ def main(of=Config, load=load_dataset):
                              "fid_computer.py. A second call with a larger --count goes on where the first one ended.",
                              of)
     parser.add_argument("--count", type=int, default=10_000, help="images in each folder (default: 10000)")
-    parser.add_argument("--real", type=some_path, default=Path("images/real"), help="(default: images/real)")
-    parser.add_argument("--fake", type=some_path, default=Path("images/fake"), help="(default: images/fake)")
+    for kind, what in (("real", "real"), ("fake", "generated")):
+        parser.add_argument(f"--{kind}", type=some_path, default=Path(f"images/{kind}"),
+                            help=f"folder of the {what} images (default: images/{kind})")
     parser.add_argument("--batch-size", type=int, default=argparse.SUPPRESS, help="images drawn at once, which affects "
                         "the speed alone (default: as many as memory is estimated to hold, at most 4096 on a GPU and "
                         "500 elsewhere)")
-    parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as many as the "
-                        "data have, in proportion, but equally many where no class is larger than another by more than "
-                        "a quarter)")
+    parser.add_argument("--equal", action="store_true", help="draw each class equally often (default: in the "
+                        "proportions of the data, but equally often if no class is larger than another by more than a "
+                        "quarter)")
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data set is (default: as in training)")
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:

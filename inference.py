@@ -171,15 +171,15 @@ def draw(labels=None, count=1, checkpoint=None, device=None, of=Config, **settin
 
 
 def say_default(parser, names, default):
-    """Has --help name another default of these flags than the one that `Config` has."""
+    """Makes --help name another default for these flags than that of `Config`."""
     for action in parser._actions:
         if action.dest in names:
             action.help = f"{action.help.rpartition(' (default')[0]} (default: {default})"
 
 
 def sampling_parser(description, of=Config, names=None):
-    """The flags of every command that draws from a checkpoint: with what, and how; of the settings, those in `names`
-    (default: all `of.SAMPLING`)."""
+    """The flags of every command that draws from a checkpoint. names: of the settings among them (default:
+    `of.SAMPLING`)."""
     parser = Parser(description=description)
     parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
                         "else weights/mnist.pth)")

@@ -39,8 +39,8 @@ from record.page import show_run
 from record.resume import load_to_resume, open_run
 
 ADAMW_BETAS = (0.9, 0.99)
-EMA_WARMUP = 10  # the first averages are those of about the last 1/10 of the steps so far
-COMPILE_FROM = 10_000  # steps: a shorter run ends before what compilation takes is won back
+EMA_WARMUP = 10  # at first the average covers about the last 1/10 of the steps so far
+COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def make_optimizers(model, config, device, saved=None):
 
 
 def round_weights(run):
-    """Copies the weights into the worker's bfloat16 copy, where there is one. Nothing is then cast within the network;
+    """Copies the weights into the worker's bfloat16 copy, if it has one. Nothing is then cast within the network;
     autocast casts at every layer."""
     weights, copies = list(run.model.parameters()), list(run.worker.parameters())
     if copies[0] is not weights[0]:
@@ -118,7 +118,7 @@ def round_weights(run):
 
 
 def take_gradients(run):
-    """Moves the gradients of the worker's bfloat16 copy, where there is one, to the weights."""
+    """Moves the gradients of the worker's bfloat16 copy, if it has one, to the weights."""
     for weight, copied in zip(run.model.parameters(), run.worker.parameters(), strict=True):
         if copied is not weight and copied.grad is not None:
             weight.grad, copied.grad = copied.grad.float(), None
@@ -137,7 +137,7 @@ def descend(run, losses, step):
     """One optimizer step down the losses (B,) that the worker has, after `round_weights`. Returns them."""
     config, weights = run.config, list(run.model.parameters())
 
-    # Compute the gradients: of the mean over the whole batch, once those of all processes are averaged.
+    # Compute the gradients of the mean over the whole batch. They are averaged over all processes.
     (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
     take_gradients(run)
     if config.grad_clip:
@@ -197,7 +197,7 @@ def show(run, path, stop):
 
 
 def can_compile(device):
-    """Whether torch.compile works here. It needs a compiler: where there is none, says so, once."""
+    """Whether torch.compile works here. Without a compiler it does not, and says so, once."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # whatever a compiler can do wrong
@@ -223,7 +223,7 @@ def configure(settings, path, resume, of=Config):
 
 
 def announce(config, data, model, device, start, run_dir):
-    """Says what the run is about to do; of the data, what the string `data` says."""
+    """Prints what the run is about to do. data: one line about the data."""
     print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
     print(f"data      {data}")
@@ -352,10 +352,10 @@ def train_parser(description, of=Config, presets=PRESETS):
     parser.add_argument("--preset", choices=presets, help="named settings, which the flags below override")
     parser.add_argument("--run-dir", type=some_path, default=Path("run"), help="folder that gets model.pth, log.csv, "
                         "loss.png, the sample grids and index.html, a page of them all (default: run)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "
-                        "last checkpoint is")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last "
+                        "checkpoint, exactly")
     add_flags(parser, of)
-    say_default(parser, ["compile"], f"from {COMPILE_FROM:,} steps on, where there is a compiler")
+    say_default(parser, ["compile"], f"from {COMPILE_FROM:,} steps on, if there is a compiler")
     add_device_flag(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Makes a small file to share of a checkpoint: the averaged weights alone, in half precision.
+"""Makes a small file of a checkpoint, to share: the averaged weights alone, in half precision.
 
     python -m demo.share run/model.pth shared.pth     or shared.safetensors
 """
@@ -17,8 +17,8 @@ from video.config import ANY, ClipConfig
 
 
 def main():
-    parser = Parser(description="Makes a small file to share of a checkpoint: the averaged weights alone, in half "
-                                "precision. How they draw when nothing else is asked for can be set anew.")
+    parser = Parser(description="Makes a small file of a checkpoint, to share: the averaged weights alone, in half "
+                                "precision. The flags change the defaults that it draws with.")
     parser.add_argument("checkpoint", type=some_path, help="a checkpoint that train.py wrote, or its run folder")
     parser.add_argument("out", type=some_path, help="the file to write, .pth or .safetensors")
     add_flags(parser, ClipConfig, [name for name in ClipConfig.SAMPLING if name not in ("seed", "precision", "vae")])

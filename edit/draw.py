@@ -165,7 +165,7 @@ def parse_args():
     parser.add_argument("--edit", type=some_path, metavar="PICTURE", help="draw the labels onto this picture: noise "
                         "it, and denoise it as what they ask for (SDEdit, 2108.01073)")
     parser.add_argument("--strength", type=float, help="how much of --edit's picture is drawn anew, above 0 and at "
-                        f"most 1, which is all (default: {STRENGTH})")
+                        f"most 1, all of it (default: {STRENGTH})")
     parser.add_argument("--inpaint", type=some_path, metavar="PICTURE", help="complete this picture where --mask is "
                         "white; the rest of it stays as it is (RePaint, 2201.09865; four times the network calls)")
     parser.add_argument("--mask", type=some_path, metavar="PICTURE",

@@ -1,5 +1,5 @@
-"""Makes a model that draws in one network call, or a few, of one that takes many. It learns from the teacher's answers
-to noise: no data are needed. Everything that step i draws is a function of (seed, i): a resumed run is the same run.
+"""Distills a model that takes many network calls into one that draws in one, or a few. It learns from the teacher's
+answers to noise: no data are needed. All that step i draws is a function of (seed, i): a resumed run is the same run.
 
 Distribution matching (DMD, 2311.18828; DMD2, 2405.14867, algorithm 1 without its GAN). Three networks begin alike: the
 student draws images; the fake learns, as train.py does, to denoise what the student draws; and the student moves its
@@ -191,8 +191,8 @@ def distill(args):
 
 
 def parse_args():
-    parser = sampling_parser("Makes a model that draws in one network call, or a few, of one that takes many. It needs "
-                             "no data.", ClipConfig, SAMPLING)
+    parser = sampling_parser("Distills a model that takes many network calls into one that draws in one call, or a "
+                             "few. It needs no data.", ClipConfig, SAMPLING)
     parser.add_argument("--run-dir", type=some_path, default=Path("run_few"), help="folder that gets model.pth, a "
                         "checkpoint like any other, and all else that train.py leaves (default: run_few)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, exactly where its "

@@ -26,9 +26,9 @@ class LatentConfig(Config):
     dataset: str = flag("sprites", "sprites (64x64, in colour: 9 actions); mnist; folder: one folder per class; or a "
                         "data set that torchvision downloads", choices=("sprites", "mnist", "folder", *TORCHVISION))
     flips: bool = flag(False, "mirror half of the images, left to right: for photographs in folders")
-    vae: str = flag("", "learn the latents of this VAE (2112.10752): a folder that latent.train_vae or diffusers "
-                    "wrote, or a name on the Hugging Face hub, such as sd-vae-ft-ema; empty: learn pixels")
-    latents: str = flag("latents", "folder that keeps the latents, for this run and others")
+    vae: str = flag("", "VAE of the latents (2112.10752): a folder that latent.train_vae or diffusers wrote, or a "
+                    "name on the Hugging Face hub, such as sd-vae-ft-ema; empty: pixels, no VAE")
+    latents: str = flag("latents", "folder that stores the latents, for this run and others")
     # These have no flag: the VAE says them.
     vae_hash: str = ""        # `fingerprint` of the VAE; "" = not known
     latent_shape: tuple = ()  # (C, h, w) of an image's latents
@@ -47,7 +47,7 @@ class LatentConfig(Config):
     clamp: bool = flag(True, "clamp each predicted clean image to the range of pixels; latents have no such range")
 
     # Sampling
-    spacing: str = flag("trailing", "which of the T steps are taken: trailing, evenly spaced from the last one on "
+    spacing: str = flag("trailing", "which of the T steps sampling takes: trailing, evenly spaced from the last one on "
                         "(2305.08891); or linspace, evenly from the last to the first, as DiT's official code does",
                         choices=("trailing", "linspace"))
     guided_channels: int = flag(0, "number of channels, the first ones, that are guided; 0 = all. DiT's official code "

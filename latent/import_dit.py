@@ -205,9 +205,9 @@ def as_sit(weights, config):
 
 
 def main():
-    parser = Parser(description="Makes a checkpoint out of a file of DiT's official code, or SiT's: of the "
-                                "weights released, or of what train.py has saved. It then draws as their sample.py "
-                                "does.")
+    parser = Parser(description="Converts a file of DiT's or SiT's official code to a checkpoint: the released "
+                                "weights, or what its train.py has saved. The checkpoint then draws as the official "
+                                "sample.py does.")
     parser.add_argument("official", type=some_path, help="the file, such as DiT-XL-2-256x256.pt")
     parser.add_argument("out", type=some_path, help="the checkpoint to write")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: those of DiT-S, B, L or XL)")

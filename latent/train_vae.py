@@ -82,22 +82,22 @@ class Recipe:
     ground: str = like("ground")
 
     # Network
-    factor: int = flag(0, "a latent stands for factor x factor pixels; 0 = 4 for images of up to 32 pixels, else 8", 0,
+    factor: int = flag(0, "a latent covers factor x factor pixels; 0 = 4 for images of up to 32 pixels, else 8", 0,
                        256)
-    latent_channels: int = flag(8, "numbers of a latent", 1, 256)
-    widths: tuple = (96, 48)  # of the levels, each but the last of which halves the image; the stem does the rest
+    latent_channels: int = flag(8, "channels of a latent", 1, 256)
+    widths: tuple = (96, 48)  # each level but the last halves the image; the stem does the rest
     layers_per_block: int = flag(1, "residual blocks of a level of the encoder; the decoder has one more", 1, 16)
 
     # Loss
-    noise: float = flag(0.1, "the posterior's standard deviation; 0 = learnt", 0, 10)
-    kl: float = flag(0.02, "weight of the KL divergence of a latent's number from a standard normal one", 0, 10)
-    half_scale: float = flag(0.0, "share of the images that are learnt at half their size, of latents at half their "
-                             "size (2502.09509, 2502.14831)", 0, 1)
+    noise: float = flag(0.1, "standard deviation of the posterior; 0 = learned", 0, 10)
+    kl: float = flag(0.02, "weight of the KL divergence of a latent from a standard normal", 0, 10)
+    half_scale: float = flag(0.0, "share of the images that are also learned at half their size, from latents of half "
+                             "the size (2502.09509, 2502.14831)", 0, 1)
 
     # Training
     steps: int = flag(10_000, "optimizer steps", 1, 100_000_000)
     batch_size: int = flag(16, "images per step", 1, 1_000_000)
-    lr: float = flag(6e-3, "peak learning rate, from which it falls to zero", 0, 10)
+    lr: float = flag(6e-3, "peak learning rate, which decays to zero", 0, 10)
     warmup: int = like("warmup")
     precision: str = like("precision")
     seed: int = like("seed")
@@ -397,7 +397,7 @@ def load_state(path):
 def train_vae(settings, out="vae", resume=False, device=None):
     """Trains a VAE; leaves it in the folder `out`, for `load_vae`, with log.csv and a picture of reconstructions.
 
-    settings: a dict of the fields of `Recipe` that are not the defaults; of a resumed run, those to hold it to.
+    settings: a dict of the fields of `Recipe` that are not the defaults; when resuming, settings that must match.
     resume: go on with the run in `out`, exactly where it was. device: a name; None: the fastest.
     Returns the recipe, the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
@@ -512,12 +512,12 @@ def finish(run, images, tests, out):
 
 def parse_args():
     parser = Parser(description="Trains a small autoencoder (VAE), whose latents latent.train_dit learns to draw.")
-    parser.add_argument("--out", type=some_path, default=Path("vae"), help="the folder that gets it (default: vae)")
+    parser.add_argument("--out", type=some_path, default=Path("vae"), help="the folder to write (default: vae)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it was")
     add_flags(parser, Recipe)
     parser.add_argument("--widths", type=int, nargs="+", default=argparse.SUPPRESS, metavar="N",
-                        help="channels of each level; a level but the last halves the image, and patches that become "
-                        f"channels do the rest of the factor (default: {' '.join(map(str, Recipe.widths))})")
+                        help="channels of each level; each level but the last halves the image, and "
+                        f"pixel_unshuffle does the rest of the factor (default: {' '.join(map(str, Recipe.widths))})")
     add_device_flag(parser)
     return parser.parse_args()
 

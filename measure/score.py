@@ -503,10 +503,10 @@ def parse_args():
     parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as "
                         "generator.py does)")
     add_flags(parser, LatentConfig, ["dataset", "data_dir", "image_size", "channels", "ground"])
-    say_default(parser, ["dataset", "data_dir"], "as in training; of --images, what their size says")
+    say_default(parser, ["dataset", "data_dir"], "as in training; with --images, guessed from their size")
     say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
     parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
-                        "training images nearest to them, and worst.png, those that are least read as asked for")
+                        "training images nearest to them, and worst.png, those read worst as what was asked for")
     args = parser.parse_args()
     args.vae_alone = "vae" in args and args.checkpoint is None and not args.images
     if args.count is not None and not 10 <= args.count <= 100_000:

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
 
     def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
 def some_path(word):
@@ -42,7 +42,7 @@ def flag_words(name, value):
 
 
 def add_device_flag(parser):
-    parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest there is)")
+    parser.add_argument("--device", help="cuda, cpu, mps, cuda:1 ... (default: the fastest available)")
 
 
 def pick_device(name=None):

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that work as one: each has its share, and rank 0 speaks.
+"""Several processes, started by torchrun, that work as one: each has its shard, and rank 0 prints.
 
 Without torchrun there is one process, and everything here does nothing.
 """

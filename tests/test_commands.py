@@ -219,7 +219,7 @@ def test_help_and_a_mistake_that_names_it(name):
     """On a terminal that knows ASCII alone. One process does both, since most of its time goes into imports."""
     process = in_a_process(HELPED, name, PYTHONIOENCODING="ascii")
     named = f"python -m {name}" if "." in name else f"{name}.py"
-    assert_refused(process, f"({named} --help lists what there is)")
+    assert_refused(process, f"({named} --help lists the flags)")
     assert process.stdout.startswith(f"usage: {named} ")
 
 

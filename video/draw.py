@@ -71,8 +71,8 @@ def fill_batch(x):
 
 
 def draw_window(model, config, y, before, after, number=0):
-    """What lies between the last frames `before` and the first frames `after`, both (B, C, t, H, W), of which it knows
-    as many as leave half of the model's frames to be drawn: (B, C, T / 2, H, W), or more where there are fewer.
+    """The frames between the last frames `before` and the first frames `after`, both (B, C, t, H, W). The model sees at
+    most half of its frames given, so it draws (B, C, T / 2, H, W), or more if fewer are given.
 
     y: labels (B,). number: of the window, each of which has noise of its own.
     """

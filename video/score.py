@@ -246,7 +246,8 @@ def main():
                              "as they should?", ClipConfig)
     parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
                         "500)")
-    parser.add_argument("--shown", type=int, default=4, help="of moving digits: frames of real clips to continue "
+    parser.add_argument("--shown", type=int, default=4, help="frames of real clips of moving digits that the "
+                        "model is given, to continue "
                         "(default: 4)")
     parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="more models, run folders or files, "
                         "that draw the same noise and labels")
