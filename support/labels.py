@@ -56,9 +56,9 @@ def parse_morph(text, names):
 
 
 def class_weights(labels, num_classes, equal=False):
-    """How often each class is to be drawn, next to the others, int64 (num_classes,): as often as real images have these
-    labels (N,). Equally often with `equal`, and where no class is larger than another by more than a quarter, as in
-    MNIST, so that scores compare with others of such data."""
+    """The weight of each class among the images to draw, int64 (num_classes,): its count among the labels (N,) of real
+    images. All weights are equal with `equal`, and if no class is larger than another by more than a quarter, as in
+    MNIST, so that scores compare with others on such data."""
     counts = labels.bincount(minlength=num_classes)
     return torch.ones_like(counts) if equal or 4 * counts.max() <= 5 * counts.min() else counts
 
