@@ -362,8 +362,8 @@ def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
     name, score, rest = result.stdout.split(maxsplit=2)
     assert name == "FID" and float(score) > 0.01
     assert rest == f"(64 Inception features; 6 images in {fake} against 7 in {real})\n"
-    said, *warned = result.stderr.splitlines()
-    assert str(fake) in said and "left out" in said
+    left_out, *warned = result.stderr.splitlines()
+    assert left_out == f"{fake}: left out 1 file: 1 .txt"
     assert [line[:18] for line in warned] == ["warning: 7 images ", "warning: 6 images "] and "64 features" in warned[0]
 
     with np.load(stats) as data:
