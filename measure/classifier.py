@@ -194,31 +194,31 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
     return classifier.half().float().eval()  # what is measured now is what the file will hold
 
 
-def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
-    """The training part and the test part of a data set, and the fingerprint of the first: both are as for train.py,
-    which learns nothing of the second. Where a folder has no test/, a line on standard error says what is held out.
-    Raises `UserError` as `load_dataset`."""
-    train = load_images(name, data_dir, train=True, image_size=image_size, channels=channels, ground=ground)
-    C, *size = train.images.shape[1:]
-    test = load_images(train.name, data_dir, train=False, image_size=tuple(size), channels=C, ground=ground)
+def load_parts(config):
+    """The training part and the test part of the data set of a `Config`, each a `Dataset`; train.py learns nothing of
+    the second. If a folder has no test/, a line on standard error says what is held out. Raises `UserError`."""
+    name, data_dir, of = config.dataset, config.data_dir, dict(ground=config.ground)
+    train = load_images(name, data_dir, train=True, image_size=config.image_size, channels=config.channels, **of)
+    C, *size = train.shape
+    test = load_images(name, data_dir, train=False, image_size=tuple(size), channels=C, **of)
     if train.held_out:
         print(f"{data_dir} has no test/: every tenth image of each class, {train.held_out:,} in all, is held out to "
               "test on, and train.py learns none of these", file=sys.stderr)
-    return train, test, train.fingerprint
+    return train, test
 
 
-def where_kept(name, shape, fingerprint):
-    """The file of the classifier of such images: MNIST's own comes with the repository."""
-    return WEIGHTS if (name, tuple(shape)) == DIGITS else KEPT / f"{name}-{fingerprint}.pth"
+def where_kept(data):
+    """The file of the classifier of a `Dataset`: MNIST's own comes with the repository."""
+    return WEIGHTS if (data.name, data.shape) == DIGITS else KEPT / f"{data.name}-{data.fingerprint}.pth"
 
 
-def save_classifier(path, classifier, data, fingerprint, accuracy):
-    """Writes a classifier of the `Dataset` data, whose fingerprint is that of `load_parts`. Raises `UserError`."""
+def save_classifier(path, classifier, data, accuracy):
+    """Writes a classifier of the `Dataset` data. Raises `UserError`."""
     state = {name: tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
              for name, tensor in classifier.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError("the classifier has learned nothing: its weights are not all finite. Try another --seed")
-    content = {"format": FORMAT, "dataset": data.name, "data": fingerprint, "shape": list(classifier.shape),
+    content = {"format": FORMAT, "dataset": data.name, "data": data.fingerprint, "shape": list(classifier.shape),
                "classes": list(data.classes), "test_accuracy": accuracy, "state_dict": state}
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -255,14 +255,13 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
     return classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast
 
 
-def find_classifier(data, fingerprint, data_dir, device="cpu"):
-    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`. Raises
-    `UserError` when there is none, with the command that trains it."""
-    shape = tuple(data.images.shape[1:])
-    path = where_kept(data.name, shape, fingerprint)
+def find_classifier(data, data_dir, device="cpu"):
+    """The classifier that was trained on the `Dataset` data. Raises `UserError` when there is none, with the command
+    that trains it."""
+    path = where_kept(data)
     if path.exists() or path == WEIGHTS:
-        return load_classifier(path, data.name, fingerprint, device)
-    C, *size = shape
+        return load_classifier(path, data.name, data.fingerprint, device)
+    C, *size = data.shape
     flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
              "--image-size", show_size(size), "--channels", str(C)]
     raise UserError(f"no classifier has learned these {len(data.images):,} images yet: python -m measure.classifier "
@@ -292,21 +291,20 @@ def main():
     config = LatentConfig(**given_flags(args, LatentConfig))  # it knows what each may be
     if args.epochs is not None and not 1 <= args.epochs <= 10_000:
         raise UserError(f"--epochs {args.epochs}: must lie between 1 and 10,000")
-    if args.out:
+    if args.out:  # before the images are read
         check_output(args.out, FORMAT.encode())
     device = pick_device(args.device)
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
-                                          config.ground)
+    train, test = load_parts(config)
     if len(train.classes) < 2:
         raise UserError(f"{config.data_dir} holds one class, {train.classes[0]!r:.40}: a network learns by telling "
                         "classes apart. FID needs none: fid_computer.py")
-    path = args.out or where_kept(train.name, train.images.shape[1:], fingerprint)
+    path = args.out or where_kept(train)
     if path.parent == KEPT:
         make_dir(KEPT)
     check_output(path, FORMAT.encode())
     classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device, leave=True)
     accuracy = accuracy_on(classifier, test)
-    save_classifier(path, classifier, train, fingerprint, accuracy)
+    save_classifier(path, classifier, train, accuracy)
     print(f"{path}: reads {accuracy:.2%} of {len(test.images):,} test images right, "
           f"{os.path.getsize(path) / 1e6:.2f} MB")
 

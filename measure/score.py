@@ -305,11 +305,10 @@ class Judge:
 def open_judge(config, device):
     """The `Judge` of the images that a `Config` is of. Raises `UserError` when these or their classifier cannot be
     had, or the model knows other classes."""
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
-                                          config.ground)
+    train, test = load_parts(config)
     if config.num_classes:
         check_classes(config, train)
-    return Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
+    return Judge(train, test, find_classifier(train, config.data_dir, device))
 
 
 def few(count, test_count):
@@ -475,17 +474,16 @@ def score_vae(args, device):
     C = vae.image_channels
     config = LatentConfig(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
         "dataset", "data_dir", "image_size", "channels", "ground") if name in flags})
-    train, test, fingerprint = load_parts(config.dataset, config.data_dir, config.image_size, config.channels,
-                                          config.ground)
+    train, test = load_parts(config)
     check_shapes(args.vae, vae, train.shape)
-    judge = Judge(train, test, find_classifier(train, fingerprint, config.data_dir, device))
+    judge = Judge(train, test, find_classifier(train, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if path.parent.is_dir():
-        if train.name == "folder":  # as it is known by where its images are read one by one
-            fingerprint = Folder(config.data_dir, image_size=train.shape[1:], channels=train.shape[0],
-                                 ground=config.ground).fingerprint
-        result |= {"vae_hash": vae.hash_of(), "data": fingerprint}
+        # A folder has the fingerprint of its files, since training reads them one by one
+        data = Folder(config.data_dir, True, train.shape[1:], train.shape[0], config.ground) if (
+            train.name == "folder") else train
+        result |= {"vae_hash": vae.hash_of(), "data": data.fingerprint}
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
 

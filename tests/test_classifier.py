@@ -15,6 +15,7 @@ from PIL import Image
 
 import measure.score
 import train as train_script
+from config import Config
 from dataset import Dataset, load_dataset
 from measure import classifier as module
 from measure.classifier import (
@@ -67,6 +68,7 @@ def as_user(folder):
 
 
 FOLDER = ["--dataset", "folder", "--data-dir", "mine"]
+MINE, PARTS = (Config(dataset="folder", data_dir=name) for name in ("mine", "parts"))
 
 
 # The network
@@ -138,8 +140,8 @@ def test_mirrored_images_are_learned_only_where_asked_for(monkeypatch):
 # Its data
 
 def test_what_has_no_test_part_has_some_held_out(here, capsys):
-    train, test, fingerprint = load_parts("folder", "mine")
-    assert fingerprint == load_dataset("folder", "mine").fingerprint  # train.py learns the same ones, and no others
+    train, test = load_parts(MINE)
+    assert train.fingerprint == load_dataset("folder", "mine").fingerprint  # train.py learns just the same ones
     assert torch.equal(train.images, load_dataset("folder", "mine").images)
     for data, places in ((train, [i for i in range(20) if i not in (9, 19)]), (test, [9, 19])):
         assert data.labels.tolist() == [k for k in range(3) for _ in places]
@@ -149,7 +151,7 @@ def test_what_has_no_test_part_has_some_held_out(here, capsys):
     assert train.summary.endswith("; every tenth image of each class, 6 in all, is held out to test on")
     make_folder(here / "parts" / "train", 3)
     with pytest.raises(UserError, match="no test/, and no class of 10"):
-        load_parts("folder", "parts")
+        load_parts(PARTS)
 
 
 def test_training_says_what_it_holds_out(call, here):
@@ -165,10 +167,10 @@ def test_training_says_what_it_holds_out(call, here):
 def test_a_test_part_that_is_there_is_taken(here, capsys):
     make_folder(here / "parts" / "train", 3)
     make_folder(here / "parts" / "test", 2, size=16, start=50)
-    train, test, _ = load_parts("folder", "parts")
+    train, test = load_parts(PARTS)
     assert train.images.shape == (9, 3, 12, 12) and test.images.shape == (6, 3, 12, 12)  # of one size
     assert capsys.readouterr().err == ""
-    assert [len(part.images) for part in load_parts("mnist", SMALL)[:2]] == [1500, 297]
+    assert [len(part.images) for part in load_parts(Config(data_dir=SMALL))] == [1500, 297]
 
 
 # The commands
@@ -196,7 +198,7 @@ def test_it_is_trained_and_found_again(command, call, here):
     Image.fromarray(square(0, 0, 12) ^ 1).save("mine/blue/000.png")
     assert_refused(call(measure.score, "--images", "fakes", *FOLDER), "no classifier has learned these 54 images",
                    "python -m measure.classifier --dataset folder --data-dir mine --image-size 12 --channels 3")
-    other = where_kept("folder", (3, 12, 12), load_dataset("folder", "mine").fingerprint)
+    other = where_kept(load_dataset("folder", "mine"))
     os.replace(f"classifiers/{name}", other)
     assert_refused(call(measure.score, "--images", "fakes", *FOLDER), "reads other images of 'folder', not these")
     other.write_bytes(other.read_bytes()[:-1000])
@@ -226,11 +228,11 @@ def test_what_is_random_follows_from_the_seed():
 
 
 def test_a_label_that_is_none(call, here):
-    save_classifier(here / "x.pth", Classifier((3, 12, 12), 3), load_dataset("folder", "mine"), "", 0.0)
+    save_classifier(here / "x.pth", Classifier((3, 12, 12), 3), load_dataset("folder", "mine"), 0.0)
     (here / "classifiers").mkdir()
     fingerprint = load_dataset("folder", "mine").fingerprint
     save_classifier(here / "classifiers" / f"folder-{fingerprint}.pth", Classifier((3, 12, 12), 3),
-                    load_dataset("folder", "mine"), fingerprint, 0.0)
+                    load_dataset("folder", "mine"), 0.0)
     for i in range(10):
         Image.fromarray(square(0, i, 12)).save(here / f"IMG_{i + 1}.png")
     assert_refused(call(measure.score, "--images", here, *FOLDER), "ends in _10", "labels of folder are 0 to 2")
@@ -256,30 +258,30 @@ def test_bad_flags(call, here):
 
 def test_that_of_small_digits_is_kept_too(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train, test, fingerprint = load_parts("mnist", SMALL, (8, 8))
+    train, test = load_parts(Config(data_dir=SMALL, image_size=8))
     with pytest.raises(UserError, match=rf"classifier --dataset mnist --data-dir {SMALL} --image-size 8 --channels 1"):
-        find_classifier(train, fingerprint, SMALL)
+        find_classifier(train, SMALL)
     code, out, err = call(module, "--data-dir", SMALL, "--image-size", 8, "--epochs", 3, "--device", "cpu")
     assert code == 0, err
-    assert out.startswith(f"classifiers/mnist-{fingerprint}.pth: reads")
-    assert f"{accuracy_on(find_classifier(train, fingerprint, SMALL), test):.2%} of 297" in out
+    assert out.startswith(f"classifiers/mnist-{train.fingerprint}.pth: reads")
+    assert f"{accuracy_on(find_classifier(train, SMALL), test):.2%} of 297" in out
 
 
 def test_other_images_of_the_same_shape_are_not_read_as_digits(tmp_path, monkeypatch):
     """MNIST's classifier knows nothing of FashionMNIST, though its images have the same shape."""
     monkeypatch.chdir(tmp_path)
     data = dataclasses.replace(load_dataset("mnist", SMALL), name="FashionMNIST")
-    assert where_kept(data.name, data.shape, "x") != WEIGHTS
+    assert where_kept(data) != WEIGHTS
     with pytest.raises(UserError, match="--dataset FashionMNIST"):
-        find_classifier(data, data.fingerprint, "")
+        find_classifier(data, "")
 
 
 def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):
-    assert where_kept("mnist", (1, 28, 28), "x") == WEIGHTS
-    assert where_kept("mnist", (3, 28, 28), "x") != WEIGHTS
+    assert where_kept(parts[0]) == WEIGHTS
+    assert where_kept(load_dataset("mnist", SMALL, channels=3)) != WEIGHTS
     old = load_classifier(fingerprint="any")  # its format does not say of which images it is
-    save_classifier(tmp_path / "new.pth", old, parts[0], "these", 0.5)
-    new = load_classifier(tmp_path / "new.pth", fingerprint="these")
+    save_classifier(tmp_path / "new.pth", old, parts[0], 0.5)
+    new = load_classifier(tmp_path / "new.pth", fingerprint=parts[0].fingerprint)
     assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="reads other images of 'mnist'"):
         load_classifier(tmp_path / "new.pth", fingerprint="those")
@@ -288,8 +290,8 @@ def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):
 def test_files_that_claim_the_impossible(here):
     data = load_dataset("folder", "mine")
     path = here / "x.pth"
-    save_classifier(path, Classifier((3, 12, 12), 3), data, "f", 0.5)
-    load_classifier(path, "folder", "f")
+    save_classifier(path, Classifier((3, 12, 12), 3), data, 0.5)
+    load_classifier(path, "folder", data.fingerprint)
     content = torch.load(path, weights_only=True)
     state = content["state_dict"]
     name = next(iter(state))
@@ -298,12 +300,12 @@ def test_files_that_claim_the_impossible(here):
                    dict(state_dict={**state, "more": state[name]}), dict(dataset="mnist"), dict(format="x")):
         torch.save(content | change, path)
         with pytest.raises(UserError, match=r"x\.pth"):
-            load_classifier(path, "folder", "f")
+            load_classifier(path, "folder", data.fingerprint)
 
 
 def test_what_has_learned_nothing_is_not_kept(here):
     network = Classifier((3, 12, 12), 3)
     torch.nn.init.constant_(network.head[1].bias, float("inf"))
     with pytest.raises(UserError, match="not all finite"):
-        save_classifier(here / "x.pth", network, load_dataset("folder", "mine"), "f", 0.5)
+        save_classifier(here / "x.pth", network, load_dataset("folder", "mine"), 0.5)
     assert not (here / "x.pth").exists()
