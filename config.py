@@ -1,7 +1,7 @@
 """The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
 from support import parallel
-from support.commands import UserError
+from support.commands import UserError, some_word
 from support.sizes import LARGEST, as_size, show_divisors, show_size
 
 import argparse
@@ -273,7 +273,7 @@ def add_flags(parser, of=Config, names=None):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=rule["read"] or field.type, choices=rule["choices"],
+                type=rule["read"] or (some_word if field.type is str else field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if rule["read"] else field.type.__name__)
             default = 0 if rule["read"] else "none" if field.default == "" else field.default
             functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()

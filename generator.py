@@ -118,7 +118,8 @@ def main(of=Config, load=load_dataset):
     parser.add_argument("--equal", action="store_true", help="draw each class equally often (default: in the "
                         "proportions of the data, but equally often if no class is larger than another by more than a "
                         "quarter)")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data set is (default: as in training)")
+    parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
+                        help="where the data set is (default: as in training)")
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
         raise UserError(f"--count {args.count}: must lie between 1 and 1,000,000")

@@ -36,6 +36,11 @@ def some_path(word):
     return Path(word)
 
 
+def some_word(word):
+    """As `some_path`, but returns the word."""
+    return some_path(word) and word
+
+
 def flag_words(name, value):
     """A flag and its value as words of a command line. A value that begins with a dash would be taken for a flag."""
     return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]

@@ -68,7 +68,8 @@ def test_flags_are_the_fields_and_hold_only_what_was_given():
         elif field.name in ("image_size", "patch_size"):
             assert parse("--" + name, "28x20") == {field.name: (28, 20)} and parse("--" + name, "0") == {field.name: ()}
         elif "help" in field.metadata:
-            assert parse("--" + name, str(field.default)) == {field.name: field.default}
+            value = field.default or ("x" if field.type is str else 0)
+            assert parse("--" + name, str(value)) == {field.name: value}
 
 
 def test_flags_of_some_fields_only(capsys):
