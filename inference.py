@@ -3,6 +3,7 @@
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.labels import are_numbers, parse_labels
 from support.pictures import check_picture, grid, grid_size, save_animation
+from support.settings import add_flags, check_names, given_flags
 
 import argparse
 import dataclasses
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, add_flags, check_given, check_names, given_flags
+from config import Config, check_given
 from diffusion import from_noise
 from record.checkpoint import checkpoint_file, load_model
 

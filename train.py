@@ -17,6 +17,7 @@ from support.commands import (
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
+from support.settings import add_flags, check_names, given_flags
 
 import contextlib
 import copy
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, Config, add_flags, check_given, check_names, given_flags
+from config import PRESETS, Config, check_given
 from diffusion import Process
 from inference import sample, say_default
 from record.checkpoint import save_checkpoint
@@ -371,7 +372,8 @@ def say_end(done, stopped, run_dir, drawn_by="inference.py", script=()):
 @parallel.one_for_all()
 def main():
     args = train_parser("Trains a diffusion transformer on images: MNIST unless told otherwise.").parse_args()
-    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args), args.run_dir, args.resume, args.device)
+    settings = PRESETS[args.preset or "default"] | given_flags(args, Config)
+    done, stopped = train(settings, args.run_dir, args.resume, args.device)
     say_end(done, stopped, args.run_dir)
 
 

@@ -4,13 +4,14 @@
 """
 
 from support.commands import Parser, run, some_path
+from support.settings import add_flags, given_flags
 
 import dataclasses
 import os
 import shlex
 from pathlib import Path
 
-from config import Config, add_flags, check_given, given_flags
+from config import Config, check_given
 from latent.config import LatentConfig
 from record.checkpoint import check_out, checkpoint_file, load_checkpoint, save_checkpoint
 from video.config import ANY, ClipConfig

@@ -9,6 +9,7 @@ from support.commands import UserError, run, some_path
 from support.image_files import fit, name_of, read_image, to_tensor
 from support.labels import parse_labels, parse_morph
 from support.pictures import frames_of, grid, save_animation
+from support.settings import check_names
 
 import argparse
 import dataclasses
@@ -20,7 +21,6 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from config import check_names
 from edit.ways import between, edit, inpaint
 from inference import (
     ANIMATION,

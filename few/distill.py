@@ -9,6 +9,7 @@ images from where the fake sees them to where the teacher does (`matching_losses
 from support import parallel
 from support.commands import UserError, dtype_of, flag_words, resolve_precision, run, some_path
 from support.files import lock_dir, make_dir
+from support.settings import add_flags, given_flags
 
 import contextlib
 import dataclasses
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from config import add_flags, given_flags
 from diffusion import SAMPLERS, per_image
 from inference import load_for_sampling, sampling_parser, say_default
 from record.checkpoint import load_checkpoint

@@ -2,13 +2,14 @@
 does otherwise."""
 
 from support.commands import UserError
+from support.settings import flag
 
 import dataclasses
 import functools
 import math
 from pathlib import Path
 
-from config import Config, flag
+from config import Config
 from dataset import TORCHVISION
 from latent.official import LearnedVarianceDDPM, OfficialDDPM, OfficialFlow, SiT, ddpm
 

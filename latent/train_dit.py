@@ -5,9 +5,10 @@
 
 from support import parallel
 from support.commands import run
+from support.settings import given_flags
 
 import train as root
-from config import PRESETS, given_flags
+from config import PRESETS
 from latent.config import LatentConfig
 
 

@@ -22,6 +22,7 @@ from support.files import MARK, check_output, lock_dir, make_dir, write_atomical
 from support.folders import has_test_part
 from support.muon import Muon
 from support.pictures import grid, psnr, save_picture
+from support.settings import add_flags, check_value, flag, given_flags
 from support.sizes import as_size, show_size
 from support.tensors import check_tensors, read_tensors
 
@@ -37,7 +38,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import add_flags, check_value, flag, given_flags
 from dataset import to_float, to_uint8
 from latent.config import LatentConfig
 from latent.sprites import load_images

@@ -19,6 +19,7 @@ from support.commands import (
 )
 from support.files import check_output, write_atomically
 from support.flops import flops
+from support.settings import add_flags, given_flags
 
 import argparse
 import contextlib
@@ -37,7 +38,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import PRESETS, Config, add_flags, given_flags
+from config import PRESETS, Config
 from dataset import Dataset, to_float
 from inference import CHECKPOINTS, FULL_BATCH, sample, say_default
 from measure.results import network_calls
@@ -175,7 +176,7 @@ def parse_args():
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
     parser.add_argument("--json", type=some_path, help="a file that gets the figures as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
-    add_flags(parser, names=("batch_size", "precision", "compile", "sample_steps", "guidance"))
+    add_flags(parser, Config, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
     say_default(parser, ("batch_size", "sample_steps", "guidance"), "the preset's own")
     add_device_flag(parser)
     args = parser.parse_args()
@@ -230,7 +231,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     if args.measure:
-        config = configuration(args.presets[0], given_flags(args))
+        config = configuration(args.presets[0], given_flags(args, Config))
         print(json.dumps(measure(args.measure, config, device, args.seconds)))
         return
 

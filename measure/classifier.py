@@ -18,6 +18,7 @@ from support.commands import (
     some_path,
 )
 from support.files import check_output, make_dir, write_atomically
+from support.settings import add_flags, given_flags
 from support.sizes import show_size
 
 import math
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, add_flags, given_flags
+from config import Config
 from dataset import to_float
 from inference import say_default
 from latent.config import LatentConfig

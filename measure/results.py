@@ -8,6 +8,7 @@
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import make_dir
 from support.pictures import check_picture, grid, write_figure
+from support.settings import add_flags
 
 import dataclasses
 import itertools
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, add_flags
+from config import Config
 from diffusion import SAMPLERS
 from inference import FULL_BATCH, find_checkpoint, noise_source, sample, say_default
 from latent.config import IMAGES
@@ -175,7 +176,7 @@ def main():
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
                               help="(default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
-        add_flags(part, names=["data_dir"])
+        add_flags(part, Config, ["data_dir"])
         say_default(part, ["data_dir"], "as in training")
         part.add_argument("--out", type=some_path, default=Path("images"),
                           help="folder for the pictures (default: images)")

@@ -14,6 +14,7 @@ from support.folders import Folder
 from support.image_files import list_images, opened, read_image
 from support.labels import are_numbers, class_weights, labels_by
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
+from support.settings import add_flags, given_flags
 
 import json
 import math
@@ -25,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import add_flags, given_flags
 from dataset import to_float, to_uint8
 from fid_computer import frechet_distance, statistics
 from generator import check_classes

@@ -2,6 +2,7 @@
 
 from support.commands import UserError
 from support.files import MARK, check_output
+from support.settings import plain
 
 import dataclasses
 
@@ -15,17 +16,13 @@ AUTOMATIC = ("precision", "image_size", "channels", "patch_size", "num_classes",
 def change_settings(config, settings, path, changeable, automatic):
     """The configuration of the run saved at `path`, with those of `settings` (a dict) that are `changeable`. Raises
     `UserError` when others contradict it; "auto", 0 or nothing for what is `automatic` contradicts nothing."""
+    fields = config.__dataclass_fields__
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in changeable and read(config, name, value) != getattr(config, name)
+                   if name not in changeable and plain(fields[name], value) != getattr(config, name)
                    and not (name in automatic and value in ("auto", 0, (), ""))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
-
-
-def read(config, name, value):
-    """The value of a setting as its class would read it: "28x20" is (28, 20)."""
-    return (config.__dataclass_fields__[name].metadata.get("read") or (lambda value: value))(value)
 
 
 def open_run(run_dir):

@@ -1,4 +1,5 @@
 from support.commands import UserError
+from support.settings import add_flags, given_flags
 
 import argparse
 import ctypes
@@ -11,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 
 import video.config
-from config import PRESETS, Config, add_flags, given_flags
+from config import PRESETS, Config
 from diffusion import DDPM
 from latent.config import LatentConfig
 from video.config import ANY, ClipConfig

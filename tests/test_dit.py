@@ -278,7 +278,8 @@ def test_flops_are_those_of_the_matrix_products(dtype, device):
     block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D + 6 * D * D  # qkv, out, the MLP; attention; the modulation
     forward = 2 * B * (N * P * D + 256 * D + D * D + 2 * block + 2 * D * D + N * D * P)
     with torch.device(device):
-        network, x, t = config.build_model().to(device, dtype), torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
+        network = config.build_model().to(device, dtype)
+        x, t = torch.zeros(B, 3, 12, 20), torch.zeros(B, dtype=torch.long)
     assert flops(lambda: network(x, t, t)) == forward
     assert flops(lambda: network(x, t, t).sum().backward()) == 3 * forward - 2 * B * (N * P * D + 256 * D)
 

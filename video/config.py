@@ -1,11 +1,12 @@
 """The settings of a run on clips: those of `LatentConfig`, and what only moves."""
 
 from support.commands import UserError
+from support.settings import flag
 from support.sizes import LARGEST, as_size, as_sizes, show_size, show_sizes
 
 import dataclasses
 
-from config import Config, flag
+from config import Config
 from latent.config import LatentConfig
 from video.dit import ClipDiT
 

@@ -6,11 +6,11 @@
 from support import parallel
 from support.commands import run
 from support.pictures import frames_of, grid, save_animation
+from support.settings import given_flags
 
 import torch
 
 import train as root
-from config import given_flags
 from inference import sample
 from video.config import PRESETS, ClipConfig
 from video.draw import FRAME
