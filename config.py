@@ -2,7 +2,7 @@
 
 from support import parallel
 from support.commands import UserError
-from support.settings import check_value, flag, plain
+from support.settings import Settings, flag
 from support.sizes import LARGEST, as_size, show_divisors, show_size
 
 import dataclasses
@@ -17,7 +17,7 @@ MIN_SIGNAL = 1e-6  # the clean image is x_t divided by this at the least: float3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """All settings of a run on images, and what they say: the data, the network and the process. Raises `UserError`
     when a value has the wrong type or is out of range.
 
@@ -26,7 +26,6 @@ class Config:
 
     kind = "images"  # what a model of these settings draws; its checkpoint says so
     trained_by, drawn_by = "train.py", "inference.py"
-    axes, size_words = (2,), "height and width, such as 28x20"  # of an image
     input_name = "image_size"  # the setting that says the size of what the network sees
     # The settings that say how to draw, and those that a resumed run may change
     SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")
@@ -97,12 +96,6 @@ class Config:
                            -100, 100)
     eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", 0, 1)
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, plain(field, getattr(self, field.name)))
-            check_value(field, getattr(self, field.name))
-        self.check()
-
     def check(self):
         """Raises `UserError` unless the settings go together."""
         for name in ("image_size", "patch_size"):
@@ -122,12 +115,6 @@ class Config:
         if size and patch and (len(patch) != len(size) or any(n % p for n, p in zip(size, patch, strict=True))):
             raise UserError(f"patch_size {show_size(patch)} does not divide {self.input_name} {show_size(size)}: "
                             f"choose one of {show_divisors(size)}")
-
-    def check_size(self, name, size):
-        """Raises `UserError` unless `size`, the value of the setting `name`, is () or has a number for each axis."""
-        if size != () and not (type(size) is tuple and len(size) in self.axes and all(
-                type(side) is int and 1 <= side <= LARGEST for side in size)):
-            raise UserError(f"{name} is {size!r:.80}, but must be {self.size_words}, each between 1 and {LARGEST}")
 
     def log_signal(self):
         """The logarithm of sqrt(alphas_cumprod[T-1]), the share of the image that is left after all steps of ddpm."""
@@ -210,8 +197,7 @@ def check_given(config, given):
     for name in given:
         if name not in config.__dataclass_fields__:
             raise UserError(f"--{name.replace('_', '-')} says nothing to a model of {config.kind}: leave it out")
-    sampler = given.get("sampler", config.sampler)
-    if given.get("eta") and sampler != "ddim":
+    if given.get("eta") and (sampler := given.get("sampler", config.sampler)) != "ddim":
         raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {sampler}: add --sampler ddim, "
                         "or leave --eta out")
 

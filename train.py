@@ -17,7 +17,7 @@ from support.commands import (
 from support.files import lock_dir, make_dir
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
-from support.settings import add_flags, check_names, given_flags
+from support.settings import Settings, add_flags, check_names, given_flags
 
 import contextlib
 import copy
@@ -48,12 +48,13 @@ COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid f
 class Run:
     """A training run: what it learns, and what that takes."""
 
-    config: Config
+    config: Settings
     model: torch.nn.Module          # fp32 weights
     worker: Any                     # computes the gradients: the model, or its bfloat16 copy; perhaps wrapped
     ema: torch.nn.Module            # the moving average of the weights, which draws every sample
     optimizers: list
-    process: Process
+    process: Process | None
+    data: Any = None                # what it learns from, on its device
 
 
 def step_generator(seed, step, device):
@@ -210,9 +211,9 @@ def can_compile(device):
 
 
 def configure(settings, path, resume, of=Config):
-    """The configuration that `settings`, a `Config` or a dict, ask for and, to resume, the checkpoint to go on from
+    """The configuration that `settings`, a `Settings` or a dict, ask for and, to resume, the checkpoint to go on from
     (else None). of: the class of settings of a dict."""
-    if isinstance(settings, Config):
+    if isinstance(settings, Settings):
         of, settings = type(settings), dataclasses.asdict(settings)
     check_names(settings, of.__dataclass_fields__)
     if resume:
@@ -236,7 +237,7 @@ def announce(config, data, model, device, start, run_dir):
 
 
 def train(config, run_dir="run", resume=False, device=None, until=None, log=None, learn=learn,
-          show=show, of=Config):
+          show=show, finish=None, of=Config):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
 
@@ -246,7 +247,8 @@ def train(config, run_dir="run", resume=False, device=None, until=None, log=None
     until: stop after this step, with a checkpoint to resume from; None: after the last one.
     log: called with each row of log.csv, as log(step, values), a dict of numbers by the names of the columns: for
         TensorBoard, say.
-    learn, show: take one step, and draw the grid; see `learn` and `show`. of: the class of the settings in a dict.
+    learn, show: take one step, and draw the grid; see `learn` and `show`. finish: called with the run after its last
+        step. of: the class of the settings in a dict.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -271,10 +273,13 @@ def train(config, run_dir="run", resume=False, device=None, until=None, log=None
             raise UserError(f"{path} was trained on other data: images, labels or names of classes have changed since; "
                             "bring them back, or train a new run")
         run = start_run(config, device, saved)
-        fingerprint, summary, data = data.fingerprint, data.summary, data.to(device)
+        fingerprint, summary, run.data = data.fingerprint, data.summary, data.to(device)
         announce(config, summary, run.model, device, saved["step"] if saved else 0, run_dir)
-        return loop(run, lambda step: learn(run, data, step), fingerprint, saved, run_dir,
-                    config.steps if until is None else until, show, hook=log)
+        done, stopped = loop(run, lambda step: learn(run, run.data, step), fingerprint, saved, run_dir,
+                             config.steps if until is None else until, show, hook=log)
+        if finish and done == config.steps and not stopped:
+            finish(run)
+        return done, stopped
 
 
 def due(config, done, every):

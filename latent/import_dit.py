@@ -151,8 +151,8 @@ def make_config(weights, flags, num_heads=None, vae=None):
     if flags.get("num_classes") == sizes["num_classes"] + 1:
         raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
     return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
-                        num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]), process="ddpm",
-                        sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
+                        num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]),
+                        process="ddpm", sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
                         guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
 
 

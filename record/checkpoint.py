@@ -30,12 +30,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from record.log import NOISE_LEVELS
+from record.log import noise_levels
 
 FORMAT = "dit-checkpoint-3"
 OLDER = ("dit-checkpoint-1", "dit-checkpoint-2")
 COMMANDS = {"images": ("inference.py", "train.py"), "latents": ("-m latent.draw", "-m latent.train_dit"),
-            "clips": ("-m video.draw", "-m video.train_dit")}
+            "clips": ("-m video.draw", "-m video.train_dit"),
+            "vae": ("-m latent.draw, by a model of its latents", "-m latent.train_vae")}
 TO_RESUME = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight
 
@@ -85,7 +86,7 @@ def load_checkpoint(path, kinds):
     try:
         content = read_tensors(path)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: train.py makes one") from None
+        raise UserError(f"there is no checkpoint {path}: {kinds[0].trained_by.removeprefix('-m ')} makes one") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is not a checkpoint, or is cut short "
                         f"({first_line(error)})") from None
@@ -142,7 +143,7 @@ def check_content(content, network, shapes, file_size):
         if type(content["data"]) is not str:
             raise UserError("its data have no fingerprint")
         size += check_tensors("weights", content["model"], shapes)
-        size += check_tensors("log", {"window": content["window"]}, {"window": (NOISE_LEVELS, 2)})
+        size += check_tensors("log", {"window": content["window"]}, {"window": (noise_levels(content["config"].T), 2)})
         if content["window"].min() < 0:
             raise UserError("its log holds losses or numbers below 0")
         groups = [group for group in split_parameters(network, content["config"].optimizer == "muon") if group]
@@ -152,7 +153,8 @@ def check_content(content, network, shapes, file_size):
             if set(state) != set(range(len(weights))):
                 raise UserError("its optimizers do not fit its weights")
             for i, weight in enumerate(weights):
-                expected = {name: () if name == "step" else weight.shape for name in names}
+                expected = {name: () if name == "step" else weight.flatten(1).shape if name == "momentum" else
+                            weight.shape for name in names}
                 size += check_tensors("optimizers", state[i], expected)
                 if any((state[i][name] < 0).any() for name in ("step", "exp_avg_sq") if name in expected):
                     raise UserError("its optimizers hold negative squares or steps")

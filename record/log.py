@@ -16,7 +16,11 @@ import torch
 from tqdm import tqdm
 
 LOG = b"step,loss,"  # how a log.csv of ours begins
-NOISE_LEVELS = 4  # the loss is also logged by quarters of 0..T-1
+
+
+def noise_levels(T):
+    """By how many equal parts of 0..T-1 the loss is also logged: 4, or 1 where what learns sees no noise (T = 1)."""
+    return min(4, T)
 
 
 class Bar(tqdm):
@@ -42,15 +46,15 @@ class RunLog:
     """
 
     def __init__(self, path, T, start, steps, batch_size, device, window=None, hook=None):
-        self.path, self.T, self.batch_size = path, T, batch_size
-        self.window = torch.zeros(NOISE_LEVELS, 2, device=device)  # sum and number of the losses, by noise level
+        self.path, self.T, self.batch_size, self.levels = path, T, batch_size, noise_levels(T)
+        self.window = torch.zeros(self.levels, 2, device=device)  # sum and number of the losses, by noise level
         self.hook, writes = hook, parallel.RANK == 0
         if writes:
             if window is not None:
                 self.window.copy_(window)
-            edges = [-(-level * T // NOISE_LEVELS) for level in range(NOISE_LEVELS + 1)]
-            self.names = ["step", "loss", *(f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)),
-                          "lr"]
+            edges = [-(-level * T // self.levels) for level in range(self.levels + 1)]
+            by_level = [f"loss_t{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+            self.names = ["step", "loss", *(by_level if len(by_level) > 1 else ()), "lr"]
             rows = kept_rows(path, self.names, start)
             write_atomically(path, lambda file: file.write(to_csv([self.names, *rows])))
         self.bar = Bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
@@ -64,7 +68,7 @@ class RunLog:
 
     def add(self, losses, t):
         """Counts the losses (B,) of a step, at t (B,) in 0..T-1."""
-        self.window.index_add_(0, t * NOISE_LEVELS // self.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
+        self.window.index_add_(0, t * self.levels // self.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
         self.bar.update(self.batch_size)
 
     def collect(self):
@@ -80,7 +84,7 @@ class RunLog:
         if parallel.RANK:
             return
         (total, number), by_level = self.window.sum(0).tolist(), (self.window[:, 0] / self.window[:, 1]).tolist()
-        row = [total / number, *by_level, lr]
+        row = [total / number, *(by_level if self.levels > 1 else ()), lr]
         try:
             there = self.path.is_file() and self.path.stat().st_size
             if not there:
@@ -169,7 +173,7 @@ def plot_loss(log, path):
     columns = list(zip(*rows, strict=True))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    axes.plot(columns[0], columns[1], label="all t", color="black", linewidth=2)
+    axes.plot(columns[0], columns[1], label="all t" if names[3:] else "loss", color="black", linewidth=2)
     for name, column in zip(names[2:-1], columns[2:-1], strict=True):
         axes.plot(columns[0], column, label=f"t = {name.removeprefix('loss_t')}", linewidth=1)
     axes.grid(alpha=0.3)

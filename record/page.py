@@ -97,7 +97,7 @@ if (slider) {{
 def write_page(path, title, steps, seconds, columns, settings, defaults, commands):
     """Writes the page of a run into its folder, beside log.csv and the grids samples_*.png that are there.
 
-    steps: how many the run is to make. seconds: of training so far. columns: what the columns of a grid show.
+    steps: how many the run is to make. seconds: of training so far. columns: what the columns of a grid show, and how.
     settings, defaults: dicts from names to values; those that differ are shown first. commands: a dict from what they
     do to how they are called.
     Raises `UserError` when the file cannot be written.
@@ -124,7 +124,7 @@ def show_grids(folder, columns):
     items = "\n".join(f'<li><a href="{name}">{step}</a></li>' for step, name in words)
     slider = (f'<input id="step" type="range" min="0" max="{last}" value="{last}" autocomplete="off" '
               f'aria-label="Step of training" aria-valuetext="{newest}">\n') if last else ""
-    caption = f'<output id="shown">{newest}</output>; columns: {escape(columns)}; from the same noise at every step'
+    caption = f'<output id="shown">{newest}</output>; {escape(columns)}'
     return (f'<figure>\n<img id="grid" src="{source}" alt="Samples after {newest}">\n{slider}'
             f'<figcaption>{caption}</figcaption>\n</figure>\n'
             f'<details>\n<summary>All grids</summary>\n<ol id="grids">\n{items}\n</ol>\n</details>')
@@ -152,7 +152,7 @@ def show_loss(names, rows):
     lines, keys = [], []
     for i, (name, curve) in enumerate(curves.items()):
         lines.append(f'<path class="c{i}" d="M' + "L".join(f"{x(s):.2f} {y(v):.2f}" for s, v in curve) + '"/>')
-        what = "all t" if name == "loss" else f"t = {name.removeprefix('loss_t').replace('-', '–')}"
+        what = f"t = {name.removeprefix('loss_t').replace('-', '–')}" if i else "all t" if len(curves) > 1 else name
         keys.append(f'<li><svg viewBox="0 0 24 10" aria-hidden="true"><path class="c{i}" d="M0 5H24"/></svg>'
                     f'{escape(what)}: {curve[-1][1] if curve else math.nan:.4g}</li>')
     return ('<figure>\n<div class="plot">\n<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
@@ -208,12 +208,18 @@ def show_run(config, run_dir, seconds, script):
     that trains it, without the run folder."""
     settings, defaults = ({field.name: show_setting(getattr(of, field.name)) for field in dataclasses.fields(of)}
                           for of in (config, type(config)()))
-    columns = ", ".join(config.class_names[i % config.num_classes] for i in range(10))
-    folder, checkpoint = ("" if run_dir == Path("run") else " " + shlex.join(flag_words(*words)) for words in (
-        ("--run-dir", run_dir), ("--checkpoint", run_dir)))
-    commands = {"Draw with its last checkpoint:": f"python {config.drawn_by}{checkpoint}",
-                "Go on where it was stopped:": f"python {script}{folder} --resume",
-                "Train it for longer:": f"python {script}{folder} --resume --steps {2 * config.steps}"}
+    page = dict(network="DiT", commands=run_commands) | dict(config.page)
+    columns = page.get("columns") or "columns: " + ", ".join(
+        config.class_names[i % config.num_classes] for i in range(10)) + "; from the same noise at every step"
     data = Path(config.data_dir).resolve().name if config.dataset == "folder" else config.dataset
-    write_page(run_dir / "index.html", f"A DiT learns {data}, in {run_dir.resolve().name}", config.steps, seconds,
-               columns, settings, defaults, commands)
+    write_page(run_dir / "index.html", f"A {page['network']} learns {data}, in {run_dir.resolve().name}", config.steps,
+               seconds, columns, settings, defaults, page["commands"](config, run_dir, script))
+
+
+def run_commands(config, run_dir, script):
+    """What to do with a run, and how: a dict."""
+    folder, checkpoint = ("" if run_dir == Path("run") else " " + shlex.join(flag_words(flag, run_dir))
+                          for flag in ("--run-dir", "--checkpoint"))
+    return {"Draw with its last checkpoint:": f"python {config.drawn_by}{checkpoint}",
+            "Go on where it was stopped:": f"python {script}{folder} --resume",
+            "Train it for longer:": f"python {script}{folder} --resume --steps {2 * config.steps}"}

@@ -9,7 +9,7 @@ import dataclasses
 from record.checkpoint import load_checkpoint
 from record.log import LOG
 
-AUTOMATIC = ("precision", "image_size", "channels", "patch_size", "num_classes", "classes", "latent_shape",
+AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num_classes", "classes", "latent_shape",
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 
@@ -31,7 +31,7 @@ def open_run(run_dir):
     path = run_dir / "model.pth"
     grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
     if path.exists():
-        raise UserError(f"{path} exists: go on with it (--resume), choose another --run-dir, or remove it")
+        raise UserError(f"{path} exists: go on with it (--resume), choose another folder, or remove it")
     for file, own in ((run_dir / "log.csv", LOG), *((file, MARK) for file in (
             run_dir / "loss.png", run_dir / "index.html", *grids))):
         check_output(file, own)

@@ -60,10 +60,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(network, muon):
-    """The parameters of a `DiT` in two lists: those for AdamW and, with `muon`, those for Muon. That gets the matrices
-    within the blocks, but for the modulations."""
+    """The parameters of a network in two lists: those for AdamW and, with `muon`, those for Muon. That gets the
+    matrices and kernels within the blocks, but for the modulations."""
     matrices, others = [], []
     for name, weight in network.named_parameters():
-        inner = name.startswith("blocks.") and weight.ndim == 2 and ".modulation." not in name
+        inner = "block" in name and weight.ndim > 1 and ".modulation." not in name
         (matrices if muon and inner else others).append(weight)
     return others, matrices

@@ -1,6 +1,7 @@
 """Settings as the fields of a dataclass: their flags, their bounds, and what a user has given."""
 
 from support.commands import UserError, some_word
+from support.sizes import LARGEST
 
 import argparse
 import dataclasses
@@ -12,6 +13,26 @@ def flag(default, help, low=None, high=None, choices=None, read=None):
     """A field of a class of settings that is also a command-line flag; `low` and `high` are inclusive bounds. read:
     makes the value of a word."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, read=read))
+
+
+class Settings:
+    """The base of a frozen dataclass of the settings of a training. Raises `UserError` when a value has the wrong type
+    or is out of range."""
+
+    axes, size_words = (2,), "height and width, such as 28x20"  # of an image
+    page = ()  # what the page of a run says otherwise; see `record.page.show_run`
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(field, getattr(self, field.name)))
+            check_value(field, getattr(self, field.name))
+        self.check()
+
+    def check_size(self, name, size):
+        """Raises `UserError` unless `size`, the value of the setting `name`, is () or has a number for each axis."""
+        if size != () and not (type(size) is tuple and len(size) in self.axes and all(
+                type(side) is int and 1 <= side <= LARGEST for side in size)):
+            raise UserError(f"{name} is {size!r:.80}, but must be {self.size_words}, each between 1 and {LARGEST}")
 
 
 def plain(field, value):

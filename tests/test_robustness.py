@@ -21,7 +21,7 @@ import train
 from config import Config
 from dataset import Dataset
 from record.checkpoint import FORMAT, load_checkpoint
-from record.log import NOISE_LEVELS, RunLog
+from record.log import RunLog, noise_levels
 from train import learn, save, start_run
 from video.config import ANY, ClipConfig
 
@@ -184,7 +184,7 @@ def test_damaged_checkpoints(count, tmp_path, monkeypatch):
     for step in range(2):
         zeros = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
         learn(state, Dataset("", zeros, torch.arange(9), []), step)
-    save(state, path, 2, 1.0, "0" * 16, torch.ones(NOISE_LEVELS, 2))
+    save(state, path, 2, 1.0, "0" * 16, torch.ones(noise_levels(1000), 2))
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
     monkeypatch.chdir(tmp_path)
     rng, refused = random.Random(1), 0

@@ -7,25 +7,27 @@ import dataclasses
 import math
 import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_refused, small_mnist
+from conftest import SMALL, assert_refused, small_mnist, train_until
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dataset import load_dataset, to_float
+import train
+from dataset import Dataset, load_dataset, to_float
 from latent import train_vae as module
-from latent.train_vae import LOG, PICTURE, STATE, Recipe, build_vae, kl_divergence, loss_of, reconstruction_loss
+from latent.train_vae import HeldOut, VAEConfig, kl_divergence, losses_of, reconstruction_loss
 from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SETTINGS = dict(dataset="mnist", data_dir=str(SMALL), image_size=(8, 8), channels=1, factor=4, widths=(16, 32),
                 latent_channels=4, warmup=2, precision="fp32", lr=4e-3)
-FLAGS = ["--data-dir", SMALL, "--image-size", 8, "--widths", 16, 32, "--latent-channels", 4, "--warmup", 2,
-         "--precision", "fp32", "--batch-size", 8, "--lr", 4e-3,
-         "--half-scale", 0.5, "--steps", 6, "--save-every", 3, "--device", "cpu"]
+FLAGS = ["--dataset", "mnist", "--data-dir", SMALL, "--image-size", 8, "--widths", 16, 32, "--latent-channels", 4,
+         "--warmup", 2, "--precision", "fp32", "--batch-size", 8, "--lr", 4e-3, "--half-scale", 0.5, "--steps", 6,
+         "--log-every", 3, "--sample-every", 3, "--checkpoint-every", 3, "--device", "cpu"]
+STATE, LOG, PICTURE = "model.pth", "log.csv", "samples_000006.png"
+LEFT = sorted([CONFIG, WEIGHTS, LOG, "index.html", "loss.png"])  # and pictures
 
 
 @pytest.fixture(autouse=True)
@@ -35,48 +37,51 @@ def few(monkeypatch):
     monkeypatch.setattr(module, "MEASURED", 32)
 
 
-def stop_at(monkeypatch, step):
-    """Presses Ctrl-C during step `step`."""
-    original = module.train_step
-
-    def pressed(*args):
-        if args[-1] == step - 1:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(module, "train_step", pressed)
+def a_run(**settings):
+    """A `Run` at its start, on the small MNIST."""
+    data = small_mnist()
+    run = train.start_run(VAEConfig(**SETTINGS | settings), torch.device("cpu"))
+    run.data = HeldOut(data.name, data.images, data.labels, data.classes, tests=small_mnist(False).images)
+    return run
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """The folder of a VAE that has learned the digits for some seconds, and its recipe."""
+    """The folder of a VAE that has learned the digits for some seconds."""
     folder = tmp_path_factory.mktemp("vae") / "vae"
-    settings = SETTINGS | dict(steps=90, batch_size=32, save_every=30, kl=1e-3)
-    recipe, done, stopped = module.train_vae(settings, folder, device="cpu")
-    assert (done, stopped) == (90, 0)
-    return folder, recipe
+    settings = SETTINGS | dict(steps=90, batch_size=32, log_every=30, sample_every=45, kl=1e-3)
+    assert module.train_vae(settings, folder, device="cpu") == (90, 0)
+    return folder
 
 
 def test_it_learns(learned):
-    """Far better than the mean of all images, better from row to row, and the same number in the log."""
-    folder, _ = learned
+    """Far better than the mean of all images, and better from row to row."""
     images, tests = (small_mnist(part).images for part in (True, False))
     mean = images.float().mean(0).round().byte().expand_as(tests)
-    vae = load_vae(folder)
-    made = module.reconstructions(vae, tests)
+    made = module.reconstructions(load_vae(learned), tests)
     assert psnr(made, tests) > psnr(mean, tests) + 2
-    names, *rows = [row.split(",") for row in (folder / LOG).read_text().splitlines()]
-    assert names == module.COLUMNS and [row[0] for row in rows] == ["30", "60", "90"]
-    assert float(rows[0][2]) < float(rows[2][2]) == pytest.approx(psnr(made, tests), abs=1e-3)
-    assert float(rows[0][1]) > float(rows[1][1]) and float(rows[2][3]) == pytest.approx(4e-3 / 90, rel=1e-4)
-    with Image.open(folder / PICTURE) as picture:
+    names, *rows = [row.split(",") for row in (learned / LOG).read_text().splitlines()]
+    assert names == ["step", "loss", "lr"] and [row[0] for row in rows] == ["30", "60", "90"]
+    assert float(rows[0][1]) > float(rows[1][1]) and float(rows[2][2]) == pytest.approx(4e-3 / 90, rel=1e-4)
+    with Image.open(learned / "samples_000090.png") as picture:
         assert picture.mode == "L" and picture.width > picture.height
-    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, LOG, PICTURE])
+    pictures = ["samples_000045.png", "samples_000090.png"]
+    assert sorted(path.name for path in learned.iterdir()) == sorted([*LEFT, *pictures])
+
+
+def test_the_page_of_a_vae(learned):
+    """It says what the pictures show, what the loss is, and what to do next."""
+    page = (learned / "index.html").read_text()
+    for words in ("A VAE learns mnist", "below each what its latents decode to", "samples_000090.png", "<dd>16x32</dd>",
+                  f"python -m latent.train_vae --out {learned} --resume", "</svg>loss: 0.",
+                  f"python -m latent.train_dit --vae {learned} --dataset mnist --data-dir {SMALL} --image-size 8"):
+        assert words in page, words
+    assert "noise at every step" not in page and "--run-dir" not in page
 
 
 def test_its_latents_are_normalized(learned):
     """Of each channel, over the images that were measured; as a diffusion model draws them from the posterior."""
-    vae = load_vae(learned[0])  # whose training had no such limits
+    vae = load_vae(learned)  # whose training had no such limits
     mean, std = vae.encode(to_float(small_mnist().images))
     assert mean.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert (mean**2 + std**2).mean(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-3)
@@ -86,8 +91,8 @@ def test_its_latents_are_normalized(learned):
 
 def test_a_vae_of_patches_is_one_of_diffusers_behind_a_rearrangement(learned):
     """Whoever has diffusers alone sees an autoencoder of the patches' pixels."""
-    vae = load_vae(learned[0])
-    theirs = AutoencoderKL.from_pretrained(learned[0])
+    vae = load_vae(learned)
+    theirs = AutoencoderKL.from_pretrained(learned)
     assert vae.patch_size == 2 and vae.factor == 4 and vae.image_channels == 1
     x = torch.rand(2, 1, 8, 8) * 2 - 1
     patches = torch.nn.functional.pixel_unshuffle(x, 2)
@@ -158,59 +163,59 @@ def test_some_images_are_learnt_at_half_their_size(size, small):
     """Latents and images are halved alike: where both are averages they fit, and the loss is zero."""
     toy, x = Toy(), torch.rand(4, 1, 1, 1).expand(4, 1, size, size) + torch.zeros(4, 1, size, size)
     noise = torch.zeros(4, 1, size // 4, size // 4)
-    loss = loss_of(toy, x, noise, Recipe(half_scale=0.25, kl=0))
+    losses = losses_of(toy, x, noise, VAEConfig(half_scale=0.25, kl=0))
     assert sorted(z.shape for z in toy.seen) == sorted([(3, 1, size // 4, size // 4), (1, 1, small // 4, small // 4)])
-    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert losses.shape == (4,) and losses.max().item() == pytest.approx(0, abs=1e-6)
     for share, sizes in ((0, {size // 4}), (1, {small // 4})):
         toy.seen.clear()
-        loss_of(toy, x, noise, Recipe(half_scale=share, kl=0))
+        losses_of(toy, x, noise, VAEConfig(half_scale=share, kl=0))
         assert {z.shape[2] for z in toy.seen} == sizes
     toy.seen.clear()
-    loss_of(toy, x, noise, Recipe(half_scale=1.0, kl=0), alone=True)
+    losses_of(toy, x, noise, VAEConfig(half_scale=1.0, kl=0), alone=True)
     assert {z.shape[2] for z in toy.seen} == {size // 4}
 
 
 def test_noise_and_kl_in_the_loss():
     x, noise = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 2, 2)
     toy = Toy()
-    plain = loss_of(toy, x, noise, Recipe(half_scale=0, kl=0))
+    plain = losses_of(toy, x, noise, VAEConfig(half_scale=0, kl=0))
     torch.testing.assert_close(toy.seen[0], torch.nn.functional.avg_pool2d(x, 4) + 0.1 * noise)
     mean, std = toy.posterior(x)
-    expected = plain + 0.3 * kl_divergence(mean, std).mean()
-    torch.testing.assert_close(loss_of(toy, x, noise, Recipe(half_scale=0, kl=0.3)), expected)
+    expected = plain + 0.3 * kl_divergence(mean, std)
+    torch.testing.assert_close(losses_of(toy, x, noise, VAEConfig(half_scale=0, kl=0.3)), expected)
+    # Whatever their size, the losses stand in the order of the images
+    halves = losses_of(toy, x, noise, VAEConfig(half_scale=0.25, kl=1.0))
+    torch.testing.assert_close(halves[1:], (plain + kl_divergence(mean, std))[1:])
     # The posterior's width learns only where it is not given, and nothing of the encoder while the decoder is alone.
-    for recipe, alone, learns in ((Recipe(noise=0.1), False, (True, False)), (Recipe(noise=0), False, (True, True)),
-                                  (Recipe(noise=0), True, (False, False))):
+    fixed, learnt = VAEConfig(noise=0.1), VAEConfig(noise=0)
+    for config, alone, learns in ((fixed, False, (True, False)), (learnt, False, (True, True)),
+                                  (learnt, True, (False, False))):
         toy = Toy()
-        loss_of(toy, x.requires_grad_(alone), noise, recipe, alone).requires_grad_().backward()
+        losses_of(toy, x.requires_grad_(alone), noise, config, alone).mean().requires_grad_().backward()
         assert tuple(weight.grad is not None and weight.grad.item() != 0 for weight in (toy.gain, toy.spread)) == learns
 
 
 def test_the_posterior_keeps_its_width():
     """Which the format has no word for: the part of quant_conv that makes it is constant, and stays."""
-    recipe = Recipe(**SETTINGS, noise=0.3, steps=4, batch_size=4)
-    run = module.start_run(recipe, torch.device("cpu"))
     images = small_mnist().images
+    run, learnt = (a_run(noise=noise, steps=4, batch_size=4) for noise in (0.3, 0.0))
     before = run.model.encoder.conv_in.weight.clone()
     for step in range(4):
-        module.train_step(run, module.make_batch(images, run, step), step)
+        for each in (run, learnt):
+            module.learn(each, each.data, step)
     for vae in (run.model, run.ema):
         assert torch.allclose(vae.posterior(to_float(images[:3]))[1], torch.tensor(0.3))
     assert not torch.equal(run.model.encoder.conv_in.weight, before)
-    learnt = module.start_run(dataclasses.replace(recipe, noise=0), torch.device("cpu"))
-    for step in range(4):
-        module.train_step(learnt, module.make_batch(images, learnt, step), step)
     assert learnt.model.posterior(to_float(images[:3]))[1].std() > 0
 
 
 def test_the_last_part_leaves_the_latents(monkeypatch):
     """From its first step on the encoder is the average that is kept."""
     monkeypatch.setattr(module, "DECODER_ALONE", 0.5)
-    run = module.start_run(Recipe(**SETTINGS, steps=8, batch_size=4), torch.device("cpu"))
-    images = small_mnist().images
+    run = a_run(steps=8, batch_size=4)
     fingerprints, decoders = [], []
     for step in range(8):
-        module.train_step(run, module.make_batch(images, run, step), step)
+        module.learn(run, run.data, step)
         fingerprints.append(run.ema.fingerprint)
         decoders.append(run.ema.hash_of("decoder"))
     assert len(set(fingerprints[:4])) == 4 and len(set(fingerprints[3:])) == 1 and len(set(decoders)) == 8
@@ -220,12 +225,23 @@ def test_the_last_part_leaves_the_latents(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_in_either_precision(precision):
     """bfloat16 computes gradients for float32 weights."""
-    images, losses = small_mnist().images, []
+    losses = []
     for kind in ("fp32", precision):
-        run = module.start_run(Recipe(**SETTINGS | dict(precision=kind), steps=5, batch_size=16), torch.device("cpu"))
-        losses.append(module.train_step(run, module.make_batch(images, run, 0), 0).item())
+        run = a_run(precision=kind, steps=5, batch_size=16)
+        each, t = module.learn(run, run.data, 0)
+        losses.append(each.mean().item())
+        assert each.shape == t.shape == (16,) and not t.any()
         assert {weight.dtype for weight in run.model.state_dict().values()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_kernels_of_the_blocks_are_muons():
+    """All others are AdamW's, and none is left out."""
+    run = a_run()
+    adamw, muon = ({id(weight) for group in optimizer.param_groups for weight in group["params"]}
+                   for optimizer in run.optimizers)
+    for name, weight in run.model.named_parameters():
+        assert (id(weight) in muon) == ("_block" in name and weight.ndim == 4) == (id(weight) not in adamw), name
 
 
 def test_psnr():
@@ -243,9 +259,12 @@ def test_the_picture_and_the_figure_are_of_the_same_images(tmp_path, monkeypatch
     tests = torch.randint(0, 256, (45, 1, 56, 40), dtype=torch.uint8)
     made = (tests.float() * torch.linspace(0.5, 0.95, 45).view(-1, 1, 1, 1)).byte()
     monkeypatch.setattr(module, "reconstructions", lambda vae, images: made if len(images) == 45 else images)
-    quality = module.show(None, tests, tmp_path / "a.png")
+    run = a_run()
+    run.data = dataclasses.replace(run.data, tests=tests)
+    module.show(run, tmp_path / "a.png", lambda: False)
     error = (made.double() - tests.double()).square().flatten(1).mean(1)
-    assert quality == pytest.approx((10 * torch.log10(255**2 / error)).mean().item(), abs=1e-3)
+    said = f"PSNR {(10 * torch.log10(255**2 / error)).mean().item():.2f} dB on 45 held-out images"
+    assert f"a.png: {said}" in capsys.readouterr().out
     with Image.open(tmp_path / "a.png") as picture:
         shown = torch.from_numpy(np.array(picture))
     picked = module.some(torch.arange(45), 30).tolist()
@@ -253,19 +272,18 @@ def test_the_picture_and_the_figure_are_of_the_same_images(tmp_path, monkeypatch
         top, left = 2 + 2 * (i // 10) * 58, 2 + i % 10 * 42
         assert torch.equal(shown[top:top + 56, left:left + 40], tests[number, 0])
         assert torch.equal(shown[top + 58:top + 114, left:left + 40], made[number, 0])
-    run = module.start_run(Recipe(**SETTINGS), torch.device("cpu"))
-    module.finish(run, small_mnist().images[:40], tests, tmp_path / "vae")
-    assert f"PSNR {quality:.2f} dB on 45 held-out images" in capsys.readouterr().out
+    module.finish(tmp_path / "vae", run)
+    assert f"vae: {said}; its latents" in capsys.readouterr().out
 
 
 def test_the_seed_decides_all_and_the_channels_are_those_asked_for(call, tmp_path):
-    images, parts = small_mnist().images, []
+    parts = []
     for seed in (3, 3, 4):
-        run = module.start_run(Recipe(**SETTINGS, seed=seed, batch_size=4), torch.device("cpu"))
-        parts.append((run.model.state_dict()["encoder.conv_in.weight"], *module.make_batch(images, run, 5)))
+        run = a_run(seed=seed, batch_size=4)
+        parts.append((run.model.state_dict()["encoder.conv_in.weight"], *module.make_batch(run.data, run.config, 5)))
     for a, b, c in zip(*parts, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
-    assert not torch.equal(parts[0][1], module.make_batch(images, run, 6)[0])
+    assert not torch.equal(parts[2][1], module.make_batch(run.data, run.config, 6)[0])
     code, _, err = call(module, *FLAGS, "--steps", 1, "--channels", 3, "--seed", 7, "--latent-channels", 5,
                         "--layers-per-block", 2, "--factor", 8, "--out", tmp_path / "vae")
     assert code == 0, err
@@ -282,12 +300,10 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path, monkeypatch, stop):
     """Stopped by Ctrl-C in its first part, at a save, and while the decoder learns alone: every byte of the folder."""
     monkeypatch.setattr(module, "DECODER_ALONE", 0.4)
     assert call(module, *FLAGS, "--out", tmp_path / "whole")[0] == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        code, out, _ = call(module, *FLAGS, "--out", tmp_path / "parts")
-    assert code == 130 and f"stopped after step {stop}" in out and out.rstrip().endswith("--resume")
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
-        [STATE, *([LOG, PICTURE] if stop >= 3 else [])])
+    out = train_until(call, [*FLAGS, "--out", tmp_path / "parts"], stop, module)
+    assert f"stopped after step {stop}" in out and out.rstrip().endswith("--resume")
+    there = [STATE, LOG, "index.html", *["loss.png"] * (stop >= 3), *["samples_000003.png"] * (stop > 3)]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(there)
     code, out, err = call(module, "--out", tmp_path / "parts", "--resume", "--device", "cpu")
     assert code == 0, err
     for name in (CONFIG, WEIGHTS, LOG, PICTURE):
@@ -296,9 +312,7 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path, monkeypatch, stop):
 
 
 def test_a_run_can_be_finished_early(call, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        call(module, *FLAGS, "--out", tmp_path / "vae")
+    train_until(call, [*FLAGS, "--out", tmp_path / "vae"], 2, module)
     code, out, _ = call(module, *FLAGS, "--out", tmp_path / "vae", "--resume", "--steps", 2)
     assert code == 0 and "PSNR" in out and load_vae(tmp_path / "vae").factor == 4
 
@@ -319,7 +333,7 @@ def test_what_it_says(call, tmp_path):
     assert code == 0
     assert "64 numbers of an image become 4 x 2 x 2 = 16" in out
     assert "pixel_unshuffle goes before its encoder, and pixel_shuffle behind its decoder, each by 2;" in out
-    assert "step 3: loss" in out and "dB on 16 held-out images" in out
+    assert "samples_000003.png: PSNR" in out and "dB on 16 held-out images" in out
     vae = f"'{tmp_path / 'my vae'}'"
     assert out.splitlines()[-1].endswith(
         f"python -m latent.train_dit --vae {vae} --dataset mnist --data-dir {SMALL} --image-size 8")
@@ -337,7 +351,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_a_folder_without_a_test_part(call, tmp_path, pictures):
+def test_a_folder_without_a_test_part(call, tmp_path, pictures, monkeypatch):
     """What is held out of training is tested on; of few images every 20th; one with a test part is tested on that."""
     flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--image-size", 16]
     code, out, err = call(module, *flags, "--out", tmp_path / "vae")
@@ -345,13 +359,16 @@ def test_a_folder_without_a_test_part(call, tmp_path, pictures):
     assert "41 images of 16 x 16 to train, 4 to test, colour" in out
     assert out.splitlines()[-1].endswith(f"--dataset folder --data-dir {pictures} --image-size 16")
     assert load_vae(tmp_path / "vae").image_channels == 3
-    data = load_dataset("folder", pictures)
-    images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), data)
-    assert torch.equal(tests, load_dataset("folder", pictures, train=False).images)
-    assert torch.equal(images, data.images) and not (images == tests[0]).flatten(1).all(1).any()
-    few = dataclasses.replace(data, images=data.images[:9], held_out=0)
-    images, tests = module.split(Recipe(dataset="folder", data_dir=str(pictures)), few)
-    assert torch.equal(tests, data.images[:1]) and torch.equal(images, data.images[1:9])
+    whole, config = load_dataset("folder", pictures), VAEConfig(dataset="folder", data_dir=str(pictures))
+    data = config.open_data("cpu")
+    assert torch.equal(data.tests, load_dataset("folder", pictures, train=False).images)
+    assert torch.equal(data.images, whole.images) and not (data.images == data.tests[0]).flatten(1).all(1).any()
+    few = Dataset("folder", whole.images[:9], torch.arange(9), [*"abcdefghi"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_images", lambda *_: few)
+        data = config.open_data("cpu")
+    assert torch.equal(data.tests, few.images[:1]) and torch.equal(data.images, few.images[1:])
+    assert data.labels.tolist() == [*range(1, 9)]
     for part in ("train", "test"):
         (pictures / part).mkdir()
         (pictures / "a").rename(pictures / part / "a") if part == "train" else None
@@ -379,7 +396,7 @@ def test_held_out_images_are_no_more_than_needed():
     (["--image-size", 10], ["--factor to one of [2, 10]", "--image-size to 8"]),
     (["--noise", "nan"], ["noise is nan"]), (["--half-scale", 2], ["half_scale is 2.0"]),
     (["--steps", 0], ["steps is 0"]),
-    (["--resume"], ["holds no train.pth", "nothing to go on with"]), (["--batch-size", "x"], ["--batch-size"]),
+    (["--resume"], ["there is no checkpoint", "latent.train_vae makes one"]), (["--batch-size", "x"], ["--batch-size"]),
     (["--lr", 1e4], ["lr is 10000"]), (["--device", "nowhere"], ["--device nowhere"])])
 def test_flags_that_cannot_be(call, tmp_path, flags, words):
     assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae", *flags), *words)
@@ -388,17 +405,16 @@ def test_flags_that_cannot_be(call, tmp_path, flags, words):
 
 def test_the_command_refuses_in_one_line(command, tmp_path):
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "thesis.tex").write_text("mine")
-    assert_refused(command("latent.train_vae", *FLAGS, "--out", tmp_path / "vae"), "holds other things (thesis.tex)")
-    assert [path.name for path in (tmp_path / "vae").iterdir()] == ["thesis.tex"]
+    (tmp_path / "vae" / CONFIG).write_text("mine")
+    assert_refused(command("latent.train_vae", *FLAGS, "--out", tmp_path / "vae"), "holds a config.json already")
+    assert [path.name for path in (tmp_path / "vae").iterdir()] == [CONFIG]
 
 
 def test_a_finished_vae_stays(call, tmp_path, learned):
-    folder, _ = learned
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_refused(call(module, *FLAGS, "--out", folder), "holds a VAE already")
-    assert_refused(call(module, *FLAGS, "--out", folder, "--resume"), "the VAE in it is finished")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    before = {path.name: path.read_bytes() for path in learned.iterdir()}
+    assert_refused(call(module, *FLAGS, "--out", learned), "holds a config.json already")
+    assert_refused(call(module, *FLAGS, "--out", learned, "--resume"), f"the VAE in {learned} is finished")
+    assert {path.name: path.read_bytes() for path in learned.iterdir()} == before
 
 
 DAMAGES = {
@@ -406,10 +422,11 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "other": lambda path: torch.save({"format": "dit-checkpoint-2"}, path),
     "step": lambda path: change(path, step=-1),
-    "recipe": lambda path: change(path, recipe={"widths": (3,)}),
-    "unknown": lambda path: change(path, recipe={"colour": 1}),
+    "settings": lambda path: change(path, config={"widths": (3,)}),
+    "unknown": lambda path: change(path, config={"colour": 1}),
     "weights": lambda path: change(path, ema={}),
-    "nan": lambda path: change(path, window=torch.tensor([math.nan, 1])),
+    "nan": lambda path: change(path, window=torch.tensor([[math.nan, 1]])),
+    "levels": lambda path: change(path, window=torch.zeros(4, 2)),
     "optimizers": lambda path: change(path, optimizers=[{0: {"step": torch.tensor(1.0)}}, {}]),
     "momentum": lambda path: change(path, optimizers=[{}, {0: {"momentum": torch.zeros(3, 3)}}]),
     "no optimizers": lambda path: change(path, optimizers=None),
@@ -423,9 +440,7 @@ def change(path, **changes):
 @pytest.fixture
 def stopped(call, tmp_path, monkeypatch):
     """The folder of a run that was stopped after two steps."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert call(module, *FLAGS, "--out", tmp_path / "vae")[0] == 130
+    train_until(call, [*FLAGS, "--out", tmp_path / "vae"], 2, module)
     return tmp_path / "vae"
 
 
@@ -439,8 +454,8 @@ def test_a_state_that_is_damaged(call, stopped, damage):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--resume", "--lr", 1], ["lr 0.004 -> 1.0"]), (["--resume", "--channels", 3], ["channels 1 -> 3"]),
-    (["--resume", "--widths", 16], ["widths (16, 32) -> (16,)"]), (["--resume", "--steps", 1], ["2 steps already"]),
-    ([], ["holds a VAE in training", "--resume"])])
+    (["--resume", "--widths", 16], ["widths (16, 32) -> [16]"]), (["--resume", "--steps", 1], ["2 steps already"]),
+    ([], ["model.pth exists", "--resume"])])
 def test_a_run_that_cannot_go_on_so(call, stopped, flags, words):
     before = (stopped / STATE).read_bytes()
     assert_refused(call(module, "--out", stopped, *flags), *words)
@@ -449,16 +464,14 @@ def test_a_run_that_cannot_go_on_so(call, stopped, flags, words):
 
 def test_other_data_than_it_was_trained_on(call, tmp_path, pictures, monkeypatch):
     flags = [*FLAGS, "--dataset", "folder", "--data-dir", pictures, "--image-size", 0, "--out", tmp_path / "vae"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert call(module, *flags)[0] == 130
+    train_until(call, [*flags], 2, module)
     Image.new("RGB", (16, 16)).save(pictures / "a" / "0.png")
     assert_refused(call(module, "--out", tmp_path / "vae", "--resume"), "was trained on other data")
 
 
 def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
     """The last good state stays, and can be gone on with."""
-    original = module.loss_of
+    original = module.losses_of
     calls = []
 
     def broken(*args):
@@ -466,7 +479,7 @@ def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
         return original(*args) * (math.nan if len(calls) == 5 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "loss_of", broken)
+        patch.setattr(module, "losses_of", broken)
         assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae"), "not finite at step 6", "step 3")
     assert torch.load(tmp_path / "vae" / STATE)["step"] == 3
     assert call(module, "--out", tmp_path / "vae", "--resume")[0] == 0
@@ -485,7 +498,7 @@ def test_a_disk_that_is_full(call, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_patches_that_do_not_fit(learned, tmp_path):
-    vae = build_vae(Recipe(**SETTINGS))
+    vae = VAEConfig(**SETTINGS).build_model()
     vae.settings["patch_size"] = 3
     save_vae(vae, tmp_path / "vae")
     with pytest.raises(UserError, match="are not those of patches of 3 x 3 pixels"):
@@ -494,7 +507,7 @@ def test_a_folder_of_patches_that_do_not_fit(learned, tmp_path):
 
 def test_images_without_a_difference(call, tmp_path, monkeypatch):
     """Latents that are all the same cannot be normalized."""
-    vae = build_vae(Recipe(**SETTINGS))
+    vae = VAEConfig(**SETTINGS).build_model()
     monkeypatch.setattr(vae, "encode", lambda x: (torch.ones(len(x), 4, 2, 2), torch.zeros(len(x), 4, 2, 2)))
     with pytest.raises(UserError, match="all the same"):
         module.measure_latents(vae, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))

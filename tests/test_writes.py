@@ -54,7 +54,7 @@ OUTPUTS = [  # the command, its flags, what it writes
     (few.distill, ["--run-dir", "new"], "new/fake_000001.pth"),
     (few.distill, ["--run-dir", "new"], "new/fake_backup.pth"),
     (latent.train_vae, ["--out", "new"], "new/log.csv"),
-    (latent.train_vae, ["--out", "new"], "new/reconstructions.png"),
+    (latent.train_vae, ["--out", "new"], "new/samples_000001.png"),
     (demo.share, ["run", "out.pth"], "out.pth"),
     (latent.import_dit, ["official.pt", "out.pth"], "out.pth"),
     (demo.export, [], "dit.html"),
