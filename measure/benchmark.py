@@ -74,7 +74,7 @@ def seconds_per_call(call, device, at_least):
 
 
 def peak_memory(device):
-    """The most bytes that were in use on `device`, or by this process; None where the system does not say."""
+    """The peak of the bytes in use on `device`, or by this process; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(ImportError):

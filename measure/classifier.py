@@ -40,7 +40,7 @@ from record.log import Bar
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
-FORMAT, OLD_FORMAT = "classifier-1", "digit-classifier-1"
+FORMAT = "classifier-1"
 DIGITS = "mnist", (1, 28, 28)  # the images that `DigitClassifier` reads
 FEATURES = 64
 WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
@@ -234,11 +234,9 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
         raise UserError(f"there is no classifier {path}: {retrain}") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is not a classifier, or is cut short ({type(error).__name__}): {retrain}") from None
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_FORMAT):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a classifier (no format {FORMAT!r} in it): {retrain}")
-    if content["format"] == OLD_FORMAT:
-        content = {"shape": DIGITS[1], "classes": [*"0123456789"], "data": None} | content
-    if content.get("dataset") != name or (fingerprint and content.get("data") not in (None, fingerprint)):
+    if content.get("dataset") != name or (fingerprint and content.get("data") not in (None, fingerprint)):  # None: any
         which = "other images of " if content.get("dataset") == name else ""
         raise UserError(f"{path} reads {which}{content.get('dataset')!r:.40}, not {'these' if which else repr(name)}: "
                         "its features mean nothing there")

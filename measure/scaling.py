@@ -205,7 +205,7 @@ def forward_flops(config):
 
 
 def draw(model, labels, device):
-    """What `draw_fakes` draws with the model's checkpoint, and the content of that."""
+    """The images of these labels that the model's checkpoint draws, and the content of that checkpoint."""
     content = load_checkpoint(model.file, (model.of,))
     fakes = draw_fakes(averaged_model(content, device), dataclasses.replace(content["config"], seed=0), labels)
     return fakes, content
@@ -298,7 +298,7 @@ def make_table(models, results, real):
 
 
 def make_front(models):
-    """The lines of a table: of all scores on the way, those that no model had reached with less training compute."""
+    """The lines of a table of the best scores for their training compute: no model was better with less."""
     points = sorted((model.training_flops(part["step"]), part["frechet"], model.size, model.patch, part["step"])
                     for model in models if model.seed == models[0].seed for part in model.scores)
     lines, best = ["| training, TFLOP | best Fréchet | size | patch | step |", "|---" * 5 + "|"], math.inf

@@ -250,7 +250,7 @@ class Judge:
         return fake_near, fake_near < limits[fake_reads], test_near, test_near < limits[self.test_reads]
 
     def score(self, fakes, labels, seed=0, vae=None):
-        """All figures of `fakes` uint8 (N, C, H, W) that were asked to show `labels` int64 (N,), None where not known.
+        """All figures of `fakes` uint8 (N, C, H, W) that were asked to show `labels` int64 (N,), None if not known.
 
         Returns a dict of plain values (NaN: cannot be known), where "fake" and "real" are each a dict of
             METRICS   of `compare`, against the test images; real: of as many training images in the fakes' place
@@ -258,8 +258,8 @@ class Judge:
             nearest   median distance to the nearest training image
             copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
                       1 for copies, while images a little smoother than real ones may reach 0.03
-            unseen    share whose nearest real image is a test image, in all and not by class; real: the share of test
-                      images among the real ones, to which fakes come that know no training image better
+            unseen    share whose nearest real image is a test image, in all and not by class; real: the value that
+                      chance would give, the share of test images among the real ones
         With a `vae`, "vae" is the same of `round_trip`: of the training images of "real" that went through it.
         And beside these are "count" (of fakes), "reference" (of training images in their place), "test" (of test
         images), "ratio" (fake over real Fréchet distance) and "classes", a list of the same for each class, with its
@@ -385,8 +385,8 @@ def captioned(images, columns, captions, height):
 
 
 def nearest_picture(fakes, train, each=6, device="cpu"):
-    """Of each class, a row of the fakes most like an image of the `Dataset` train, left of that image: a PIL image.
-    Of many classes, those ROWS whose fakes are the most like one."""
+    """A picture of the fakes most like an image of the `Dataset` train, each left of that image: a row for each class,
+    or for the ROWS classes with the nearest ones. A PIL image."""
     distances, indices = (part.cpu() for part in nearest(fakes, train.images, device=device))
     order = distances.argsort(stable=True)
     labels = train.labels[indices[order]]
@@ -410,7 +410,7 @@ def worst_picture(fakes, labels, probs, names, count=40):
 
 
 def fake_size(folder):
-    """The size (H, W) of the first image in a folder of fakes. Raises `UserError` where there is none."""
+    """The size (H, W) of the first image in a folder of fakes. Raises `UserError` if it has none."""
     paths = list_images(folder)
     if not paths:
         raise UserError(f"{folder} holds no images to score")

@@ -279,7 +279,7 @@ def test_other_images_of_the_same_shape_are_not_read_as_digits(tmp_path, monkeyp
 def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):
     assert where_kept(parts[0]) == WEIGHTS
     assert where_kept(load_dataset("mnist", SMALL, channels=3)) != WEIGHTS
-    old = load_classifier(fingerprint="any")  # its format does not say of which images it is
+    old = load_classifier(fingerprint="any")  # the file does not say of which images it is
     save_classifier(tmp_path / "new.pth", old, parts[0], 0.5)
     new = load_classifier(tmp_path / "new.pth", fingerprint=parts[0].fingerprint)
     assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))

@@ -95,7 +95,7 @@ def is_clip(path):
 
 
 def find_frames(folder, left_out):
-    """The images in a folder that is a clip, a list; None where the folder is none: it holds no image, or clips."""
+    """The images in a folder that is a clip, a list; None if the folder is no clip: it holds no image, or clips."""
     counted = collections.Counter()
     files, folders = list_files(folder, is_image, counted)
     if not files or is_animation(files[0]):

@@ -19,7 +19,7 @@ def fill_patches(x, patch):
 
 def rotations(grid, head_size, base=100.0):
     """By what rotary positions turn the queries and keys of a grid's patches (`rotate`): cosines and sines of
-    (2, *grid, head_size / 2) angles, of which each axis has an equal share, and the first one what is left over. The
+    (2, *grid, head_size / 2) angles: each axis has an equal share, and the first axis also the rest. The
     base is small, as for images (2403.13298), since there are few patches along an axis."""
     half, axes = head_size // 2, len(grid)
     shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]

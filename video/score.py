@@ -167,7 +167,7 @@ class Judge:
 def draw(model, config, labels, pictures=None, known=None):
     """Clips of `labels`, those number 0, 1, ... of the configuration's seed, uint8 (N, 1, T, H, W) on the CPU.
 
-    pictures: clips in [-1, 1] (N, 1, T, H, W), of which `known` (T, 1, 1), bool, is given, and the rest is drawn.
+    pictures: clips in [-1, 1] (N, 1, T, H, W) to complete: their frames `known`, bool (T, 1, 1), are kept.
     """
     device = next(model.parameters()).device
 
@@ -225,8 +225,8 @@ def load_models(args):
 
 
 def open_judge(config, given):
-    """What judges the clips of a configuration, `given` frames of which are shown to be gone on from. Raises
-    `UserError` when nothing can."""
+    """The judge of the clips of a configuration; their continuations start from `given` frames. Raises `UserError` for
+    clips that cannot be scored."""
     frames = config.image_size[0]
     if config.dataset == "moving" and config.digits == 1 and frames > 2:
         if not 0 < given < frames:

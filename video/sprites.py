@@ -1,11 +1,11 @@
-"""How good are clips of sprites? All that there are are known: a frame shows what the nearest of them does."""
+"""How good are clips of sprites? All real clips are known: a drawn one is compared with the nearest of them."""
 
 import torch
 
 from config import Config
 from dataset import resize
 from latent.sprites import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_images, split_characters
-from measure.score import nearest
+from measure.score import nearest, share
 
 SIDE = 16  # pixels: clips are compared in this size
 CHOICES = 6  # of each part
@@ -81,10 +81,8 @@ class SpriteJudge:
         distances = torch.cdist(frames, near, compute_mode="donot_use_mm_for_euclid_dist")
         change, real_change = (x.diff(dim=1).norm(dim=2).sum(1) for x in (frames, near))
         in_place = distances.diagonal(dim1=1, dim2=2) <= distances.amin(2)
-        return {"action": (kind == labels).float().mean().item(),
-                **{part: same[:, i].float().mean().item() for i, part in enumerate(PARTS)},
-                "character": same.all(1).float().mean().item(),
-                "order": in_place.float().mean().item(),
+        return {"action": share(kind == labels), **{part: share(same[:, i]) for i, part in enumerate(PARTS)},
+                "character": share(same.all(1)), "order": share(in_place),
                 "motion": (change / real_change.clamp(min=1e-9)).median().item(),
                 "distance": (frames - near).square().mean((1, 2)).sqrt().median().item(),
-                "copies": self.training[character].float().mean().item()}
+                "copies": share(self.training[character])}
