@@ -8,6 +8,7 @@ import hashlib
 import resource
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,10 +220,12 @@ def test_draw_for_a_notebook():
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_the_lines_that_give_tensors_work_as_printed(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
-    start = lines.index("    import torch")
     found = {}
-    exec("\n".join(line.strip() for line in lines[start:lines.index("", start + 5)]), found)
+    for page in (Path("latent") / name, Path(name)):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        start = lines.index("    import torch")
+        exec("\n".join(line.strip() for line in lines[start:lines.index("", start + 5)]), found)
+    assert found["images"].shape == (3, 3, 64, 64) and found["images"].dtype == torch.uint8
     x = found["x"]
     assert x.shape == (3, 1, 28, 28) and x.dtype == torch.float32 and x.abs().max() <= 1 and x.max() - x.min() > 1.9
     picture = np.asarray(draw([3, 1, 4], checkpoint=SHIPPED))
