@@ -159,16 +159,17 @@ def strips(views):
     return grid(views.transpose(0, 1).flatten(0, 1), columns=len(views))
 
 
-def draw(labels=None, count=1, checkpoint=None, device=None, of=Config, **settings):
+def draw(labels=None, count=1, checkpoint=None, device=None, of=Config, show=label_grid, **settings):
     """A grid of images for a notebook, a PIL image: draw("31415"), draw([3, 1, 4], count=2, guidance=2.0).
 
     labels: as `parse_labels` takes them. count: how many of each. settings: as the flags of these names (sampler,
-    sample_steps, guidance, eta, seed, precision). of: the class of the checkpoint's settings. Raises `UserError`.
+    sample_steps, guidance, eta, seed, precision). of: the class of the checkpoint's settings. show: makes the picture,
+    as `label_grid` does. Raises `UserError`.
     """
     check_names(settings, [*of.SAMPLING, "labels", "count", "checkpoint", "device"])
     model, config = load_for_sampling(argparse.Namespace(checkpoint=checkpoint, device=device, **settings), (of,))
     labels = parse_labels(labels, config.class_names)
-    return label_grid(draw_states(model, config, labels, count)[-1], config, labels)
+    return show(draw_states(model, config, labels, count)[-1], config, labels)
 
 
 def say_default(parser, names, default):

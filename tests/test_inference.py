@@ -9,6 +9,7 @@ import resource
 import shutil
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_gif(call, trained, tmp_path):
     (["--labels", "9" * 5000, "1"], ["is no label"]), (["--labels", "²"], ["'²' is no label"]),
     (["--labels"], ["--labels"]), (["--labels", "-1,2"], ["--labels"]), (["--eta", "0.5"], ["--eta", "ddim", "dpm"]),
     (["--count", 0], ["--count 0"]), (["--count", 10**9], ["--count"]), (["--sample-steps", 0], ["sample_steps is 0"]),
-    (["--sample-steps", 1001], ["T = 1000"]), (["--guidance", "nan"], ["guidance"]), (["--eta", 2], ["eta is 2"]),
+    (["--sample-steps", 1001], ["T = 1000"]), (["--guidance", "nan"], ["guidance"]),
+    (["--sampler", "ddim", "--eta", 2], ["eta is 2"]),
     (["--out", "picture.txt"], ["picture.txt", ".png"]), (["--out", "no/such/a.png"], ["no folder no/such"]),
     (["--out", ""], ["--out", "is empty"]), (["--out", "a.psd"], ["a.psd", "PSD"]), (["--out", "a.bufr"], ["BUFR"]),
     (["--gif", "--out", "a.jpg"], ["a.jpg", "JPEG cannot be animated", ".gif"]), (["--gif", "--out", "a.pdf"], ["PDF"]),
@@ -198,10 +200,10 @@ def test_classes_with_names(call, tmp_path):
 
 
 def test_out_of_memory_is_one_line(command, tmp_path):
-    """10,000 images of 16 channels and 1024 x 1024 pixels do not fit into 16 GB."""
+    """The noise of 81 images of 16 channels and 1024 x 1024 pixels does not fit into 5 GB; their picture does."""
     path = make_checkpoint(tmp_path / "model.pth", image_size=1024, channels=16, patch_size=64)
-    process = command("inference.py", "--checkpoint", path, "--count", 1000, "--out", tmp_path / "a.png", preexec_fn=(
-        lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))))
+    process = command("inference.py", "--checkpoint", path, "--labels", *range(9), "--count", 9, "--out",
+                      tmp_path / "a.png", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 * 2**30,) * 2))
     assert_refused(process, "out of memory: lower --count")
 
 
@@ -486,6 +488,9 @@ def test_pictures_that_cannot_be_written(tmp_path):
             save_picture(tmp_path / name, wide)
         assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):  # which is no fault of the format
+        patch.setattr(Image, "new", mock.Mock(side_effect=MemoryError))
+        check_picture(tmp_path / "b.png")
     for ending in sorted(Image.registered_extensions()):  # none gets past the check and fails after the work
         try:
             check_picture(tmp_path / f"b{ending}")

@@ -52,6 +52,8 @@ def test_clips_are_animated(call, tmp_path, monkeypatch):
                 assert strip.crop((58 * i, 58 * row, 58 * i + 58, 58 * row + 58)).tobytes() == frame.tobytes()
     code, _, err = call(video.draw, *flags, "--out", "a.jpg")
     assert_refused((code, "", err), "JPEG cannot be animated")
+    with Image.open("strip.png") as strip:  # in a notebook
+        assert video.draw.draw("31", checkpoint="clips.pth").tobytes() == strip.tobytes()
 
 
 def test_a_clip_is_a_function_of_seed_and_index(tmp_path):

@@ -14,6 +14,7 @@ import functools
 import torch
 from tqdm import tqdm
 
+import inference
 from dataset import to_float
 from inference import (
     FULL_BATCH,
@@ -26,6 +27,7 @@ from inference import (
     sample,
     save_views,
     say_drawn,
+    strips,
 )
 from video.config import ClipConfig
 from video.given import complete
@@ -125,6 +127,10 @@ def draw_longer(model, config, labels, count, args):
 def sized_noise(size, seed, indices, shape, *rest):
     """`noise_source` for clips of another `size`, (T, H, W)."""
     return noise_source(seed, indices, (shape[0], *size), *rest)
+
+
+# For a notebook: the frames of each clip side by side
+draw = functools.partial(inference.draw, of=ClipConfig, show=lambda clips, *_: strips(clips.movedim(2, 0)))
 
 
 def parse_args():
