@@ -6,7 +6,7 @@ It needs the weights that come with the repository, and two other pictures of th
 images/page.png, which shows the page of demo/ in a window of 930 pixels.
 """
 
-from support.commands import run
+from support.commands import Parser, run
 from support.pictures import LINE, save_animation, write_figure
 
 import dataclasses
@@ -159,6 +159,7 @@ def architecture():
 
 
 def main():
+    Parser(description="Draws the two pictures at the top of the README anew, into images/.").parse_args()
     write_figure(architecture(), IMAGES / "dit.png")
     save_animation(IMAGES / "collage.gif", collage(), MILLISECONDS)
     print(f"-> {IMAGES / 'dit.png'}\n-> {IMAGES / 'collage.gif'}")

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from config import PAPER, PRESETS, Config
+from inference import say_default
 from latent.config import LatentConfig
 from measure.results import network_calls, save_figure, show_mean
 from measure.score import METRICS, draw_fakes, few, open_judge
@@ -443,6 +444,7 @@ def parse_args():
     parser.add_argument("--out", type=some_path, default=Path("scaling"), help="folder of the study (default: scaling)")
     add_flags(parser.add_argument_group("settings of every run, as of train.py"),
               LatentConfig, [field.name for field in dataclasses.fields(LatentConfig) if field.name not in OWN])
+    say_default(parser, ["dataset", "steps", "guidance"], "the preset's")
     add_device_flag(parser)
     args = parser.parse_args()
     if not 10 <= args.count <= 100_000 or args.marks not in (None, *range(1, 21)):

@@ -159,6 +159,13 @@ def test_a_readme_says_the_same_in_both_languages(folder):
         assert facts(theirs) == facts(ours), f"{ours.splitlines()[0]} / {theirs.splitlines()[0]}"
 
 
+@pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
+def test_a_readme_names_every_file_of_its_folder(folder):
+    readme = (folder / "README.md").read_text()
+    for path in folder.glob("*.py"):
+        assert f"`{path.name}`" in readme or f"{folder.name}.{path.stem}" in readme, path
+
+
 def places(path):
     """The headings of a page, as GitHub names them: in lower case, without punctuation, with hyphens for spaces."""
     headings = re.findall(r"^#+ (.*)", path.read_text(), flags=re.MULTILINE)
