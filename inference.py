@@ -119,8 +119,8 @@ def find_checkpoint(path=None):
 
 
 def load_for_sampling(args, kinds=(Config,)):
-    """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for, of one of the
-    classes of settings `kinds`, the last of which knows most; sets `args.checkpoint` to the file."""
+    """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for. kinds: the classes
+    of settings that will do, the fullest last. Sets `args.checkpoint` to the file."""
     args.checkpoint = find_checkpoint(args.checkpoint)
     device, precision = pick_device(args.device), getattr(args, "precision", "auto")
     model, config = load_model(args.checkpoint, device, precision, kinds)

@@ -367,7 +367,7 @@ def train_parser(description, of=Config, presets=PRESETS):
 
 
 def say_end(done, stopped, run_dir, drawn_by="inference.py", script=()):
-    """Says what to do next after `done` steps; where a signal `stopped` them, as `end_stopped` does for `script`."""
+    """Prints what to do next after `done` steps; if a signal `stopped` them, as `end_stopped` does for `script`."""
     if stopped:
         end_stopped(done, stopped, *script)
     given = flag_words("--checkpoint", run_dir / "model.pth") if run_dir != Path("run") else []

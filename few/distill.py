@@ -57,9 +57,9 @@ def matching_losses(process, x_0, t, y, noise, teacher, fake, guidance):
 
     (fake(x_t) - teacher(x_t)) / mean |x_0 - teacher(x_t)|      (DMD, 2311.18828, equations 7 and 8)
 
-    over the number of an image's values; half the mean of its squares is the loss's value. Either network knows the
-    score of a distribution at noise of t (B,): the teacher, guided, of the one to match, and `fake`, which is
-    trained on x_0 all the while (2405.14867), of the student's. Where these are one, the gradient is 0 on average.
+    over the number of an image's values; half the mean of its squares is the loss's value. Each network knows the
+    score of a distribution at noise of t (B,): the guided teacher that of the target, and `fake`, which is trained
+    on x_0 meanwhile (2405.14867), that of the student. If the two are equal, the gradient is 0 on average.
     """
     with torch.no_grad():
         x_t, _ = process.forward_add_noise(x_0, t, noise)

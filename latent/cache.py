@@ -142,7 +142,7 @@ def hash_of(value, *others):
 
 
 def read_note(path, identity):
-    """What latents.json says, or None where there is none: the encoding is not done. Raises `UserError`."""
+    """What latents.json says, or None without one: then the encoding is not done. Raises `UserError`."""
     note = path / "latents.json"
     if not note.exists():
         return None
@@ -217,7 +217,7 @@ def encode(images, vae, path, identity):
 
 
 def read_marks(path, blocks):
-    """The notes (blocks, MARK) of which blocks are there, zeros for those that are not; None where nothing is."""
+    """The notes (blocks, MARK) on the blocks that are encoded, zeros for the others; None if there are no notes."""
     marks = path / "encoded"
     if not marks.is_file() or marks.stat().st_size != blocks * MARK:
         return None

@@ -71,8 +71,8 @@ def official_name(name):
 
 
 def read_official(path):
-    """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. Of a large file nothing is in
-    memory yet. Nothing in it can run code. Raises `UserError` when it is another file."""
+    """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. The weights are
+    not in memory yet if the file is large. Nothing in it can run code. Raises `UserError` when it is another file."""
     try:
         content = read_tensors(path, HARMLESS, mmap=True)
     except FileNotFoundError:

@@ -43,7 +43,7 @@ def read_sprites(data_dir, train, image_size=(), channels=0):
     Each of 1,296 characters is another choice of body, bottomwear, topwear and hair. 1,000 are to train; the others, to
     test, are made of the same parts, but no choice of the four occurs in both.
     Returns frames uint8 (characters, 9, 8, C, H, W): 3 actions from 3 directions, as `ACTIONS` and `DIRECTIONS` order
-    them, in 8 frames, of which two pairs in each slash and one in each cast are the same. Of all images, 1.4 %
+    them, in 8 frames; two pairs of these are the same in each slash, and one in each cast. 1.4 % of all images
     belong to two classes: under some tops, a cast and a slash begin alike.
     Raises `UserError` when the sheets cannot be had, are damaged or do not fit into memory.
     """

@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
-    """Two residual blocks, and between them attention where there is any. forward: (B, C, h, w) -> (B, C, h, w)"""
+    """Two residual blocks, with attention between them or without. forward: (B, C, h, w) -> (B, C, h, w)"""
 
     def __init__(self, channels, groups, attention):
         super().__init__()
@@ -178,8 +178,8 @@ class VAE(nn.Module):
     `posterior` and `reconstruct` are the network as it is. `encode` and `decode` are what a diffusion model works with:
     their latents are normalized to (z - mean) / std, here and nowhere else. mean, std: (1 or C_latent, 1, 1).
 
-    The settings have diffusers' names and defaults. block_out_channels: the width of each level, of which each but the
-    last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
+    The settings have diffusers' names and defaults. block_out_channels: the width of each level; each level but
+    the last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
 
     One is ours: patch_size p. Above 1 the network sees patches, their pixels as channels, (B, C p^2, H / p, W / p):
     convolutions of whole images cost most. in_channels and out_channels are then C p^2.
@@ -250,7 +250,7 @@ class VAE(nn.Module):
         return self.hash_of("encoder", "quant_conv")
 
     def hash_of(self, *parts):
-        """A hash, 16 hexadecimal digits, of the settings and the weights of these children; of none named, of all."""
+        """A hash (16 hexadecimal digits) of the settings and the weights of these children (default: all)."""
         digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
         for name, weight in sorted(self.state_dict().items()):
             if not parts or name.partition(".")[0] in parts:

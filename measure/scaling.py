@@ -141,7 +141,7 @@ def read_record(folder, config, count):
 
         settings             what all was made with: those of `Config` and `count`, the images of a score
         scores               a dict for each: step, seconds (of training), scoring (seconds), and those of `Judge.brief`
-    Of the first seed, after the first steps, also:
+    After the first steps of the first seed, also:
         parameters, tokens   of the model
         flops                of its `forward_flops`
         speed                the seconds of a step

@@ -402,7 +402,7 @@ def nearest_picture(fakes, train, each=6, device="cpu"):
 def worst_picture(fakes, labels, probs, names, count=40):
     """The fakes least read as the label asked for, the worst first, each above what was asked and read: a PIL image.
 
-    probs (N, num_classes): of `embed`. names: of the classes."""
+    probs (N, num_classes): as `embed` returns them. names: those of the classes."""
     order = probs[torch.arange(len(fakes)), labels].argsort(stable=True)[:count]
     between = " " if are_numbers(names) else "\n"
     captions = [f"{names[labels[k]]}{between}read {names[probs[k].argmax()]}" for k in order]

@@ -173,7 +173,7 @@ def load_model(path, device="cpu", precision="auto", kinds=()):
 def averaged_model(content, device="cpu", precision="auto"):
     """The averaged model in the dict of `load_checkpoint`, to sample in that precision. Its weights are those in the
     dict, where their type and device can stay."""
-    with torch.device("meta"):  # random weights would be in vain: of a large network, 20 s and 3 GB
+    with torch.device("meta"):  # random weights would be wasted: 20 s and 3 GB for a large network
         model = content["config"].build_model()
     model.load_state_dict(content["ema"], assign=True)
     return model.to(device, dtype_of(precision, torch.device(device))).eval().requires_grad_(False)

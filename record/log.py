@@ -34,7 +34,7 @@ class Bar(tqdm):
 
 
 class RunLog:
-    """Logs the mean loss of the steps since the last row, in all and by noise level. Used by `with`.
+    """Logs the mean loss of the steps since the last row, in all and by noise level. A context manager.
 
     Every process has one and adds its share of the batch; rank 0 alone writes and shows the bar.
 

@@ -42,7 +42,7 @@ def open_run(run_dir):
 
 
 def load_to_resume(path, settings, of, changeable=None):
-    """The configuration, of the class `of`, of the run saved at `path`, changed as `settings` (a dict) say, and its
+    """The configuration of the run saved at `path`, of the class `of`, changed as `settings` (a dict) say, and its
     checkpoint. changeable: the names of the settings that may change, if not those of the class. Raises `UserError`."""
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:

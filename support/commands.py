@@ -144,8 +144,8 @@ def end_stopped(done, number, *script):
 
 
 def first_line(error, most=150):
-    """The first line of an exception's message, or its type where it has none; cut between two words where it is longer
-    than `most` characters."""
+    """The first line of an exception's message, or its type if it has none; cut between two words if it is longer than
+    `most` characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= most else line[:most - 4].rsplit(" ", 1)[0] + " ..."
 

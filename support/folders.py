@@ -92,7 +92,7 @@ class Folder(Images):
 
     @property
     def fingerprint(self):
-        """A hash, 16 hexadecimal digits, of the files' names, sizes and times, and of the images' shape."""
+        """A hash (16 hexadecimal digits) of the files' names, sizes and times, and of the images' shape."""
         digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
         digest.update(b"" if self.ground == "black" else self.ground.encode())
         for file in self.files:
@@ -141,8 +141,8 @@ def warn_of_alike(images, root):
 
 
 def list_classes(root, train=True, wanted=is_image, whole=None):
-    """What there is of each class in a part of `root`: a dict from the names of classes to lists of files, and the
-    names of all classes. What is left out is said on standard error. Raises `UserError`.
+    """The files of each class in a part of `root`: a dict from the names of classes to lists of files, and the names
+    of all classes. Prints on standard error what is left out. Raises `UserError`.
 
     `root` holds a folder for each class, to which all below it belongs, as torchvision's ImageFolder has it; or files
     alone, which are then of one class; or in its folders train and test (`TESTS`) what it would hold itself.
@@ -208,7 +208,7 @@ def training_part(root, wanted=is_image):
 
 
 def find_classes(folder, wanted=is_image, whole=None):
-    """What there is of each class in `folder`: a dict from the names of the folders in it that hold any, in natural
+    """The files of each class in `folder`: a dict from the names of the folders in it that hold any, in natural
     order, to lists of files; a Counter of the files that are left out; and the names of the other folders. A name that
     is no text is spelt in bytes, such as \\xc4. Raises `UserError` when there is nothing, or all lies deeper."""
     left_out = collections.Counter()

@@ -99,7 +99,7 @@ def walk(folder, wanted, left_out, whole=None, above=()):
 
 
 def show_left_out(left_out):
-    """Of a Counter: 16 files: 12 .heic, 3 broken links, 1 .txt"""
+    """A Counter as words, such as 16 files: 12 .heic, 3 broken links, 1 .txt"""
     most_first = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     kinds = [f"{count:,} {kind}{'s' if count > 1 and kind[0] != '.' else ''}" for kind, count in most_first]
     return (f"{left_out.total():,} file{'s' if left_out.total() > 1 else ''}: {', '.join(kinds[:8])}"
@@ -212,8 +212,8 @@ def read_clip(source, size=(), mode="RGB", ground="black", still=False, held=0):
     source: a video; a GIF, a WebP or an APNG; a picture, which is a clip of one frame, or one from Python; a folder of
     images, or a list of them. still: reads the first frame alone. held: frames of this size that are in memory already.
 
-    Of a video ten frames a second are taken. An animation may show its frames for different times, as GIFs do that show
-    a frame longer instead of twice. Each is repeated as often as the shortest of these times goes into its own; what is
+    A video is read at ten frames a second. An animation may show its frames for different times, as GIFs do that show a
+    frame longer instead of twice. Each is repeated as often as the shortest of these times goes into its own; what is
     shown for longer than `SLOWEST` milliseconds is taken for several frames, and 10 milliseconds or less are `SLOWEST`,
     as in browsers. Raises `UserError` that names the file, or says that the frames do not fit into memory.
     """
@@ -268,7 +268,7 @@ def read_stills(files, mode, ground):
 
 
 def read_animation(path, mode, ground):
-    """Yields the frames of an animation as `read_stills` does; of a picture, the one."""
+    """Yields the frames of an animation, or the one of a picture, as `read_stills` does."""
     with opened(path) as image:
         count = frame_count(image)
         if count == 1 and not image.info.get("duration"):

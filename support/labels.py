@@ -12,7 +12,7 @@ def parse_labels(words, names):
     """The labels that `words` (a list, or one) ask for, each by a class's name or its number, a list of ints.
 
     31415 is five digits, 3 14 or 3,14 are two labels. None: each label, but at most 10.
-    names: of the classes. Raises `UserError` for what is neither.
+    names: those of the classes. Raises `UserError` for any other word.
     """
     if words is None:
         return list(range(min(len(names), 10)))

@@ -41,7 +41,7 @@ def grid_size(N, H, W, columns, gap=2, height=56, captions=()):
 
 
 def frames_of(x):
-    """The frames of clips x (B, C, T, H, W), a tuple of images (B, C, H, W); of images (B, C, H, W), themselves."""
+    """The frames of clips x (B, C, T, H, W) as a tuple of T images (B, C, H, W); images x are one frame."""
     return x.reshape(*x.shape[:2], -1, *x.shape[-2:]).unbind(2)
 
 

@@ -15,8 +15,8 @@ import torch
 
 
 def read_tensors(path, known=(), mmap=False):
-    """What `torch.save` wrote into a file, on the CPU. Of a safetensors file: the dict that its metadata hold as JSON,
-    under "checkpoint", and its tensors under "ema".
+    """What `torch.save` wrote into a file, on the CPU. For a safetensors file: the dict in its metadata, JSON under
+    "checkpoint", with the file's tensors as its "ema".
 
     known: classes (or pairs of a class and the name that stands for it) that the file may hold beside plain values.
     mmap: nothing is in memory yet. Raises FileNotFoundError, `UserError`, or nearly anything when it is another file.
