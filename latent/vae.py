@@ -375,7 +375,7 @@ def find_files(name):
 
 
 def download(repository):
-    """The same two paths of a VAE on the Hugging Face hub, from its cache where they are there already."""
+    """The same two paths of a VAE on the Hugging Face hub, from its cache if they are there already."""
     import huggingface_hub as hub  # here, since few need it
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -64,7 +64,7 @@ def compare(fake, real, around_real=None):
     recall the share of reals in any ball drawn in the same way around the fakes (k = 3). Density is how many balls of
     reals a fake is in, over k: about 1, more where fakes crowd. Coverage is the share of them that hold a fake (k = 5).
 
-    around_real: `neighbour_distances` of `real`, where they are known already.
+    around_real: `neighbour_distances` of `real`, if they are known already.
     """
     if min(len(fake), len(real)) <= K_COVERAGE:
         return dict.fromkeys(METRICS, float("nan"))
@@ -113,7 +113,7 @@ def nearest(images, train_images, size=500, device="cpu"):
     best = torch.full((len(images),), math.inf, device=device)
     indices = torch.zeros(len(images), dtype=torch.int64, device=device)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")  # as bfloat16 where that is quicker, which holds 0..255 exactly
+    torch.set_float32_matmul_precision("medium")  # as bfloat16 if that is quicker; it holds 0..255 exactly
     length = max(1, BLOCK // images.shape[1])
     for start in range(0, len(train_images), length):
         train = train_images[start:start + length].to(device).float()
@@ -312,7 +312,7 @@ def open_judge(config, device):
 
 
 def few(count, test_count):
-    """The warnings that so many images, or test images, are few, as a list of lines; empty where they are not."""
+    """The warnings that so many images, or test images, are few, as a list of lines; else empty."""
     lines = [f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than about the "
              f"model"] if count < FEW else []
     least, what = min((count, "images"), (test_count, "test images"))
@@ -462,7 +462,7 @@ def score_folder(args, device):
 
 
 def score_vae(args, device):
-    """Scores the VAE `--vae` alone, and keeps the result in its folder, where it is one."""
+    """Scores the VAE `--vae` alone, and keeps the result in its folder, if it is one."""
     flags = given_flags(args, LatentConfig)
     if "dataset" not in flags:
         raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "

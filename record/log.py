@@ -149,7 +149,7 @@ def sound_rows(text, names):
 
 
 def read_log(path):
-    """The names of log.csv's columns, and its rows that are whole, lists of floats. None where it is no log."""
+    """The names of log.csv's columns, and its rows that are whole, lists of floats; empty if it is no log."""
     try:
         text = path.read_text(errors="replace")
     except OSError:

@@ -71,7 +71,7 @@ def check_output(path, own=MARK, inputs=()):
 @contextlib.contextmanager
 def lock_dir(path):
     """Within the block the folder `path` is this process's: another that asks for it gets a `UserError`. The system
-    takes the lock away when the process ends, however it ends. Does nothing where there is no flock: on Windows, and on
+    takes the lock away when the process ends, however it ends. Does nothing without flock: on Windows, and on
     file systems without it."""
     if not fcntl:
         yield

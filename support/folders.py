@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 TESTS = ("test", "val", "valid", "validation")  # folders of images to test on, beside train/
-TENTH = 10  # one image in so many of each class is held out where there is no folder to test on
+TENTH = 10  # one image in so many of each class is held out if there is no folder to test on
 ONE = "all"  # the class of images that lie in no class's folder
 LOOKED_AT = 16  # images, spread over all, that show whether what is read is any good
 NARROW = 64  # levels of 256 that images should have more of

@@ -156,7 +156,7 @@ def opened(path):
 
 
 def name_of(path):
-    """What messages call a picture: its file's name, where it is in one."""
+    """What messages call a picture: its file's name, if it has one."""
     return os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the picture"
 
 

@@ -45,7 +45,7 @@ def show_size(size):
 
 def demand_memory(count, channels, size, remedy=""):
     """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
-    training needs some as well. remedy: what to do, where it is not a smaller --image-size."""
+    training needs some as well. remedy: what to do, if not a smaller --image-size."""
     needed, free = count * channels * math.prod(size), available_memory()
     if max(size) > LARGEST or needed > free / 2:
         limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
