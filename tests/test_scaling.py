@@ -149,6 +149,7 @@ def made(monkeypatch, tmp_path):
 def test_the_models_of_the_presets(made):
     models, _ = made()
     assert len(models) == 12 and len({model.kind for model in models}) == 12
+    assert {model.of for model in models} == {Config}  # which inference.py draws
     assert {model.patch for model in models} == {14, 7, 4}
     assert len({tuple(sorted((key, value) for key, value in model.settings.items() if key not in (
         "depth", "hidden_size", "num_heads", "patch_size"))) for model in models}) == 1  # all else is alike

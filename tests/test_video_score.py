@@ -332,7 +332,7 @@ def test_models_side_by_side(call, tmp_path):
     (dict(dataset="clips"), [], ["only clips of one moving digit"]), (dict(digits=2), [], ["--digits 1"]),
     (dict(dataset="sprites"), [], ["8x64x64"]), (dict(image_size=(2, 32, 32)), [], ["moving of 2x32x32"]),
     (dict(of=Config, dataset="folder", image_size=(32, 48), patch_size=(16, 16)), [],
-     ["draws 'images'", "use python inference.py"]),
+     ["is a model of images", "python inference.py"]),
     ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
     ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--beside", "c.pth"], ["two models are called c"]),
     ({}, ["--out", "a.jpg"], ["a.jpg"]), ({}, ["--labels", 3], ["--labels"])])
