@@ -18,7 +18,7 @@ FLAGS = [*TINY, "--batch-size", "9", "--lr-decay", "constant", "--precision", "f
 
 def torchrun(processes, script, *args):
     """The started command, a script or a module; every process has one thread."""
-    script = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
+    script = [str(REPOSITORY / script)] if str(script).endswith(".py") else ["-m", script]
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                              str(processes), *script, *map(str, args)], text=True, cwd=REPOSITORY,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
