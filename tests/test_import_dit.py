@@ -525,13 +525,14 @@ def test_a_vae_that_does_not_fit(weights, bring, vae, call, tmp_path):
                            ("thin", small | dict(latent_channels=3))):
         save_vae(VAE(**settings), tmp_path / name)
         assert_refused(call(draw, *flags, "--vae", tmp_path / name), tmp_path / name, "(4, 8, 8)", "(3, 64, 64)")
-    assert_refused(call(draw, *flags, "--vae", ""), "draws latents", "--vae FOLDER")
+    assert_refused(call(draw, *flags, "--vae", ""), "--vae", "is empty")
     (tmp_path / "empty").mkdir()
     assert_refused(call(draw, *flags, "--vae", tmp_path / "empty"), "holds no config.json")
     pixels = LatentConfig(image_size=8, channels=1, patch_size=4, num_classes=2, hidden_size=4, num_heads=1, depth=1)
     save_checkpoint(tmp_path / "pixels.pth", pixels, 0, 0.0, pixels.build_model().state_dict())
     for path, words in ((tmp_path / "pixels.pth", "pixels.pth draws images without a VAE: leave --vae out"),
-                        (REPOSITORY / "weights" / "mnist.pth", "mnist.pth draws 'images': use python inference.py")):
+                        (REPOSITORY / "weights" / "mnist.pth", "mnist.pth is a model of images: draw with it by python "
+                                                               "inference.py")):
         flags[1] = path
         assert_refused(call(draw, *flags, "--vae", vae), words)
     assert not (tmp_path / "a.png").exists()
@@ -626,4 +627,4 @@ def test_pictures_are_changed_as_latents(weights, bring, vae, call, tmp_path):
 
 
 def test_the_page_refuses_what_it_cannot_draw(weights, bring, call, tmp_path):
-    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "draws 'latents'")
+    assert_refused(call(export, "--checkpoint", bring(weights), "--out", tmp_path / "a.html"), "is a model of latents")
