@@ -6,8 +6,6 @@ them by default, it is to diffusers the VAE of such patches: images go through t
 pixel_shuffle on the way out. AutoencoderKL cannot do that itself: its decoder doubles an image by repeating each value
 and convolves it with the same kernel everywhere, so that it cannot put different channels into neighbouring pixels.
 The letters: B batch, C channels, H W pixels, h w latents, f = H / h.
-
-The root reads this file, so it imports `support` alone.
 """
 
 from support.commands import UserError, first_line

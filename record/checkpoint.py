@@ -1,7 +1,7 @@
 """A checkpoint: one file of plain values and tensors that rebuilds its model without any flag.
 
     format       FORMAT
-    kind         what it draws: the `kind` of its class of settings
+    kind         what it draws, or "vae": the `kind` of its class of settings
     config       the settings, a dict
     step         training steps so far
     seconds      training time so far
