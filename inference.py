@@ -123,7 +123,7 @@ def load_for_sampling(args, kinds=(Config,)):
     of settings that will do, the fullest last. Sets `args.checkpoint` to the file."""
     args.checkpoint = find_checkpoint(args.checkpoint)
     device, precision = pick_device(args.device), getattr(args, "precision", "auto")
-    model, config = load_model(args.checkpoint, device, precision, kinds)
+    model, config = load_model(args.checkpoint, device, precision, kinds=kinds)
     given = given_flags(args, kinds[-1])
     check_given(config, given)
     config = dataclasses.replace(config, **{"seed": 0, "precision": precision, **given})

@@ -21,7 +21,6 @@ class LatentConfig(Config):
     kind = "latents"
     trained_by, drawn_by = "-m latent.train_dit", "-m latent.draw"
     SAMPLING = (*Config.SAMPLING, "vae", "spacing", "guided_channels", "clamp")
-    CHANGEABLE = (*Config.CHANGEABLE, "vae", "latents", "spacing", "guided_channels", "clamp")
 
     # Data
     dataset: str = flag("sprites", "sprites (64x64, in colour: 9 actions); mnist; folder: one folder per class; or a "
@@ -69,6 +68,11 @@ class LatentConfig(Config):
                 raise UserError(f"{name} is {numbers!r:.80}, but must be one number, or one for each of {C} channels")
         if self.clamp:
             raise UserError("clamp is for pixels, and latents have no bounds: --no-clamp")
+
+    @property
+    def CHANGEABLE(self):
+        vae = ("vae",) if self.vae else ()  # it may have moved
+        return (*super().CHANGEABLE, *vae, "latents", "spacing", "guided_channels", "clamp")
 
     @property
     def input_name(self):

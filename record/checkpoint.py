@@ -163,7 +163,7 @@ def check_content(content, network, shapes, file_size):
         raise UserError("its weights claim more than the file holds")
 
 
-def load_model(path, device="cpu", precision="auto", kinds=()):
+def load_model(path, device="cpu", precision="auto", *, kinds):
     """Loads the averaged model of a checkpoint to sample in that precision ("fp32", "bf16" or "auto"). kinds: as for
     `load_checkpoint`. Returns (model, config)."""
     content = load_checkpoint(path, kinds)

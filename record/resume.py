@@ -47,7 +47,8 @@ def load_to_resume(path, settings, of, changeable=None):
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
-    config = change_settings(saved["config"], settings, path, changeable or of.CHANGEABLE, AUTOMATIC)
+    config = change_settings(saved["config"], settings, path, changeable or saved["config"].CHANGEABLE,
+                             AUTOMATIC)
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
     return config, saved

@@ -151,6 +151,14 @@ def test_sizes_without_room(size):
         moving(image_size=size)
 
 
+def test_several_sizes_are_not_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_dit.root, "train", lambda config, *_, **__: seen.append(config.get("compile")))
+    for settings in ({"steps": 10_000}, {"steps": 10_000, "sizes": "1x32x32"}, {"sizes": "1x32x32", "compile": True}):
+        train_dit.train(settings)
+    assert seen == [None, False, True]
+
+
 @pytest.mark.parametrize("settings", [dict(image_size=(8, 24, 32)), dict(image_size=(4, 24, 24),
                                                                          sizes=((8, 24, 32),))])
 def test_clips_that_do_not_fit(monkeypatch, settings):
