@@ -26,6 +26,7 @@ class Config(Settings):
 
     kind = "images"  # what a model of these settings draws; its checkpoint says so
     trained_by, drawn_by = "train.py", "inference.py"
+    adamw_betas = (0.9, 0.99)
     input_name = "image_size"  # the setting that says the size of what the network sees
     # The settings that say how to draw, and those that a resumed run may change
     SAMPLING = ("sampler", "sample_steps", "guidance", "eta", "seed", "precision")

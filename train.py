@@ -39,7 +39,6 @@ from record.log import RunLog, plot_loss
 from record.page import show_run
 from record.resume import load_to_resume, open_run
 
-ADAMW_BETAS = (0.9, 0.99)
 EMA_WARMUP = 10  # at first the average covers about the last 1/10 of the steps so far
 COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 
@@ -102,7 +101,7 @@ def start_run(config, device, saved=None):
 def make_optimizers(model, config, device, saved=None):
     """AdamW and, if the configuration has it, Muon: in their states at the checkpoint `saved`."""
     others, matrices = split_parameters(model, config.optimizer == "muon")
-    optimizers = [torch.optim.AdamW(others, betas=ADAMW_BETAS, weight_decay=config.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(others, betas=config.adamw_betas, weight_decay=config.weight_decay, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype_of(config.precision, device)))
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else (), strict=False):

@@ -61,6 +61,7 @@ class VAEConfig(Settings):
     CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every")
     T = num_classes = 1  # it sees no noise, and no labels
     optimizer, weight_decay, grad_clip, lr_decay, ema_decay = "muon", 0.0, 1.0, "linear", 0.995
+    adamw_betas = (0.9, 0.95)
     page = (("network", "VAE"), ("commands", commands),
             ("columns", "held-out images, and below each what its latents decode to"))
 
