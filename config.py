@@ -1,6 +1,6 @@
 """The settings of a run: one frozen dataclass, its presets, and the flags made from its fields."""
 
-from support.commands import UserError
+from support.commands import UserError, some_path
 from support.sizes import LARGEST, as_size, as_sizes, show_divisors, show_size, show_sizes
 
 import argparse
@@ -277,7 +277,7 @@ def add_flags(parser, names=None, of=Config):
         rule = field.metadata
         if "help" in rule and (names is None or field.name in names):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=SIZES.get(field.name, field.type), choices=rule["choices"],
+                type={**SIZES, "data_dir": some_path}.get(field.name, field.type), choices=rule["choices"],
                 metavar=None if rule["choices"] else "HxW" if field.name in SIZES else field.type.__name__)
             default = 0 if field.name in SIZES else "none" if field.default == "" else field.default
             functions = rule["choices"].items() if isinstance(rule["choices"], dict) else ()

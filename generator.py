@@ -139,7 +139,8 @@ def main():
     parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as many as the "
                         "data have, in proportion, but equally many where no class is larger than another by more than "
                         "a quarter)")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data set is (default: as in training)")
+    parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
+                        help="where the data set is (default: as in training)")
     args = parser.parse_args()
     if not 1 <= args.count <= 1_000_000:
         raise UserError(f"--count {args.count}: must lie between 1 and 1,000,000")

@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import Config, add_flags, check_value, flag, given_flags
+from config import Config, add_flags, as_name, check_value, flag, given_flags
 from dataset import load_dataset, to_float, to_uint8
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
 from train import (
@@ -106,7 +106,8 @@ class Recipe:
     lr_decay = "linear"
 
     def __post_init__(self):
-        for name, value in (("image_size", as_size(self.image_size)), ("widths", tuple(self.widths))):
+        for name, value in (("image_size", as_size(self.image_size)), ("widths", tuple(self.widths)),
+                            ("data_dir", as_name(self.data_dir))):
             object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))

@@ -38,6 +38,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
 FORMAT, OLD_FORMAT = "classifier-1", "digit-classifier-1"
 DIGITS = "mnist", (1, 28, 28)  # the images that `DigitClassifier` reads
+MNIST = "1c4bb9346033fd0f"  # the fingerprint of all of them
 FEATURES = 64
 WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
 LARGEST_GRID = 32  # its first convolution brings larger images down to this
@@ -205,8 +206,8 @@ def load_parts(name, data_dir, image_size=(), channels=0, ground="black"):
 
 
 def where_kept(name, shape, fingerprint):
-    """The file of the classifier of such images: MNIST's own comes with the repository."""
-    return WEIGHTS if (name, tuple(shape)) == DIGITS else KEPT / f"{name}-{fingerprint}.pth"
+    """The file of the classifier of these images: that of all MNIST comes with the repository."""
+    return WEIGHTS if (name, tuple(shape), fingerprint) == (*DIGITS, MNIST) else KEPT / f"{name}-{fingerprint}.pth"
 
 
 def save_classifier(path, classifier, data, fingerprint, accuracy):
@@ -253,12 +254,14 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
 
 
 def find_classifier(data, fingerprint, data_dir, device="cpu"):
-    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`. Raises
-    `UserError` when there is none, with the command that trains it."""
+    """The classifier that was trained on the `Dataset` data, with this fingerprint of `load_parts`; or on all MNIST,
+    when data is a part of it. Raises `UserError` when there is none, with the command that trains it."""
     shape = tuple(data.images.shape[1:])
     path = where_kept(data.name, shape, fingerprint)
     if path.exists() or path == WEIGHTS:
         return load_classifier(path, data.name, fingerprint, device)
+    if (data.name, shape) == DIGITS:  # some of MNIST
+        return load_classifier(device=device)
     C, *size = shape
     flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
              "--image-size", show_size(size), "--channels", str(C)]

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, TINY, assert_refused
+from conftest import REPOSITORY, SMALL, TINY, assert_refused, same, small_mnist
 from PIL import Image
 
 import measure.score
@@ -275,8 +275,11 @@ def test_other_images_of_the_same_shape_are_not_read_as_digits(tmp_path, monkeyp
 
 
 def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):
-    assert where_kept("mnist", (1, 28, 28), "x") == WEIGHTS
-    assert where_kept("mnist", (3, 28, 28), "x") != WEIGHTS
+    whole = load_dataset("mnist").fingerprint
+    assert where_kept("mnist", (1, 28, 28), whole) == WEIGHTS != where_kept("mnist", (3, 28, 28), whole)
+    assert where_kept("mnist", (1, 28, 28), "of others") != WEIGHTS  # whose training must not write over it
+    data = small_mnist(image_size=28)
+    assert same(find_classifier(data, data.fingerprint, SMALL).state_dict(), load_classifier().state_dict())
     old = load_classifier(fingerprint="any")  # its format does not say of which images it is
     save_classifier(tmp_path / "new.pth", old, parts[0], "these", 0.5)
     new = load_classifier(tmp_path / "new.pth", fingerprint="these")

@@ -194,7 +194,8 @@ def test_devices_that_cannot_be_used(name):
     (inference, ["--edit", ""]), (inference, ["--extend", ""]), (inference, ["--before", ""]),
     (inference, ["--between", "", ""]), (inference, ["--loop", ""]), (inference, ["--out", ""]),
     (inference, ["--inpaint", "", "--mask", "a.png"]), (inference, ["--inpaint", "a.png", "--mask", ""]),
-    (video.score, ["--out", ""]), (export, ["--out", ""]), (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
+    (video.score, ["--out", ""]), (video.score, ["--data-dir", ""]), (train_vae, ["--data-dir", ""]),
+    (export, ["--out", ""]), (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
 def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
     """As an unset variable of a shell leaves it."""
     monkeypatch.chdir(tmp_path)

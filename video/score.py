@@ -262,8 +262,8 @@ def main():
                         "that draw the same noise and labels")
     parser.add_argument("--out", type=some_path,
                         help=f"write an animation of the first {SHOWN} clips, a column for each model")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where MNIST/ or Sprites/ is (default: as in "
-                        "training)")
+    parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS, help="where MNIST or the sprites are "
+                        "(default: as in training)")
     args = parser.parse_args()
     if not 20 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 20 and 100,000")
