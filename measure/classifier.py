@@ -42,6 +42,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
 FORMAT = "classifier-1"
 DIGITS = "mnist", (1, 28, 28)  # the images that `DigitClassifier` reads
+MNIST = "1c4bb9346033fd0f"  # the fingerprint of all of them
 FEATURES = 64
 WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
 LARGEST_GRID = 32  # its first convolution brings larger images down to this
@@ -209,8 +210,9 @@ def load_parts(config):
 
 
 def where_kept(data):
-    """The file of the classifier of a `Dataset`: MNIST's own comes with the repository."""
-    return WEIGHTS if (data.name, data.shape) == DIGITS else KEPT / f"{data.name}-{data.fingerprint}.pth"
+    """The file of the classifier of a `Dataset`: that of all MNIST comes with the repository."""
+    own = (data.name, data.shape, data.fingerprint) == (*DIGITS, MNIST)
+    return WEIGHTS if own else KEPT / f"{data.name}-{data.fingerprint}.pth"
 
 
 def save_classifier(path, classifier, data, accuracy):
@@ -255,11 +257,13 @@ def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
 
 
 def find_classifier(data, data_dir, device="cpu"):
-    """The classifier that was trained on the `Dataset` data. Raises `UserError` when there is none, with the command
-    that trains it."""
+    """The classifier that was trained on the `Dataset` data; or on all MNIST, when data is a part of it. Raises
+    `UserError` when there is none, with the command that trains it."""
     path = where_kept(data)
     if path.exists() or path == WEIGHTS:
         return load_classifier(path, data.name, data.fingerprint, device)
+    if (data.name, data.shape) == DIGITS:  # some of MNIST
+        return load_classifier(device=device)
     C, *size = data.shape
     flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
              "--image-size", show_size(size), "--channels", str(C)]

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, TINY, assert_refused
+from conftest import REPOSITORY, SMALL, TINY, assert_refused, same, small_mnist
 from PIL import Image
 
 import measure.score
@@ -277,8 +277,11 @@ def test_other_images_of_the_same_shape_are_not_read_as_digits(tmp_path, monkeyp
 
 
 def test_the_file_of_mnist_comes_with_the_repository(parts, tmp_path):
-    assert where_kept(parts[0]) == WEIGHTS
-    assert where_kept(load_dataset("mnist", SMALL, channels=3)) != WEIGHTS
+    assert where_kept(load_dataset("mnist")) == WEIGHTS
+    assert where_kept(load_dataset("mnist", channels=3)) != WEIGHTS
+    data = small_mnist(image_size=28)
+    assert where_kept(data) != WEIGHTS  # whose training must not write over it
+    assert same(find_classifier(data, SMALL).state_dict(), load_classifier().state_dict())
     old = load_classifier(fingerprint="any")  # the file does not say of which images it is
     save_classifier(tmp_path / "new.pth", old, parts[0], 0.5)
     new = load_classifier(tmp_path / "new.pth", fingerprint=parts[0].fingerprint)
