@@ -48,8 +48,6 @@ def open_data(config, device, images=None):
     if config.flips and config.dataset not in ("folder", "CIFAR10", "CIFAR100"):
         raise UserError(f"--flips is for photographs (--dataset folder, CIFAR10 or CIFAR100): what {config.dataset} "
                         "shows would mean something else in a mirror")
-    if config.vae and config.num_classes and not config.latent_shape:  # of a run that goes on
-        raise UserError("the run learns pixels, and cannot go on with latents: leave --vae out")
     of = dict(image_size=config.image_size, channels=config.channels, ground=config.ground)
     with parallel.rank_0_first():  # it may download them
         if not config.vae:
