@@ -185,7 +185,11 @@ def warned():
         print(f"\nwarning: {error}", file=sys.stderr)  # below the bar
 
 
-def show(run, path, stop):
+def save_grid(path, images):
+    save_picture(path, grid(images, columns=10))
+
+
+def show(run, path, stop, save=save_grid):
     """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
     device = next(run.model.parameters()).device
     labels = torch.arange(10, device=device).remainder(run.config.num_classes).repeat(6)
@@ -194,7 +198,7 @@ def show(run, path, stop):
             return
         x = state
     with warned():
-        save_picture(path, grid(run.config.to_images(x), columns=10))
+        save(path, run.config.to_images(x))
 
 
 def can_compile(device):

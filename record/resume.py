@@ -13,13 +13,13 @@ AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 
-def change_settings(config, settings, path, changeable, automatic):
+def change_settings(config, settings, path, changeable):
     """The configuration of the run saved at `path`, with those of `settings` (a dict) that are `changeable`. Raises
-    `UserError` when others contradict it; "auto", 0 or nothing for what is `automatic` contradicts nothing."""
+    `UserError` when others contradict it; "auto", 0 or nothing for those that are `AUTOMATIC` contradicts nothing."""
     fields = config.__dataclass_fields__
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
                    if name not in changeable and plain(fields[name], value) != getattr(config, name)
-                   and not (name in automatic and value in ("auto", 0, (), ""))]
+                   and not (name in AUTOMATIC and value in ("auto", 0, (), ""))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
     return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
@@ -47,8 +47,7 @@ def load_to_resume(path, settings, of, changeable=None):
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
-    config = change_settings(saved["config"], settings, path, changeable or saved["config"].CHANGEABLE,
-                             AUTOMATIC)
+    config = change_settings(saved["config"], settings, path, changeable or saved["config"].CHANGEABLE)
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
     return config, saved

@@ -8,10 +8,9 @@ from support.commands import run
 from support.pictures import frames_of, grid, save_animation
 from support.settings import given_flags
 
-import torch
+import functools
 
 import train as root
-from inference import sample
 from video.config import PRESETS, ClipConfig
 from video.draw import FRAME
 from video.given import given_frames, losses
@@ -34,15 +33,12 @@ def learn(run, data, step):
     return root.descend(run, each, step), t
 
 
-def show(run, path, stop):
-    """Writes the animated grid of samples; see `train.show`."""
-    labels = torch.arange(10, device=next(run.model.parameters()).device).remainder(run.config.num_classes).repeat(6)
-    for state in sample(run.ema, run.config, labels):
-        if stop():
-            return
-        x = state
-    with root.warned():
-        save_animation(path, [grid(view, columns=10) for view in frames_of(run.config.to_images(x))], FRAME)
+def save_grid(path, clips):
+    """Writes the grid of clips uint8 (B, C, T, H, W), in which they move."""
+    save_animation(path, [grid(view, columns=10) for view in frames_of(clips)], FRAME)
+
+
+show = functools.partial(root.show, save=save_grid)
 
 
 def train(config, *args, **options):
