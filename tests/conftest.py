@@ -277,6 +277,7 @@ def shown(monkeypatch):
 
     for module in (inference, video.draw):
         monkeypatch.setattr(module, "sample", sample)
+    monkeypatch.setattr(inference, "pick_device", lambda name: torch.device("cpu"))  # where it draws
     return calls
 
 

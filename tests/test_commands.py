@@ -142,7 +142,9 @@ def in_a_process(body, *words, **environment):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_out_of_memory_names_what_to_lower(error):
     def fail():
         raise error
@@ -161,11 +163,13 @@ def test_memory_that_really_runs_out(tmp_path):
     assert_refused(process, "out of memory", "--batch-size")
 
 
-def test_other_errors_are_not_hidden():
+@pytest.mark.parametrize("error", [ValueError("a mistake of ours"),
+                                   torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+def test_other_errors_are_not_hidden(error):
     def fail():
-        raise ValueError("a mistake of ours")
+        raise error
 
-    with pytest.raises(ValueError, match="a mistake of ours"):
+    with pytest.raises(type(error), match=str(error)):
         run(fail)
 
 
@@ -389,6 +393,29 @@ def test_the_environment_of_torchrun_and_what_is_none():
         assert parallel.read_environment({key: value for key, value in TORCHRUN.items() if key != name}) == (0, 1)
     for changes in ({"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "-1"}):
         assert parallel.read_environment(TORCHRUN | changes) == (0, 1)
+
+
+@pytest.mark.parametrize(("name", "processes", "gpus", "wanted"), [
+    (None, 2, 1, "2 processes need a GPU each, and here is 1"), ("cuda", 4, 3, "here are 3: .* --nproc-per-node 3"),
+    ("cuda:1", 2, 8, "here is 1: "), (None, 2, 2, "cuda:1"), ("cuda", 2, 8, "cuda:1"), ("cuda:3", 1, 8, "cuda:3"),
+    ("cpu", 2, 1, "cpu")])
+def test_each_process_has_a_gpu_of_its_own(name, processes, gpus, wanted, monkeypatch):
+    """Of several on this machine; on another there may be as many more."""
+    picked = []
+    monkeypatch.setattr(parallel, "WORLD", 8)
+    for variable, value in (("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: picked.append(backend))
+    monkeypatch.setattr(parallel, "pick_device", torch.device)
+    if " " in wanted:
+        with pytest.raises(UserError, match=wanted):
+            parallel.join(name)
+        assert not picked
+    else:
+        assert parallel.join(name) == torch.device(wanted)
+        assert picked == ["gloo" if name == "cpu" else "cpu:gloo,cuda:nccl"]
 
 
 def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):

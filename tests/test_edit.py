@@ -151,7 +151,8 @@ def test_the_more_strength_the_more_changes(call, tmp_path):
 @pytest.mark.parametrize("sampler", ["dpm", "ddpm"])
 def test_a_morph_leads_from_one_draw_to_another(call, tmp_path, sampler):
     """Its ends are what is drawn without it; rows do not depend on how many there are."""
-    flags = ["--checkpoint", SHIPPED, "--sampler", sampler, "--sample-steps", 4, "--out", tmp_path / "a.png"]
+    flags = ["--checkpoint", SHIPPED, "--sampler", sampler, "--sample-steps", 4, "--out", tmp_path / "a.png",
+             "--device", "cpu"]
 
     def drawn(*more, of=edit.draw):
         code, _, err = call(of, *flags, *more)
@@ -381,7 +382,7 @@ def test_what_a_morph_is_made_of(call, tmp_path, shown):
 def test_a_clip_morphs(call, tmp_path):
     """As an animation, or with --strip its frames side by side; without the names of its classes above."""
     checkpoint = make_checkpoint(tmp_path / "clips.pth", **CLIPS | dict(num_classes=2, classes=("cat", "dog")))
-    flags = ["--checkpoint", checkpoint, "--morph", "cat:dog", "--count", 1, "--out"]
+    flags = ["--checkpoint", checkpoint, "--morph", "cat:dog", "--count", 1, "--device", "cpu", "--out"]
     code, out, _ = call(edit.draw, *flags, tmp_path / "m.png")
     assert code == 0 and "11 clips of 4 frames" in out
     assert size(tmp_path / "m.png") == ((2 + 11 * 58, 2 + 58), "L", 4)

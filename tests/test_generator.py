@@ -36,7 +36,8 @@ def read(folder):
 
 
 def test_fills_both_folders(command, trained, tmp_path):
-    process = command("generator.py", "--checkpoint", trained / "model.pth", "--count", 12, *folders(tmp_path))
+    process = command("generator.py", "--checkpoint", trained / "model.pth", "--count", 12, *folders(tmp_path),
+                      "--device", "cpu")
     assert process.returncode == 0, process.stderr
     assert process.stdout == ("score them with: python fid_computer.py --real "
                               f"{tmp_path / 'real'} --fake {tmp_path / 'fake'}\n")
@@ -145,7 +146,7 @@ def test_a_model_of_no_classes(call, tmp_path):
 
 
 def test_goes_on_and_does_not_depend_on_the_batches(call, trained, tmp_path):
-    flags = ["--checkpoint", trained / "model.pth"]
+    flags = ["--checkpoint", trained / "model.pth", "--device", "cpu"]
     once, parts = tmp_path / "once", tmp_path / "parts"
     assert call(generator, *flags, *folders(once), "--count", 11)[0] == 0
     assert call(generator, *flags, *folders(parts), "--count", 4)[0] == 0

@@ -499,7 +499,8 @@ def test_bound_to_its_own_vae(weights, bring, vae, call, tmp_path):
     made = load_checkpoint(path, IMAGES)["config"]
     assert (made.vae, made.vae_hash) == (str(vae), load_vae(vae).fingerprint)
     assert (made.latent_mean, made.latent_std) == ((1, 2, 3, 4), (2, 3, 4, 5))
-    flags = ["--checkpoint", path, "--labels", 1, "--count", 1, "--sample-steps", 2, "--out", tmp_path / "a.png"]
+    flags = ["--checkpoint", path, "--labels", 1, "--count", 1, "--sample-steps", 2, "--device", "cpu", "--out",
+             tmp_path / "a.png"]
     assert call(draw, *flags)[0] == 0
     before = (tmp_path / "a.png").read_bytes()
     # What the folder says of statistics is not what the model has learned with

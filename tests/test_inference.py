@@ -66,9 +66,9 @@ def test_finds_the_model_just_trained(call, trained, tmp_path, monkeypatch):
 
 def test_a_run_folder_is_its_model(call, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(inference, "--checkpoint", trained)
+    code, out, _ = call(inference, "--checkpoint", trained, "--device", "cpu")
     assert code == 0 and out.endswith(f"drawn with {trained / 'model.pth'}\n")
-    assert draw(checkpoint=trained, count=8).tobytes() == Image.open("samples.png").tobytes()
+    assert draw(checkpoint=trained, count=8, device="cpu").tobytes() == Image.open("samples.png").tobytes()
     (tmp_path / "run_1").mkdir()
     assert_refused(call(inference, "--checkpoint", "run_1"), "run_1 holds no model.pth")
     assert_refused(call(inference, "--checkpoint", ""), "--checkpoint is empty")
@@ -85,7 +85,8 @@ def test_checkpoint_that_is_none(call, trained, tmp_path, content):
 
 def test_same_seed_same_picture(call, trained, tmp_path):
     def draw(*flags):
-        code, _, err = call(inference, "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png", *flags)
+        code, _, err = call(inference, "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png", "--device",
+                            "cpu", *flags)
         assert code == 0, err
         return (tmp_path / "a.png").read_bytes()
 
@@ -184,7 +185,7 @@ def test_labels_by_name():
 def test_classes_with_names(call, tmp_path):
     """They are asked for by name, and their columns are captioned."""
     path = make_checkpoint(tmp_path / "model.pth", num_classes=2, classes=("cat", "dog"))
-    flags = ["--checkpoint", path, "--out", tmp_path / "a.png", "--count", 2]
+    flags = ["--checkpoint", path, "--out", tmp_path / "a.png", "--count", 2, "--device", "cpu"]
     assert_refused(call(inference, *flags, "--labels", "cow"), "'cow' is no label", "'cat', 'dog'")
     assert call(inference, *flags, "--labels", "dog", "cat", "dog")[0] == 0
     picture = np.asarray(Image.open(tmp_path / "a.png"))
@@ -202,8 +203,9 @@ def test_classes_with_names(call, tmp_path):
 def test_out_of_memory_is_one_line(command, tmp_path):
     """The noise of 81 images of 16 channels and 1024 x 1024 pixels does not fit into 5 GB; their picture does."""
     path = make_checkpoint(tmp_path / "model.pth", image_size=1024, channels=16, patch_size=64)
-    process = command("inference.py", "--checkpoint", path, "--labels", *range(9), "--count", 9, "--out",
-                      tmp_path / "a.png", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 * 2**30,) * 2))
+    process = command("inference.py", "--checkpoint", path, "--labels", *range(9), "--count", 9, "--device", "cpu",
+                      "--out", tmp_path / "a.png",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 * 2**30,) * 2))
     assert_refused(process, "out of memory: lower --count")
 
 
@@ -230,7 +232,7 @@ def test_the_lines_that_give_tensors_work_as_printed(name, monkeypatch):
     assert found["images"].shape == (3, 3, 64, 64) and found["images"].dtype == torch.uint8
     x = found["x"]
     assert x.shape == (3, 1, 28, 28) and x.dtype == torch.float32 and x.abs().max() <= 1 and x.max() - x.min() > 1.9
-    picture = np.asarray(draw([3, 1, 4], checkpoint=SHIPPED))
+    picture = np.asarray(draw([3, 1, 4], checkpoint=SHIPPED, device="cpu"))
     for column, image in enumerate(found["config"].to_images(x)):
         assert np.array_equal(tile(picture, 0, column, scale=2), image[0])
 
@@ -282,7 +284,7 @@ def test_strip_and_animation_go_from_noise_to_image(call, tmp_path):
     model, config = load(SHIPPED)
     config = dataclasses.replace(config, sample_steps=4)
     states = [to_uint8(x) for x in sample(model, config, torch.tensor([7, 2]))]
-    flags = ["--checkpoint", SHIPPED, "--sample-steps", 4, "--labels", 7, 2, "--count", 1]
+    flags = ["--checkpoint", SHIPPED, "--sample-steps", 4, "--labels", 7, 2, "--count", 1, "--device", "cpu"]
     assert call(inference, *flags, "--strip", "--out", tmp_path / "a.png")[0] == 0
     strip = np.asarray(Image.open(tmp_path / "a.png"))
     for row in range(2):
@@ -503,7 +505,8 @@ def test_pictures_that_cannot_be_written(tmp_path):
 def test_the_sprites_that_come_with_the_repository(call, tmp_path, monkeypatch):
     """From any folder: a character in the middle of each picture, seen from the side that was asked for."""
     monkeypatch.chdir(tmp_path)
-    args = sampling_parser("", LatentConfig).parse_args(["--checkpoint", str(SPRITES), "--precision", "fp32"])
+    args = sampling_parser("", LatentConfig).parse_args(["--checkpoint", str(SPRITES), "--precision", "fp32",
+                                                             "--device", "cpu"])
     model, config = load_for_sampling(args, IMAGES)
     names = [config.class_names.index(name) for name in ("walk front", "walk left", "walk right")]
     images = config.to_images(generate(model, config, torch.tensor(names * 8))).float()

@@ -105,7 +105,7 @@ def test_bad_input_has_no_traceback_of_ours(tmp_path):
 
 def test_images_do_not_depend_on_the_number_of_processes(command, trained, tmp_path):
     def args(name):
-        return ["--checkpoint", trained / "model.pth", "--count", 21, "--batch-size", 5,
+        return ["--checkpoint", trained / "model.pth", "--count", 21, "--batch-size", 5, "--device", "cpu",
                 "--real", tmp_path / name / "real", "--fake", tmp_path / name / "fake"]
 
     assert command("generator.py", *args("one")).returncode == 0

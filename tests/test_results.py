@@ -43,7 +43,7 @@ def checkpoint(monkeypatch, parts, tmp_path):
 def test_samplers(call, checkpoint, parts, tmp_path):
     path = checkpoint("run", 1.0) / "model.pth"
     code, out, err = call(results, "samplers", "--checkpoint", path, "--samplers", "ddim", "dpm", "--steps", 2, 3,
-                          "--guidance", 1, 2, "--count", 100, "--out", tmp_path / "pictures")
+                          "--guidance", 1, 2, "--count", 100, "--device", "cpu", "--out", tmp_path / "pictures")
     assert code == 0, err
     rows = [line for line in out.splitlines() if line.startswith(("| ddim", "| dpm"))]
     assert [row.split("|")[1:3] for row in rows] == [[" ddim ", " 2 "], [" ddim ", " 3 "], [" dpm ", " 2 "],
@@ -173,7 +173,7 @@ def test_other_images_are_refused(call, checkpoint, tmp_path):
 def test_a_run_of_the_table_has_the_figures_of_the_score(call, checkpoint, parts, tmp_path):
     """Each in its own column."""
     path = REPOSITORY / "weights" / "mnist.pth"
-    code, out, err = call(results, "runs", path, "--count", 100, "--out", tmp_path)
+    code, out, err = call(results, "runs", path, "--count", 100, "--device", "cpu", "--out", tmp_path)
     assert code == 0, err
     judge = Judge(parts[0], parts[1], load_classifier())
     result = judge.score(draw_fakes(*load_model(path, kinds=(Config,)), judge.labels(100)), judge.labels(100))

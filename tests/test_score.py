@@ -331,7 +331,7 @@ def test_a_model_of_latents_stands_beside_its_vae(call, vae, tmp_path):
 
 
 def test_a_vae_alone(call, vae):
-    flags = ["--vae", vae, *DATA, "--count", 200]
+    flags = ["--vae", vae, *DATA, "--count", 200, "--device", "cpu"]
     code, out, err = call(measure.score, *flags)
     assert code == 0, err
     kept = json.loads((vae / "round_trip.json").read_text())

@@ -33,7 +33,7 @@ from video.given import complete
 def test_clips_are_animated(call, tmp_path, monkeypatch):
     """As a GIF, of which the strip has the frames side by side, each to the last bit."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--checkpoint", make_checkpoint(tmp_path / "clips.pth", **CLIPS), "--labels", "31"]
+    flags = ["--checkpoint", make_checkpoint(tmp_path / "clips.pth", **CLIPS), "--labels", "31", "--device", "cpu"]
     code, out, _ = call(video.draw, *flags)
     assert code == 0 and out.startswith("samples.gif: 2 clips of 4 frames, dpm with 3 steps")
     assert size("samples.gif")[::2] == ((2 + 2 * 58, 2 + 58), 4)
@@ -53,7 +53,7 @@ def test_clips_are_animated(call, tmp_path, monkeypatch):
     code, _, err = call(video.draw, *flags, "--out", "a.jpg")
     assert_refused((code, "", err), "JPEG cannot be animated")
     with Image.open("strip.png") as strip:  # in a notebook
-        assert video.draw.draw("31", checkpoint="clips.pth").tobytes() == strip.tobytes()
+        assert video.draw.draw("31", checkpoint="clips.pth", device="cpu").tobytes() == strip.tobytes()
 
 
 def test_a_clip_is_a_function_of_seed_and_index(tmp_path):

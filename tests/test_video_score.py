@@ -266,8 +266,8 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "batch_that_fits", lambda *_: 40)
     settings = dict(image_size=(T, H, W), num_classes=20, classes=tuple(LABELS), speeds=True)
     paths = [make_checkpoint(tmp_path / f"{name}.pth", given=of, **settings) for name, of in (("a", 0.5), ("b", 0))]
-    code, out, err = call(score, "--checkpoint", paths[0], "--beside", paths[1], "--count", 140, "--shown", 3, "--out",
-                          tmp_path / "side.png")
+    code, out, err = call(score, "--checkpoint", paths[0], "--beside", paths[1], "--count", 140, "--shown", 3,
+                          "--device", "cpu", "--out", tmp_path / "side.png")
     assert code == 0, err
     lines = out.splitlines()
     for name, rate in (("a", "20.0"), ("b", "70.0")):
@@ -320,7 +320,7 @@ def test_models_side_by_side(call, tmp_path):
     """Two of the same weights draw the same, and one of others does not."""
     paths = [make_checkpoint(tmp_path / f"{name}.pth", seed=seed, given=0.5)
              for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    code, out, err = call(score, "--checkpoint", paths[0], "--beside", *paths[1:], "--count", 20)
+    code, out, err = call(score, "--checkpoint", paths[0], "--beside", *paths[1:], "--count", 20, "--device", "cpu")
     assert code == 0, err
     rows = [line[56:].split() for line in out.splitlines() if line.startswith(("distance", "second"))]
     assert len(rows) == 2 and all(len(row) == 4 and row[0] == row[1] != row[2] for row in rows)

@@ -134,9 +134,12 @@ def test_checkpoints_and_pages_that_are_read_stay(here, call):
         assert_refused(call(module, *flags), "is read by this command")
 
 
+ONE = ["--count", 1, "--device", "cpu"]
+
+
 @pytest.mark.parametrize(("module", "flags", "path"), [
-    (inference, ["--count", 1], "samples.png"), (inference, ["--count", 1, "--gif"], "samples.gif"),
-    (inference, ["--count", 1, "--out", "a.jpg"], "a.jpg"), (inference, ["--count", 1, "--out", "a.tiff"], "a.tiff"),
+    (inference, [*ONE], "samples.png"), (inference, [*ONE, "--gif"], "samples.gif"),
+    (inference, [*ONE, "--out", "a.jpg"], "a.jpg"), (inference, [*ONE, "--out", "a.tiff"], "a.tiff"),
     (demo.share, ["run", "out.pth"], "out.pth"), (demo.share, ["run", "a.safetensors"], "a.safetensors"),
     (demo.export, [], "dit.html"), (time_emb, [], "time_emb.png")])
 def test_its_own_file_is_replaced(module, flags, path, here, call):
