@@ -151,9 +151,11 @@ def first_line(error, most=150):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory ran out: numpy's, torch's on a GPU, or torch's on the CPU."""
+    """Whether an exception says that memory ran out: numpy's, torch's on a GPU, CUDA's own and cuBLAS's, which torch
+    hands on, or torch's on the CPU."""
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def run(main, memory="--batch-size", alone=False):

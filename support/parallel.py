@@ -32,13 +32,20 @@ RANK, WORLD = read_environment(os.environ)
 
 
 def join(device_name=None):
-    """Joins this process to the others, and returns its device: with CUDA each process has one of its own."""
+    """Joins this process to the others, and returns its device: with CUDA each process has one of its own. Raises
+    `UserError` when there are fewer."""
     if WORLD == 1:
         return pick_device(device_name)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- rank 0 speaks for all, to the end
-    if torch.cuda.is_available() and device_name in (None, "cuda"):
-        device_name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+    name, here = str(device_name or "cuda"), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    if torch.cuda.is_available() and name.startswith("cuda"):
+        gpus = torch.cuda.device_count() if name == "cuda" else 1
+        if here > gpus:
+            raise UserError(f"{here} processes need a GPU each, and here {'is' if gpus == 1 else 'are'} {gpus}: start "
+                            f"torchrun with --nproc-per-node {gpus}, or name --device cpu")
+        if name == "cuda":
+            device_name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     device = pick_device(device_name)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
