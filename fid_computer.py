@@ -1,7 +1,7 @@
 """The Fréchet Inception Distance (FID, arXiv 1706.08500): how far fake images lie from real ones; 0 is no distance."""
 
 from support import parallel
-from support.commands import Parser, UserError, add_device_flag, run, some_path
+from support.commands import Parser, UserError, add_device_flag, in_full_precision, run, some_path
 from support.files import check_output
 from support.image_files import list_images, read_image
 from support.stats import read_stats, save_stats
@@ -105,7 +105,7 @@ def inception_extractor(dims, weights, device):
     except Exception:  # a damaged file fails in too many ways to list
         raise UserError(f"{weights} does not hold the weights of FID's Inception: take {WEIGHTS_URL}") from None
 
-    @torch.inference_mode()
+    @in_full_precision()
     def extract(images):
         # What the network does first, here, since images of several sizes cannot be stacked before
         batch = torch.cat([interpolate(image[None].to(device) / 255, size=(299, 299), mode="bilinear",

@@ -8,7 +8,7 @@ and convolves it with the same kernel everywhere, so that it cannot put differen
 The letters: B batch, C channels, H W pixels, h w latents, f = H / h.
 """
 
-from support.commands import UserError, first_line
+from support.commands import UserError, first_line, in_full_precision
 from support.files import make_dir, write_atomically
 from support.tensors import misfit, read_tensors
 
@@ -220,7 +220,7 @@ class VAE(nn.Module):
         """The images (B, C, H, W) of latents z that are not normalized."""
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.patch_size)
 
-    @torch.no_grad()
+    @in_full_precision()
     def moments(self, x):
         """What `posterior` has for images x, (B, 2, C_latent, h, w). Those of an image are the same to the last bit in
         whatever batch, on one kind of CPU."""

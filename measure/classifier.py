@@ -12,6 +12,7 @@ from support.commands import (
     UserError,
     add_device_flag,
     first_line,
+    in_full_precision,
     pick_device,
     resolve_precision,
     run,
@@ -271,7 +272,7 @@ def find_classifier(data, data_dir, device="cpu"):
                     f"{shlex.join(flags)} trains one (photographs: add --flips)")
 
 
-@torch.inference_mode()
+@in_full_precision()
 def accuracy_on(classifier, data):
     """The share of a `Dataset` that is read as its labels say."""
     device = next(classifier.parameters()).device

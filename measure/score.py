@@ -8,7 +8,7 @@ Every figure stands beside the same figure of real images, which is what perfect
 draws latents, beside that of real images that went through its VAE: no fakes of such latents can be better.
 """
 
-from support.commands import UserError, pick_device, run, some_path
+from support.commands import UserError, in_full_precision, pick_device, run, some_path
 from support.files import check_output, make_dir, write_atomically
 from support.folders import Folder
 from support.image_files import list_images, opened, read_image
@@ -42,7 +42,7 @@ SMALL = 32  # images are compared by their pixels at this size at most
 BLOCK = 2**26  # numbers that are floats at once: 256 MB
 
 
-@torch.inference_mode()
+@in_full_precision()
 def embed(classifier, images, batch_size=250):
     """Images uint8 (N, C, H, W) -> their features (N, 64) and the probability of each class (N, num_classes), on the
     classifier's device."""
@@ -115,17 +115,20 @@ def nearest(images, train_images, size=500, device="cpu"):
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # as bfloat16 if that is quicker; it holds 0..255 exactly
     length = max(1, BLOCK // images.shape[1])
-    for start in range(0, len(train_images), length):
-        train = train_images[start:start + length].to(device).float()
-        half_square = train.square().sum(dim=1) / 2
-        for part in torch.arange(len(images), device=device).split(size):
-            batch = images[part.cpu()].to(device).float()
-            # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: rounded, it would hide a copy.
-            least, index = torch.addmm(half_square, batch, train.T, alpha=-1).min(dim=1)
-            nearer = part[least < best[part]]
-            indices[nearer] = start + index[least < best[part]]
-            best[part] = torch.minimum(least, best[part])
-    torch.set_float32_matmul_precision(precision)
+    try:
+        for start in range(0, len(train_images), length):
+            train = train_images[start:start + length].to(device).float()
+            half_square = train.square().sum(dim=1) / 2
+            for part in torch.arange(len(images), device=device).split(size):
+                batch = images[part.cpu()].to(device).float()
+                # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: rounded, it would hide a
+                # copy.
+                least, index = torch.addmm(half_square, batch, train.T, alpha=-1).min(dim=1)
+                nearer = part[least < best[part]]
+                indices[nearer] = start + index[least < best[part]]
+                best[part] = torch.minimum(least, best[part])
+    finally:
+        torch.set_float32_matmul_precision(precision)
     distances = [(batch.float() - train_images[index.cpu()].float()).norm(dim=1) / 255
                  for batch, index in zip(images.split(size), indices.split(size), strict=True)]
     return torch.cat(distances).to(device), indices
@@ -156,6 +159,7 @@ def share(which):
     return which.float().mean().item()
 
 
+@in_full_precision()
 def reconstruct(vae, images, seed=0, batch_size=250):
     """Images uint8 (N, C, H, W) encoded by a `VAE`, their latents sampled, and decoded: uint8 (N, C, H, W), on the
     CPU."""

@@ -87,6 +87,21 @@ def dtype_of(precision, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[resolve_precision(precision, device)]
 
 
+@contextlib.contextmanager
+def in_full_precision():
+    """Within the block, or the function that it decorates, no gradients are kept, and cuDNN convolves float32 as such.
+    By default it rounds to TF32 where the GPU can, and what is measured would depend on the GPU."""
+    import torch
+
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        conv.fp32_precision = before
+
+
 def keep_memory():
     """Makes the C library keep the memory that tensors of up to 32 MB free. Otherwise it returns it to the system and
     gets it back page by page, which costs a quarter of a training step on CPUs, and half of sampling. Does nothing

@@ -13,12 +13,13 @@ import edit.draw
 import inference
 import train
 from config import Config
+from dataset import Dataset
 from diffusion import SAMPLERS
 from edit.ways import inpaint
 from latent.config import LatentConfig
 from latent.vae import VAE
-from measure.classifier import DigitClassifier
-from measure.score import embed
+from measure.classifier import DigitClassifier, accuracy_on
+from measure.score import embed, nearest, reconstruct
 from record.log import RunLog
 from train import start_run
 
@@ -154,3 +155,36 @@ def test_scoring_reads_where_the_classifier_is(fake):
     classifier = DigitClassifier().to(CUDA).eval()
     features, probs = embed(classifier, torch.zeros(7, 1, 28, 28, dtype=torch.uint8), batch_size=4)
     assert features.device == probs.device == CUDA and features.shape == (7, 64) and probs.shape == (7, 10)
+
+
+@pytest.mark.parametrize("before", ["tf32", "none"])
+def test_rulers_measure_in_full_precision(before, monkeypatch):
+    """Whatever cuDNN is told to round to outside of them, which stays as it was, also after an error."""
+    conv, seen = torch.backends.cudnn.conv, []
+    images, vae = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), VAE(1, 1, 2, (4, 8), norm_num_groups=4)
+    data, digits = Dataset("mnist", images, torch.zeros(2).long(), [*"0123456789"]), DigitClassifier().eval()
+    rulers = [lambda: embed(digits, images), lambda: accuracy_on(digits, data),
+              lambda: vae.encode(torch.zeros(1, 1, 8, 8)), lambda: reconstruct(vae, images)]
+    forward = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda module, x: (
+        seen.append((conv.fp32_precision, torch.is_grad_enabled())), forward(module, x))[1])
+    default = conv.fp32_precision
+    try:
+        conv.fp32_precision = before
+        for ruler in rulers:
+            ruler()
+            assert {*seen} == {("ieee", False)} and conv.fp32_precision == before and torch.is_grad_enabled()
+            seen.clear()
+        with pytest.raises(RuntimeError):
+            vae.encode(torch.zeros(1, 9, 8, 8))
+        assert conv.fp32_precision == before
+    finally:
+        conv.fp32_precision = default
+
+
+def test_the_search_for_copies_leaves_the_precision_as_it_was():
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    assert nearest(images, images)[0].tolist() == [0, 0]
+    with pytest.raises(RuntimeError):  # these cannot be compared
+        nearest(images, images[..., :4])
+    assert torch.get_float32_matmul_precision() == "highest"

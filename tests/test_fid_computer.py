@@ -373,6 +373,16 @@ def test_command_and_its_saved_statistics(real, fake, weights, tmp_path, call):
     assert out.split()[:2] == ["FID", score] and f"6 images in {fake} against 7 in {stats})" in out
 
 
+def test_inception_computes_in_full_precision(weights, monkeypatch):
+    """cuDNN would round to TF32: the score would depend on the GPU."""
+    conv, seen, forward = torch.backends.cudnn.conv, [], torch.nn.Conv2d.forward
+    before, extract = conv.fp32_precision, fid_computer.inception_extractor(64, weights, CPU)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda module, x: (
+        seen.append(conv.fp32_precision), forward(module, x))[1])
+    extract([torch.zeros(3, 9, 9)])
+    assert {*seen} == {"ieee"} and conv.fp32_precision == before
+
+
 @pytest.mark.parametrize("count", [64, 65])
 def test_as_many_images_as_features_are_too_few(count, stats, tmp_path, call):
     """Their mean takes one away: so many differences from it are singular."""
