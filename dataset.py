@@ -3,7 +3,7 @@
 from support.commands import UserError, first_line
 from support.folders import Folder, Images, find_classes, training_part
 from support.image_files import recolour, resize
-from support.sizes import as_size, demand_memory
+from support.sizes import as_size, demand_memory, pick, where_it_fits
 from support.torchvision_data import TORCHVISION, read_torchvision
 
 import contextlib
@@ -52,7 +52,7 @@ class Dataset(Images):
         return self
 
     def to(self, device):
-        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return dataclasses.replace(self, images=where_it_fits(self.images, device), labels=self.labels.to(device))
 
     def read(self, rows):
         """The images in this slice, uint8 (n, C, H, W)."""
@@ -62,7 +62,7 @@ class Dataset(Images):
         """What a network learns from: the images `index`[`part`], floats (b, C, H, W) in [-1, 1].
 
         index: int64 (B,), a whole batch. part: a slice of it. generator: draws what else is random, for all of it."""
-        x = to_float(self.images[index[part]])
+        x = to_float(pick(self.images, index[part]))
         if self.flips:
             mirrored = torch.rand(len(index), generator=generator, device=index.device) < 0.5
             x = torch.where(mirrored[part].view(-1, 1, 1, 1), x.flip(-1), x)

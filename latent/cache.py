@@ -14,6 +14,7 @@ from support.commands import UserError, first_line
 from support.files import lock_dir, make_dir, write_atomically
 from support.folders import Folder
 from support.pictures import psnr
+from support.sizes import pick, where_it_fits
 
 import contextlib
 import dataclasses
@@ -104,10 +105,8 @@ class Latents:
         return self
 
     def to(self, device):
-        """Moves what it is on to the device, and the latents too where they take less than a quarter of its memory."""
         self.labels, self.mean, self.std = (part.to(device) for part in (self.labels, self.mean, self.std))
-        if device.type == "cuda" and 4 * self.rows.nbytes < torch.cuda.mem_get_info(device)[0]:
-            self.rows = self.rows.to(device)
+        self.rows = where_it_fits(self.rows, device)
         return self
 
     def x_0(self, index, part, generator):
@@ -115,8 +114,7 @@ class Latents:
         `Dataset.x_0`."""
         noise = torch.randn((len(index), *self.shape), generator=generator, device=index.device)
         mirrored = torch.randint(self.rows.shape[1], (len(index),), generator=generator, device=index.device)
-        places = (numbers[part].to(self.rows.device) for numbers in (index, mirrored))
-        mean, std = self.rows[*places].to(index.device).float().unbind(1)
+        mean, std = pick(self.rows, index[part], mirrored[part]).float().unbind(1)
         return (mean + std * noise[part] - self.mean) / self.std
 
 

@@ -228,7 +228,7 @@ def losses_of(worker, x, noise, config, alone=False):
 
 def make_batch(data, config, step):
     """The batch of step `step`, on the device of the data: images float (B, C, H, W) and the noise of their latents."""
-    device, B = data.images.device, config.batch_size
+    device, B = data.labels.device, config.batch_size
     generator = root.step_generator(config.seed, step, device)
     index = torch.randint(len(data.images), (B,), generator=generator, device=device)
     x = data.x_0(index, slice(None), generator)

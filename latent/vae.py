@@ -264,13 +264,13 @@ def each_frame(function, x):
 
 
 def in_full_batches(function, x, pixels):
-    """`function` of x (B, ...), in batches of one size for images of so many pixels, the last one filled up: libraries
-    compute another batch in another order, and round otherwise."""
+    """`function` of x (B, ...), in batches of one size for images of so many pixels. A CPU fills up the last one:
+    libraries compute another batch in another order, and round otherwise."""
     most, room = LIMITS.get(x.device.type, LIMITS["cpu"])
     size = max(1, min(most, room // pixels))
     parts = []
     for part in x.split(size):
-        fill = part[:1].expand(size - len(part), *part.shape[1:])
+        fill = part[:1].expand((size - len(part)) * (x.device.type == "cpu"), *part.shape[1:])
         parts.append(function(torch.cat([part, fill]))[:len(part)])
     return torch.cat(parts)
 

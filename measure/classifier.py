@@ -20,7 +20,7 @@ from support.commands import (
 )
 from support.files import check_output, make_dir, write_atomically
 from support.settings import add_flags, given_flags
-from support.sizes import show_size
+from support.sizes import pick, show_size, where_it_fits
 
 import math
 import os
@@ -168,7 +168,7 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
 
     epochs, batch_size: None = as `schedule` says. flips: mirrored images count as well. leave: the bar stays.
     """
-    images, labels = data.images.to(device), data.labels.to(device)
+    images, labels = where_it_fits(data.images, torch.device(device)), data.labels.to(device)
     digits = (data.name, data.shape) == DIGITS
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -184,8 +184,9 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
             for index in order[:batches * batch_size].view(batches, batch_size):
-                x = augment(to_float(images[index]), generator) if digits else (
-                    to_float(shift(images[index], generator, flips)).contiguous(memory_format=torch.channels_last))
+                x = pick(images, index)
+                x = augment(to_float(x), generator) if digits else (
+                    to_float(shift(x, generator, flips)).contiguous(memory_format=torch.channels_last))
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                     logits = classifier(x)
                 loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0 if digits else SMOOTHING)

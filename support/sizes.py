@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 LARGEST = 1024  # pixels, the longest side of an image
@@ -62,6 +63,24 @@ def available_memory():
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
+
+
+def where_it_fits(rows, device):
+    """A tensor on the device, or as it is where it would take more than half of what is free on a GPU: the network
+    needs some as well. `pick` takes rows of either."""
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if 2 * rows.nbytes <= free:
+        return rows.to(device)
+    print(f"the {rows.nbytes / 1e9:.3g} GB of data are more than half of the {free / 1e9:.3g} GB that are free on "
+          f"{device}: they stay in the host's memory, and each batch is copied", file=sys.stderr)
+    return rows
+
+
+def pick(rows, *places):
+    """rows[places], on the device of the places (tensors of integers), wherever the rows are."""
+    return rows[*(numbers.to(rows.device) for numbers in places)].to(places[0].device)
 
 
 def show_time(seconds):

@@ -16,12 +16,14 @@ from config import Config
 from dataset import Dataset
 from diffusion import SAMPLERS
 from edit.ways import inpaint
+from latent.cache import Latents
 from latent.config import LatentConfig
-from latent.vae import VAE
+from latent.vae import LIMITS, VAE, in_full_batches
 from measure.classifier import DigitClassifier, accuracy_on
 from measure.score import embed, nearest, reconstruct
 from record.log import RunLog
 from train import start_run
+from video.moving import Moving
 
 CONFIG = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
                 batch_size=4, sample_steps=3)
@@ -188,3 +190,37 @@ def test_the_search_for_copies_leaves_the_precision_as_it_was():
     with pytest.raises(RuntimeError):  # these cannot be compared
         nearest(images, images[..., :4])
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("free", "place"), [(2 * 10 * 64, CUDA), (2 * 10 * 64 - 1, torch.device("cpu"))])
+def test_data_go_to_a_gpu_that_has_room_for_them(free, place, fake, monkeypatch, capsys):
+    """Else each batch does."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    labels, latents = torch.zeros(10).long(), Latents.__new__(Latents)
+    images = Dataset("folder", torch.zeros(10, 1, 8, 8, dtype=torch.uint8), labels, ["a"], flips=True)
+    vars(latents).update(labels=labels, rows=torch.zeros(10, 2, 2, 2, 2, 2).half(), shape=(2, 2, 2),  # as many bytes
+                         mean=torch.zeros(2, 1, 1), std=torch.ones(2, 1, 1))
+    for data, name in ((images, "images"), (latents, "rows")):
+        data = data.to(CUDA)
+        assert data.labels.device == CUDA and getattr(data, name).device == place
+        x = data.x_0(torch.arange(4, device=CUDA), slice(1, 4), None)
+        assert x.device == CUDA and x.shape == (3, *data.shape)
+        assert ("more than half" in capsys.readouterr().err) == (place != CUDA)
+
+
+def test_moving_digits_need_nothing_from_the_host(fake, monkeypatch):
+    """A tensor that is made there and copied would make it wait at every step."""
+    data = Moving(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(5, 2).long(), torch.zeros(5, 2),
+                  torch.zeros(5).long(), ["a"], (1, 4, 32, 40)).to(CUDA)
+    monkeypatch.setattr(torch, "tensor", None)
+    x = data.x_0(torch.arange(4, device=CUDA), slice(1, 4), None)
+    assert x.device == CUDA and x.shape == (3, 1, 4, 32, 40)
+
+
+def test_a_vae_fills_no_batch_on_a_gpu(fake):
+    """No equal bytes are promised there, and one image would cost as much as 32."""
+    sizes, pixels = [], 256 * 256
+    for count in (1, 40):
+        x = torch.zeros(count, 2, device=CUDA)
+        assert in_full_batches(lambda part: (sizes.append(len(part)), part)[1], x, pixels).shape == x.shape
+    assert sizes == [1, 32, 8] and LIMITS["cuda"][1] // pixels == 32

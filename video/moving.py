@@ -17,13 +17,18 @@ MARGIN = 10          # pixels from a digit's centre of mass to the nearest wall:
 SPEEDS = {"slow": (1 / 64, 3 / 64), "fast": (3 / 64, 5 / 64)}  # from a frame to the next, in sides of a frame
 
 
+def made_there(numbers, device):
+    """These few numbers as a tensor. A copy of a tensor that is made here would hold up a GPU."""
+    return torch.stack([torch.full((), number, device=device) for number in numbers])
+
+
 def centres(images):
     """The centre of mass (N, 2), row and column, of images (N, H, W); the middle where all is black."""
     x = images.float()
     ink = x.sum((1, 2))[:, None]                                                           # (N, 1)
     rows, columns = (torch.arange(n, device=x.device).float() - (n - 1) / 2 for n in x.shape[1:])
     sums = torch.stack([x.sum(2) @ rows, x.sum(1) @ columns], dim=1)                       # from the middle
-    return sums / ink.clamp(min=1e-9) + torch.tensor([(n - 1) / 2 for n in x.shape[1:]], device=x.device)
+    return sums / ink.clamp(min=1e-9) + made_there([(n - 1) / 2 for n in x.shape[1:]], x.device)
 
 
 def bounce(u, length):
@@ -96,7 +101,7 @@ class Moving(Images):
         low, high = self.paces[index[part]].T[..., None]
         speed, angle = (low + (high - low) * pace) * min(size), 2 * math.pi * turn               # (b, n) each
         velocity = speed[..., None] * torch.stack([angle.sin(), angle.cos()], dim=-1)            # (b, n, 2), a frame
-        rooms = torch.tensor([side - 1 - 2 * MARGIN for side in size], device=index.device)      # (2,)
+        rooms = made_there([side - 1 - 2 * MARGIN for side in size], index.device)               # (2,)
         frames = torch.arange(T, device=index.device)[:, None]                                   # (T, 1)
         way = torch.stack(start, dim=-1)[:, :, None] * rooms + velocity[:, :, None] * frames     # (b, n, T, 2)
         return MARGIN + bounce(way, rooms)
