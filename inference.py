@@ -2,6 +2,7 @@
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.labels import are_numbers, parse_labels
+from support.noise import fill_with_noise, random_stream
 from support.pictures import check_picture, grid, grid_size, save_animation
 from support.settings import add_flags, check_names, given_flags
 
@@ -13,7 +14,6 @@ import math
 from collections import deque
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,15 +36,14 @@ def noise_source(seed, indices, shape, device, calls=1):
 
     calls: how many may come. Only what is not first is drawn ahead, since most samplers ask for no more.
     """
-    streams = [np.random.Generator(np.random.Philox(key=[seed, k])) for k in indices]
+    streams = [random_stream(seed, k) for k in indices]
     ahead = max(1, min(8, 2**24 // (len(streams) * math.prod(shape))))  # at most 64 MB
 
     def noises():
         for done in itertools.chain([0], itertools.count(1, ahead)):
             block = torch.empty(len(streams), min(ahead, max(1, calls - done)) if done else 1, *shape,
                                 pin_memory=torch.device(device).type == "cuda")
-            for stream, numbers in zip(streams, block.numpy(), strict=True):
-                stream.standard_normal(out=numbers, dtype=np.float32)
+            fill_with_noise(streams, block.numpy())
             for noise in block.to(device, non_blocking=True).unbind(1):
                 yield noise.contiguous()
 

@@ -1,4 +1,4 @@
-from support import pictures
+from support import noise, pictures
 from support.commands import UserError, resolve_precision
 from support.labels import parse_labels
 from support.pictures import check_picture, grid, save_picture
@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import resource
 import shutil
+import threading
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -370,6 +371,33 @@ def test_noise_drawn_ahead_is_the_noise_of_one_call_after_the_other(shape):
         noise = noise_source(7, [4, 0, 9], shape, "cpu", calls)
         assert all(np.array_equal(noise(), numbers) for numbers in expected), calls
     assert not np.array_equal(expected[0][0], expected[0][1]) and not np.array_equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_draw_the_same_noise(threads, monkeypatch):
+    """Each its share of the images, and of no image a part; by none but this one where there is little to do."""
+    workers, before = set(), torch.get_num_threads()
+
+    class Watched(np.random.Generator):
+        def standard_normal(self, *args, **options):
+            workers.add(threading.get_ident())
+            return super().standard_normal(*args, **options)
+
+    keys = [(seed, k) for seed in (0, 2**63 - 1) for k in (5, 2**32 + 1, 0)] + [(1, 1)]
+    expected = np.stack([np.random.Generator(np.random.Philox(key=key)).standard_normal((2, 3, 4), dtype=np.float32)
+                         for key in keys])
+    monkeypatch.setattr(np.random, "Generator", Watched)
+    monkeypatch.setattr(noise, "WORTH", 40)
+    numbers = np.empty((7, 2, 3, 4), np.float32)
+    torch.set_num_threads(threads)
+    try:
+        noise.fill_with_noise([noise.random_stream(*key) for key in keys], numbers)
+        assert np.array_equal(numbers, expected) and (threading.get_ident() in workers) == (threads == 1)
+        workers.clear()
+        noise.fill_with_noise([noise.random_stream(*key) for key in keys[:3]], numbers[:3])
+        assert np.array_equal(numbers[:3], expected[:3]) and workers == {threading.get_ident()}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_noise_is_drawn_ahead_only_when_more_is_asked_for(monkeypatch):

@@ -1,0 +1,41 @@
+"""Standard normal numbers of many random streams at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.random.bit_generator import ISeedSequence
+
+WORTH = 2**17  # numbers, about a millisecond: as many as it takes for another thread to pay
+
+
+class Key(ISeedSequence):
+    """The key of a Philox generator. Given by itself, numpy would first ask the system for a random one: three times
+    the work."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def generate_state(self, n_words, dtype=np.uint32):
+        return np.array(self.words, dtype)
+
+
+def random_stream(seed, k):
+    """The random stream number k of a seed, a `np.random.Generator`."""
+    return np.random.Generator(np.random.Philox(Key(seed, k)))
+
+
+def fill_with_noise(streams, numbers):
+    """Fills row i of `numbers`, a float32 array (B, ...), with what stream i has next, in as many threads as torch has:
+    numpy lets go of Python's lock meanwhile."""
+    def fill_rows(rows):
+        for stream, row in zip(streams[rows], numbers[rows], strict=True):
+            stream.standard_normal(out=row, dtype=np.float32)
+
+    B, threads = len(numbers), max(1, min(torch.get_num_threads(), numbers.size // WORTH))
+    parts = [slice(B * i // threads, B * (i + 1) // threads) for i in range(threads)]
+    if threads == 1:
+        fill_rows(*parts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill_rows, parts))  # raises what they raise
