@@ -74,7 +74,7 @@ class Process:
         guidance: as for `predict`. bound: instead of `self.bound`. x_t is never clamped: on the true marginal a good
         part of its pixels lie outside [-1, 1].
         """
-        output = self.predict(model, x, torch.full_like(y, t), y, guidance)
+        output = self.predict(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
         bound = self.bound if bound is None else bound
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 

@@ -62,7 +62,7 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
     """
     B, indices = len(labels), list(indices or range(len(labels)))
     fill = -B % FULL_BATCH
-    labels, indices = torch.cat([labels, labels[:1].expand(fill)]), indices + indices[:1] * fill
+    labels, indices = torch.cat([labels, labels[:1].repeat_interleave(fill, 0)]), indices + indices[:1] * fill
     noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
     process = config.build_process()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from config import Config, check_given
 from latent.config import LatentConfig
 from record.checkpoint import check_out, checkpoint_file, load_checkpoint, save_checkpoint
+from text.config import TextConfig
 from video.config import ANY, ClipConfig
 
 
@@ -26,7 +27,7 @@ def main():
     args = parser.parse_args()
     args.checkpoint = checkpoint_file(args.checkpoint)
     check_out(args.out, args.checkpoint)
-    content = load_checkpoint(args.checkpoint, ANY)
+    content = load_checkpoint(args.checkpoint, (*ANY, TextConfig))
     ema, wide = {}, 0
     for name, weight in content["ema"].items():
         half = weight.half()

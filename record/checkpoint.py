@@ -35,7 +35,7 @@ from record.log import noise_levels
 FORMAT = "dit-checkpoint-3"
 OLDER = ("dit-checkpoint-1", "dit-checkpoint-2")
 COMMANDS = {"images": ("inference.py", "train.py"), "latents": ("-m latent.draw", "-m latent.train_dit"),
-            "clips": ("-m video.draw", "-m video.train_dit"),
+            "clips": ("-m video.draw", "-m video.train_dit"), "text": ("-m text.draw", "-m text.train"),
             "vae": ("-m latent.draw, by a model of its latents", "-m latent.train_vae")}
 TO_RESUME = ("data", "model", "optimizers", "window")
 OPTIMIZER_STATES = (("step", "exp_avg", "exp_avg_sq"), ("momentum",))  # AdamW's and Muon's, of one weight

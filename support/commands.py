@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog=None, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
-        ours = name.startswith(("demo.", "edit.", "few.", "latent.", "measure.", "video."))
+        ours = name.startswith(("demo.", "edit.", "few.", "latent.", "measure.", "text.", "video."))
         super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
 
     def error(self, message):

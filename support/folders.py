@@ -84,10 +84,14 @@ class Folder(Images):
         labelled = [(file, label) for label, name in enumerate(self.classes) for file in found.get(name, ())]
         self.files, labels = zip(*labelled, strict=True)
         self.labels = torch.tensor(labels)
+        self.find_shape(image_size, channels)
+
+    def find_shape(self, image_size, channels):
+        """Sets `shape` as the files have it, where these do not say it."""
         if not image_size:
             with opened(self.files[0]) as image:
                 image_size = as_size(min(image.size))
-        channels = channels or (1 if all(is_grey(file, ground) for file in self.files) else 3)
+        channels = channels or (1 if all(is_grey(file, self.ground) for file in self.files) else 3)
         self.shape = (channels, *image_size)
 
     @property

@@ -23,8 +23,9 @@ ARTICLE = ("dataset", "diffusion", "time_emb", "dit_block", "dit", "config", "in
 LINES = 1_980  # of all root files together at most; the aim is 1,800
 # Which folders each folder may import, beside itself; whatever stands above the root, the root too.
 BELOW = {"support": (), "record": ("support",), "latent": (), "measure": ("latent",), "video": ("latent", "measure"),
-         "edit": ("latent", "measure", "video"), "few": ("latent", "measure", "video", "edit"),
-         "demo": ("latent", "measure", "video", "edit")}
+         "text": ("latent", "measure", "video"), "edit": ("latent", "measure", "video"),
+         "few": ("latent", "measure", "video", "edit"),
+         "demo": ("latent", "measure", "video", "text", "edit")}
 BEYOND = r"\bclips?\b|latent|sprite|caption|edit|video"  # words that the root does not know
 HEADINGS = "captions="  # an argument of a grid, which names its columns
 NOT_CODE = {"README.md", "README.zh.md", "EXPERIMENTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",

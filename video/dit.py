@@ -54,12 +54,13 @@ class ClipDiT(DiT):
     """A `DiT` of clips. forward: as `DiT`, for an x (B, C, T, H, W) of any size up to `input_size`: a shorter clip, one
     frame. Raises ValueError when it is larger.
 
-    rope: rotary positions (2104.09864) in attention, beside those of the patch embedding.
+    rope: rotary positions (2104.09864) in attention, beside those of the patch embedding. attention: instead of the
+    usual one.
     """
 
-    def __init__(self, *args, rope=False, **options):
+    def __init__(self, *args, rope=False, attention=None, **options):
         super().__init__(*args, **options, block=functools.partial(
-            DiTBlock, attention=RotaryAttention if rope else Attention))
+            DiTBlock, attention=attention or (RotaryAttention if rope else Attention)))
         head_size = self.label_embedding.embedding_dim // self.blocks[0].attention.num_heads
         self.register_buffer("rotations", rotations(self.grid, head_size) if rope else None,
                              persistent=False)                                      # (2, *grid, D/2h)
@@ -71,13 +72,18 @@ class ClipDiT(DiT):
         grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
         if any(n > most for n, most in zip(grid, self.grid, strict=True)):
             raise ValueError(f"an input of {tuple(size)} is larger than the input_size {self.input_size}")
-        t, y = (torch.as_tensor(value, device=x.device).expand(len(x)) for value in (t, y))  # (B,)
+        t, y = (torch.as_tensor(value, device=x.device) for value in (t, y))
+        t, y = (value.expand(len(x), *value.shape[1:]) for value in (t, y))         # (B,)
         corner = tuple(map(slice, grid))
         positions = self.patch_embedding.positions.view(*self.grid, -1)[corner].flatten(0, -2)  # (N, D)
         x = self.patch_embedding(x, positions)                                      # (B, N, D)
-        c = self.time_embedding(t) + self.label_embedding(y)                        # (B, D)
-        context = [] if self.rotations is None else [self.rotations[(slice(None), *corner)].flatten(1, -2)]
+        rotation = [] if self.rotations is None else [self.rotations[(slice(None), *corner)].flatten(1, -2)]
+        c, *context = self.condition(t, y, *rotation)                               # (B, D)
         for block in self.blocks:
             x = self.run_block(block, x, c, *context)                               # (B, N, D)
         x = self.final_layer(x, c)                                                  # (B, N, prod(patch) * C)
         return unpatchify(x, self.patch, grid).to(dtype)[(..., *map(slice, size))]  # (B, C, *size)
+
+    def condition(self, t, y, *rotation):
+        """What the blocks see beside the tokens: c (B, D), and what their attention takes."""
+        return self.time_embedding(t) + self.label_embedding(y), *rotation

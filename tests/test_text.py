@@ -1,0 +1,326 @@
+"""Words to pictures: captions, the network that reads them, the commands, and what is said of bad input."""
+
+from support.commands import UserError
+
+import itertools
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused, load, same
+from PIL import Image
+from test_dit import randomize
+from test_video_sprites import load as load_sprites
+from test_video_sprites import make_clips
+
+import text.draw
+import text.score
+import text.train
+import train as root
+from dit_block import Attention
+from latent.sprites import split_characters
+from record.checkpoint import load_checkpoint
+from text.captions import KINDS, LOOKS, SpriteCaptions, look_of, pair_caption, sprite_caption, sprite_words
+from text.config import TextConfig
+from text.data import CaptionedFolder, Pairs
+from text.dit import TextDiT, WordAttention
+from text.score import Reader, ask_swapped, compare, swaps, wilson
+from text.words import read_prompt, split_words
+from video import sprites
+from video.clips import Clips
+from video.sprites import PARTS, parts_of
+
+TINY = ["--dataset", "folder", "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--text-depth", 1, "--batch-size",
+        4, "--sample-steps", 2, "--warmup", 1, "--log-every", 1, "--device", "cpu", "--precision", "fp32"]
+CAPTIONS = ["a red square", "blue square", "一个红色的圆", "a blue circle"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images of 8 x 8 pixels with captions beside them."""
+    place = tmp_path / "mine"
+    (place / "deep").mkdir(parents=True)
+    for i, caption in enumerate(CAPTIONS):
+        file = place / ("deep" if i == 3 else ".") / f"{i}.png"
+        Image.fromarray(np.full((8, 8, 3), (60 * i, 20, 255 - 60 * i), np.uint8)).save(file)
+        file.with_suffix(".txt").write_text(caption, "utf-8")
+    return place
+
+
+def prompt_config(**settings):
+    words = ("a", "and", "hair", "purple", "shirt", "white", "左", "走")
+    return TextConfig(words=words, length=5, example="purple hair", **settings)
+
+
+# Words
+
+
+def test_words_of_any_language():
+    assert split_words("Purple hair,WHITE-shirt; it's 2") == ["purple", "hair", "white", "shirt", "it", "s", "2"]
+    assert split_words("紫色头发，walks向左！") == ["紫", "色", "头", "发", "walks", "向", "左"]
+    assert split_words("ＡＢ　Ｃ") == ["ab", "c"] and split_words(" ,。_ ") == []
+
+
+def test_a_prompt_is_numbers_and_behind_them_the_null_label():
+    assert read_prompt("White hair, 走!", prompt_config()) == [5, 2, 7, 8, 8]
+
+
+@pytest.mark.parametrize("prompt, words", [
+    ("", ["no word", "such as 'purple hair'"]), ("，。!", ["no word"]),
+    ("dragon", ["not learned 'dragon'", "purple hair"]),
+    ("purpel hair 龙", ["'purpel' (near it: purple)", "'龙'"]),
+    ("a purple hair and white shirt", ["6 words", "learned 5"])])
+def test_a_prompt_that_says_nothing_is_refused(prompt, words):
+    with pytest.raises(UserError) as error:
+        read_prompt(prompt, prompt_config())
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+# The captions of the sprites
+
+
+def test_a_caption_says_every_part_whatever_its_wording():
+    """What was said can be read off it: each part by its colour, of the nouns that only this part has."""
+    draw, orders, languages = random.Random(0), set(), Counter()
+    for number in range(0, 1296, 5):
+        kind, look = number % len(KINDS), look_of(number)
+        text = sprite_caption(look, kind, draw, whole=True)
+        words = split_words(text)
+        language = "english" if "a" <= words[-1] < "{" else "chinese"
+        languages[language] += 1
+        places = []
+        for part, choice in zip(PARTS, look, strict=True):
+            said = {k for k, looks in enumerate(LOOKS[language][part])
+                    for phrase in text.replace("，", ",").replace(" and ", ",").split(",")
+                    if all(any(word in phrase for word in words.split()) for words in looks)}
+            assert said == {choice}, text
+            places.append(min(text.index(noun) for noun in LOOKS[language][part][choice][1].split() if noun in text))
+        orders.add(tuple(np.argsort(places)))
+        directions = {"front": ("forward", "front", "前"), "left": ("left", "左"), "right": ("right", "右")}
+        assert any(word in words for word in directions[KINDS[kind][1]])
+    assert len(orders) == 24 and min(languages.values()) > 50
+
+
+def test_captions_leave_something_out_and_are_a_function_of_their_seed():
+    captions = SpriteCaptions()
+    texts = [captions.read(8, random.Random(seed)) for seed in range(60)]
+    assert texts == [captions.read(8, random.Random(seed)) for seed in range(60)]
+    lengths = [sum(number < len(captions.vocabulary) for number in text) for text in texts]
+    assert len({tuple(text) for text in texts}) > 55 and min(lengths) < 8 < 15 < max(lengths)
+    assert captions.vocabulary == sorted(set(captions.vocabulary)) and len(captions) == 9000
+
+
+@pytest.mark.parametrize("figures", [1, 2])
+def test_no_caption_is_longer_than_the_longest(figures):
+    draw, (words, longest) = random.Random(1), sprite_words(figures)
+    found = []
+    for _ in range(8000):
+        two = [([draw.randrange(6) for _ in PARTS], draw.randrange(9)) for _ in range(2)]
+        text = sprite_caption(*two[0], draw, whole=True) if figures == 1 else pair_caption(two, draw, whole=True)
+        found.append(split_words(text))
+    assert {word for text in found for word in text} == set(words)
+    assert longest - 3 * (figures - 1) <= max(map(len, found)) <= longest
+
+
+# The network
+
+
+def test_words_are_looked_up_beside_the_patches():
+    """As if they were patches too, which ask nothing themselves."""
+    words, plain = WordAttention(16, 2), Attention(16, 2)
+    plain.load_state_dict(words.state_dict())
+    x, y = torch.randn(2, 3, 5, 16)
+    torch.testing.assert_close(words(x, y), plain(torch.cat([x, y], dim=1))[:, :5])
+
+
+@pytest.fixture
+def network():
+    return randomize(TextDiT((1, 8, 8), (1, 4, 4), 3, num_classes=9, hidden_size=16, num_heads=2, depth=2, length=4,
+                             text_depth=1, rope=True))
+
+
+def test_the_order_of_words_matters_and_an_empty_caption_is_the_null_label(network):
+    x, texts = torch.randn(1, 3, 1, 8, 8).expand(4, -1, -1, -1, -1), torch.tensor(
+        [[1, 2, 3, 4], [3, 2, 1, 4], [1, 2, 3, 9], [9, 9, 9, 9]])
+    out = network(x, 5, texts)
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(out, 2))
+    process = TextConfig().build_process()
+    guided = process.predict(network, x, torch.full((4,), 5), texts, 2.0)
+    torch.testing.assert_close(guided, out[3] + 2 * (out - out[3]))
+
+
+def test_guidance_leads_away_from_a_negative_caption(network):
+    x, texts = torch.randn(2, 3, 1, 8, 8), torch.tensor([[1, 2, 3, 4], [5, 6, 9, 9]])
+    against = text.draw.Against(network, [7, 8, 9, 9])
+    process = TextConfig().build_process()
+    cond, uncond = (network(x, 5, words) for words in (texts, torch.tensor([[7, 8, 9, 9]]).expand(2, -1)))
+    guided = process.predict(against, x, torch.full((2,), 5), texts, 3.0)
+    torch.testing.assert_close(guided, uncond + 3 * (cond - uncond))
+
+
+# Pairs
+
+
+def test_two_figures_stand_where_their_caption_says():
+    frames = SimpleNamespace(shape=(1, 2, 2), settings=dict(image_size=(2, 2)), x_0=lambda index, part, generator: (
+        index[part].float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)))
+    captions = SpriteCaptions(2)
+    N = len(captions.figures)
+    numbers = torch.arange(N)
+    pairs = Pairs(Clips("sprites", frames, numbers, torch.ones_like(numbers), numbers, 1), captions)
+    assert pairs.shape == (1, 1, 2, 4) and pairs.settings["image_size"] == (1, 2, 4) and len(pairs.labels) == 10 * N
+    index = torch.tensor([3, N + 3, 5 * N + 7])
+    x = pairs.x_0(index, slice(1, 3), torch.Generator())[:, 0, 0, 0]                                    # (2, 4)
+    right = captions.right[index[1:]]
+    assert x.tolist() == [[3, 3, right[0], right[0]], [7, 7, right[1], right[1]]] and right[0] != captions.right[3]
+    two = ([0, 0, 0, 0], 0), ([5, 5, 5, 5], 1)
+    for seed in range(20):
+        said = pair_caption(two, random.Random(seed), whole=True)
+        for side, hair in zip(*((("左", "右"), "绿紫") if "边" in said else (("on the left", "on the right"),
+                                                                      ("green", "purple"))), strict=True):
+            start = said.index(side + ("边" if "边" in said else ""))
+            mine = said[start:].split("; ")[0]
+            assert hair in mine
+
+
+# One's own images
+
+
+def test_captions_beside_images(folder):
+    found = CaptionedFolder(folder)
+    assert [file.name for file in found.files] == ["0.png", "1.png", "2.png", "3.png"]
+    assert found.captions == CAPTIONS and found.shape == (3, 8, 8)
+
+
+def test_a_table_of_captions(folder, capsys):
+    for file in folder.rglob("*.txt"):
+        file.unlink()
+    rows = [{"file_name": "deep/3.png", "text": "third"}, {"file_name": "0.png", "text": "first"},
+            {"file_name": "1.png", "text": " "}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (folder / "notes.md").write_text("")
+    assert CaptionedFolder(folder).captions == ["first", " ", "", "third"]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"1 of 4 images have no caption, such as {folder / '2.png'}: they are learned without",
+                    f"1 of 4 images have an empty caption, such as {folder / '1.png'}: they are learned without",
+                    f"{folder}: left out 1 file: 1 .md"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("0.txt", b"\xff\xfered", ["0.txt is not UTF-8"]),
+    ("0.txt", b"word " * 300, ["0.png has 300 words", "256"]),
+    ("metadata.jsonl", b'{"file_name": "4.png", "text": "x"}', ["line 1", "'4.png'", "no image there"]),
+    ("metadata.jsonl", b'\n{"file_name": "0.png"}', ["line 2", "not of the form"]),
+    ("metadata.jsonl", b"[" * 9999, ["line 1", "not of the form"]),
+    ("metadata.jsonl", b"{not json", ["line 1", "not of the form"]),
+    ("metadata.jsonl", b'{"file_name": "0.png", "text": "x"}', ["0.txt", "another in metadata.jsonl"])])
+def test_bad_captions_are_one_line(folder, call, tmp_path, name, content, words):
+    (folder / name).write_bytes(content)
+    result = call(text.train, *TINY, "--data-dir", folder, "--steps", 1, "--run-dir", tmp_path / "run")
+    assert_refused(result, *words)
+    assert not (tmp_path / "run" / "model.pth").exists() and (folder / name).read_bytes() == content
+
+
+def test_images_without_any_caption_are_refused(folder, call, tmp_path):
+    for file in folder.rglob("*.txt"):
+        file.write_text("...")
+    flags = [*TINY, "--steps", 1, "--run-dir", tmp_path / "run", "--data-dir"]
+    assert_refused(call(text.train, *flags, folder), "no image in", "has a caption", "metadata.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert_refused(call(text.train, *flags, tmp_path / "empty"), "holds no image")
+    assert_refused(call(text.train, *flags, folder, "--image-size", "4x8x8"), "images are no clips")
+
+
+# The commands
+
+
+def test_a_folder_is_learned_and_drawn(folder, call, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = [*TINY, "--data-dir", folder, "--steps", 4, "--run-dir", run]
+    code, out, err = call(text.train, *flags)
+    assert code == 0 and "up to 6 at a time" in out and f"python -m text.draw --checkpoint {run}" in out, err
+    content = load_checkpoint(run / "model.pth", (TextConfig,))
+    assert content["config"].words == tuple(sorted({word for caption in CAPTIONS for word in split_words(caption)}))
+    assert content["config"].image_size == (1, 8, 8) and content["config"].patch_size == (1, 2, 2)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(text.draw, "blue circle", "红色的圆", "--count", 3, "--checkpoint", run)
+    assert code == 0 and "column 2: 红色的圆" in out and Image.open("samples.png").size == (2 * 58 + 2, 3 * 58 + 2)
+    before = (tmp_path / "samples.png").read_bytes()
+    call(text.draw, "blue circle", "红色的圆", "--count", 3, "--checkpoint", run, "--negative", "red square",
+         "--guidance", 3, "--out", "away.png")
+    assert (tmp_path / "away.png").read_bytes() != before
+    for prompts, words in ((["", "a circle"], ["no word"]), (["a sqare"], ["sqare", "square"]),
+                           (["a circle", "--negative", "cat"], ["'cat'"]),
+                           (["a circle", "--negative", "red", "--guidance", 1], ["--negative does nothing"])):
+        assert_refused(call(text.draw, *prompts, "--checkpoint", run), *words)
+    assert (tmp_path / "samples.png").read_bytes() == before
+    assert_refused(call(text.score, "--checkpoint", run), "only sprites")
+    with pytest.raises(UserError, match="model of text: draw with it by python -m text"):
+        load(run / "model.pth")
+
+
+def test_a_resumed_run_is_the_same_run(folder, call, tmp_path):
+    flags = [*TINY, "--data-dir", folder, "--steps", 6, "--run-dir"]
+    call(text.train, *flags, tmp_path / "whole")
+    text.train.train(load_flags(folder), run_dir=tmp_path / "part", device="cpu", until=3)
+    assert call(text.train, *flags, tmp_path / "part", "--resume")[0] == 0
+    whole, part = (load_checkpoint(tmp_path / name / "model.pth", (TextConfig,)) for name in ("whole", "part"))
+    assert same(whole["model"], part["model"]) and same(whole["ema"], part["ema"])
+
+
+def load_flags(folder):
+    return dict(dataset="folder", data_dir=str(folder), hidden_size=32, depth=1, num_heads=2, text_depth=1,
+                batch_size=4, sample_steps=2, warmup=1, log_every=1, precision="fp32", steps=6)
+
+
+def test_the_captions_of_a_step_do_not_depend_on_the_shares(folder, monkeypatch):
+    config = TextConfig(**load_flags(folder) | dict(batch_size=6, label_dropout=0.4))
+    data = config.open_data(torch.device("cpu")).load()
+    config = config.resolve(data)
+    seen, run = [], root.start_run(config, torch.device("cpu"))
+    monkeypatch.setattr(root, "descend", lambda *args: None)
+    run.process.losses = lambda model, x_0, t, y, noise, loss: seen.append(y)
+    for share in (slice(0, 6), slice(0, 2), slice(2, 6)):
+        monkeypatch.setattr(text.train.parallel, "share", lambda count, share=share: share)
+        text.train.learn(run, data, 3)
+    assert torch.equal(seen[0], torch.cat(seen[1:])) and seen[0].shape == (6, 6)
+    empty = (seen[0] == len(config.words)).all(1)
+    assert 0 < empty.sum() < 6
+
+
+# The ruler
+
+
+def test_a_share_and_its_interval():
+    """As statsmodels' proportion_confint(9, 10, method="wilson") has it."""
+    assert wilson(torch.tensor([True] * 9 + [False])) == pytest.approx((0.9, 0.5958, 0.9821), abs=2e-4)
+    assert wilson(torch.ones(500))[1:] == pytest.approx((0.99238, 1.0), abs=1e-4)
+
+
+def test_swapped_sentences_have_the_same_words():
+    assert len(swaps()) > 20
+    looks, swapped, parts = ask_swapped(split_characters(False).tolist(), 40, random.Random(0))
+    for a, b, changed in zip(looks.tolist(), swapped.tolist(), parts.tolist(), strict=True):
+        assert [i for i in range(4) if a[i] != b[i]] == changed
+        said = [Counter(words.split()[0] for part, k in zip(PARTS, look, strict=True)
+                        for words in LOOKS["english"][part][k]) for look in (a, b)]
+        assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("frames", [8, 1])
+def test_frames_are_read_and_compared(frames, monkeypatch):
+    monkeypatch.setattr(sprites, "load_images", load_sprites)
+    numbers, kinds = torch.tensor([700, 3, 1295]), torch.tensor([2, 0, 1])
+    reader = Reader()
+    clips = make_clips(numbers, (32, 32))[torch.arange(3), kinds].movedim(1, 2)[:, :, :frames]
+    shown = reader.read(clips)
+    assert shown[0].shape == (3, frames, 4) and torch.equal(shown[0], parts_of(numbers)[:, None].expand(-1, frames, -1))
+    assert torch.equal(shown[1], kinds)
+    asked = parts_of(torch.tensor([700, 4, 1295])), torch.tensor([2, 0, 0])
+    found = {name: which.tolist() for name, which in compare(shown, asked).items()}
+    assert found == {"body": [True] * 3, "trousers": [True] * 3, "top": [True] * 3, "hair": [True, False, True],
+                     "action and direction": [True, True, False], "all": [True, False, False]}

@@ -1,0 +1,56 @@
+"""Trains a DiT on captions; see train.py.
+
+    python -m text.train --preset clip --run-dir run_text
+"""
+
+from support import parallel
+from support.commands import run
+from support.settings import given_flags
+
+import torch
+
+import train as root
+from inference import sample
+from text.config import PRESETS, TextConfig
+from video.train_dit import save_grid
+
+
+def learn(run, data, step):
+    """One optimizer step on clips and their captions; see `train.learn`."""
+    config, part = run.config, parallel.share(run.config.batch_size)
+    x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
+    seed = root.step_generator(config.seed, step, "cpu").initial_seed()
+    y = data.words(y, [seed + row for row in range(config.batch_size)[part]])  # (B, L)
+    root.round_weights(run)
+    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
+    return root.descend(run, losses, step), t
+
+
+def show(run, path, stop):
+    """Writes the grid of samples, as `train.show` does: each column has one caption."""
+    numbers = torch.linspace(0, len(run.data.labels) - 1, 10).long()
+    words = run.data.words(numbers, numbers.tolist()).to(run.data.labels.device)
+    for state in sample(run.ema, run.config, words.repeat(6, 1)):
+        if stop():
+            return
+        x = state
+    with root.warned():
+        save_grid(path, run.config.to_images(x))
+
+
+def train(config, *args, **options):
+    """`train.train` of a `TextConfig`, or a dict of its settings."""
+    return root.train(config, *args, learn=learn, show=show, of=TextConfig, **options)
+
+
+@parallel.one_for_all()
+def main():
+    args = root.train_parser("Trains a diffusion transformer on images or clips and their captions: the sprites unless "
+                             "told otherwise.", TextConfig, PRESETS).parse_args()
+    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, TextConfig), args.run_dir, args.resume,
+                          args.device)
+    root.say_end(done, stopped, args.run_dir, TextConfig.drawn_by, ("-m", "text.train"))
+
+
+if __name__ == "__main__":
+    run(main, memory="--batch-size, --image-size or --hidden-size, or try --recompute")
