@@ -4,9 +4,15 @@ of the weights that its authors released, or of what its train.py has saved.
     python -m latent.import_dit DiT-XL-2-256x256.pt xl.pth
     python -m latent.draw --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
 
-A file of SiT's code (github.com/willisma/SiT, 2401.08740) too, which is the same network: by the flags of its train.py,
-or since the half of its output that DiT's variance would be is zero. It draws as SiT's sample.py does in the mode ODE
-with --sampling-method euler --num-sampling-steps 251.
+Files of codes with the same network are read too:
+
+    fast-DiT        (github.com/chuanyangjin/fast-DiT) as DiT
+    SiT             (github.com/willisma/SiT, 2401.08740) known by the flags of its train.py, or since the half of its
+                    output that DiT's variance would be is zero. Draws as its sample.py does in the mode ODE with
+                    --sampling-method euler --num-sampling-steps 251
+    LightningDiT    (github.com/hustvl/LightningDiT, 2501.01423) without its changes to the network, as SiT
+    REPA            (github.com/sihyun-yu/REPA, 2410.06940) known by its projectors or its flags: a SiT with another end
+                    of t and another sign. Draws as its generate.py does in the mode ode
 
 The two codes are the same network. What differs, and where it is bridged:
 
@@ -17,6 +23,8 @@ The two codes are the same network. What differs, and where it is bridged:
     the process     noise and v, 2C channels       config.variance = "learned": official.LearnedVarianceDDPM, which
                     learned variance, its loss     draws and learns with it
     SiT's process   velocity, t = 1 is the image   config.process = "sit": official.SiT; the unused outputs are dropped
+    REPA's process  its negative, t = 0 is the     the last layer is negated, columns of time_embedding.mlp.0 are turned
+                    image                          by their frequencies; the projectors are dropped
     drawing         250 steps, the last is t = 0   config.spacing = "linspace"
                     guidance on 3 of 4 channels    config.guided_channels = 3
                     x_0 is not clamped             config.clamp = False
@@ -32,7 +40,9 @@ from support.tensors import check_tensors, misfit, read_tensors
 import argparse
 import dataclasses
 import datetime
+import functools
 import math
+import operator
 import pathlib
 import re
 import shlex
@@ -51,9 +61,12 @@ NAMES = (("patch_embedding.linear", "x_embedder.proj"), ("time_embedding", "t_em
          ("label_embedding", "y_embedder.embedding_table"), ("attention.out", "attn.proj"), ("attention", "attn"),
          (r"(blocks\.\d+\.mlp)\.0", r"\1.fc1"), (r"(blocks\.\d+\.mlp)\.2", r"\1.fc2"),
          ("modulation", "adaLN_modulation"))  # (ours, theirs)
+# What LightningDiT and REPA can change in the network, by the names of its weights
+CHANGES = (("mlp.w12", "SwiGLU"), ("norm1.weight", "RMSNorm"), ("q_norm.weight", "normalised queries and keys"),
+           ("feat_rope", "rotary positions"))
 SCALE = 0.18215  # of latents, in DiT's sample.py and train.py
 VAE = "stabilityai/sd-vae-ft-mse"  # of sample.py; the FID of the paper was measured with sd-vae-ft-ema
-VAE_FACTOR, VAE_CHANNELS = 8, 3
+VAE_FACTOR, VAE_CHANNELS, LATENT_CHANNELS = 8, 3, 4
 # What flags may be, besides plain values: (what it is read as, how the file calls it)
 HARMLESS = [argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.timedelta, np.dtype,
             *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
@@ -72,7 +85,8 @@ def official_name(name):
 
 def read_official(path):
     """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. The weights are
-    not in memory yet if the file is large. Nothing in it can run code. Raises `UserError` when it is another file."""
+    not in memory yet if the file is large. Nothing in it can run code. Raises `UserError` when it is another file, or
+    when its network is known to be another one."""
     try:
         content = read_tensors(path, HARMLESS, mmap=True)
     except FileNotFoundError:
@@ -82,7 +96,7 @@ def read_official(path):
                         f"({first_line(error)})") from None
     if isinstance(content, dict) and "format" in content:
         raise UserError(f"{path} is a checkpoint of this project already, or of another one, but no file of DiT's code")
-    flags = content.get("args") if isinstance(content, dict) else None
+    flags, settings = ((content.get("args"), content.get("config")) if isinstance(content, dict) else (None, None))
     for name in ("ema", "model"):  # of train.py
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -91,7 +105,24 @@ def read_official(path):
         raise UserError(f"{path} is no file of DiT's code: it holds no weights by name")
     # Of DistributedDataParallel and torch.compile
     content = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weight for name, weight in content.items()}
-    return content, vars(flags) if isinstance(flags, argparse.Namespace) else {}
+    changes = [what for part, what in CHANGES if any(part in name for name in content)]
+    if changes:
+        raise UserError(f"{path} is no DiT: its network has {', '.join(changes)}. Of LightningDiT and REPA, only "
+                        "models whose network is DiT's are known here")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else lightning_flags(settings)
+    if any(name.startswith("projectors.") for name in content):  # of REPA, which needs them for training alone
+        content = {name: weight for name, weight in content.items() if not name.startswith("projectors.")}
+        flags = dict(path_type="linear", prediction="v") | flags
+    return content, flags
+
+
+def lightning_flags(settings):
+    """What LightningDiT's train.py saves of its settings as `config`, as flags: a dict, empty for anything else."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("transport"), dict):
+        return {}
+    parts = [settings.get(name) for name in ("transport", "data", "vae", "sample")]
+    flags = dict(latent_multiplier=SCALE, downsample_ratio=16)  # where its train.py finds none
+    return functools.reduce(operator.or_, [part for part in parts if isinstance(part, dict)], flags)
 
 
 def read_sizes(weights):
@@ -129,11 +160,19 @@ def class_names(count):
     return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
 
 
-def latents_of(vae, shape):
+def latents_of(vae, shape, flags):
     """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: as DiT's code
-    has it."""
+    has it. flags: of a train.py, a dict."""
+    if flags.get("latent_norm"):
+        raise UserError("its latents were normalised by a file latents_stats.pt beside its data: the checkpoint does "
+                        "not hold it")
     if vae is None:
-        factor, channels, found = VAE_FACTOR, VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
+        factor = flags.get("downsample_ratio", VAE_FACTOR)
+        if (factor, shape[0]) != (VAE_FACTOR, LATENT_CHANNELS):
+            raise UserError(f"it was trained on latents of {shape[0]} channels, {factor!r:.9} times smaller than "
+                            f"images, but Stability's VAE has {LATENT_CHANNELS} and {VAE_FACTOR}: say with --vae which "
+                            "VAE it was")
+        channels, found = VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
     else:
         loaded = load_vae(vae)
         if loaded.settings["latent_channels"] != shape[0]:
@@ -142,6 +181,11 @@ def latents_of(vae, shape):
         factor, channels = loaded.factor, loaded.settings["out_channels"]
         found = dict(vae=vae, vae_hash=loaded.fingerprint, latent_mean=tuple(loaded.mean.flatten().tolist()),
                      latent_std=tuple(loaded.std.flatten().tolist()))
+    if "latent_multiplier" in flags:
+        multiplier = flags["latent_multiplier"]
+        if type(multiplier) not in (int, float) or not 0 < multiplier < math.inf:
+            raise UserError(f"its latent_multiplier is {multiplier!r:.40}, not a number above 0")
+        found |= dict(latent_mean=(0.0,), latent_std=(1 / multiplier,))
     return found | dict(image_size=tuple(factor * side for side in shape[1:]), channels=channels)
 
 
@@ -150,7 +194,7 @@ def make_config(weights, flags, num_heads=None, vae=None):
     sizes = read_sizes(weights)
     if flags.get("num_classes") == sizes["num_classes"] + 1:
         raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
-    return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"]), dataset="folder",
+    return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"], flags), dataset="folder",
                         num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]),
                         process="ddpm", sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
                         guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
@@ -181,19 +225,20 @@ def convert(weights, config):
     return ours
 
 
-def is_sit(weights, config, flags):
-    """Whether weights by our names, of a `DiT` of `config`, are SiT's. flags: of its train.py, a dict. Raises
-    `UserError` when its network predicts what is not known here."""
+def process_of(weights, config, flags):
+    """Whose process weights by our names, of a `DiT` of `config`, were trained on: "DiT", "SiT" or "REPA". flags: of a
+    train.py, a dict. Raises `UserError` when the network predicts what is not known here."""
     if flags.keys() & {"path_type", "prediction"}:
         path, prediction = flags.get("path_type", "Linear"), flags.get("prediction", "velocity")
-        if (path, prediction) != ("Linear", "velocity"):
-            raise UserError(f"it predicts {prediction!r:.40} on the path {path!r:.40}: of SiT's code, only 'velocity' "
-                            "on the path 'Linear' is known here")
-        return True
+        known = {("Linear", "velocity"): "SiT", ("linear", "v"): "REPA"}
+        if (path, prediction) not in known:
+            raise UserError(f"it predicts {prediction!r:.40} on the path {path!r:.40}: known here are 'velocity' on "
+                            "the path 'Linear' (SiT, LightningDiT) and 'v' on the path 'linear' (REPA)")
+        return known[path, prediction]
     if config.variance == "fixed":
-        return False
+        return "DiT"
     eps, v = weights["final_layer.linear.weight"].unflatten(0, (-1, 2, config.latent_shape[0])).unbind(1)
-    return bool(eps.any()) and not v.any()  # SiT has no use for the second half: it stays as it began
+    return "SiT" if eps.any() and not v.any() else "DiT"  # SiT has no use for the second half: it stays as it began
 
 
 def as_sit(weights, config):
@@ -204,10 +249,24 @@ def as_sit(weights, config):
     return weights, dataclasses.replace(config, process="sit", variance="fixed", sampler="ddim", spacing="trailing")
 
 
+def as_repa(weights, config):
+    """Such weights of REPA's as (weights, `Config`) that draw as its generate.py does. Its network answers with
+    eps - x_0, and is shown 0 for the image: t = 1 - s for the s that ours is shown. Sines and cosines of f t are those
+    of f s turned by the angle f, which the first layer can do."""
+    weights, config = as_sit(weights, config)
+    waves = weights["time_embedding.mlp.0.weight"]                                            # (D, 256)
+    frequencies = torch.exp(torch.arange(128, dtype=torch.float64) * (-math.log(10000) / 128))
+    (sines, cosines), sin, cos = waves.double().chunk(2, dim=1), frequencies.sin(), frequencies.cos()
+    turned = torch.cat([cosines * sin - sines * cos, cosines * cos + sines * sin], dim=1).to(waves.dtype)
+    negated = {f"final_layer.linear.{part}": -weights[f"final_layer.linear.{part}"] for part in ("weight", "bias")}
+    return weights | negated | {"time_embedding.mlp.0.weight": turned}, dataclasses.replace(
+        config, sample_steps=50, guidance=1.5, guided_channels=0)
+
+
 def main():
-    parser = Parser(description="Converts a file of DiT's or SiT's official code to a checkpoint: the released "
-                                "weights, or what its train.py has saved. The checkpoint then draws as the official "
-                                "sample.py does.")
+    parser = Parser(description="Converts a file of the official code of DiT, SiT or REPA, or of LightningDiT's "
+                                "if its network is DiT's, to a checkpoint: the released weights, or what its train.py "
+                                "has saved. The checkpoint then draws as the official code does.")
     parser.add_argument("official", type=some_path, help="the file, such as DiT-XL-2-256x256.pt")
     parser.add_argument("out", type=some_path, help="the checkpoint to write")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: those of DiT-S, B, L or XL)")
@@ -216,20 +275,24 @@ def main():
     args = parser.parse_args()
     check_out(args.out, args.official)
     weights, flags = read_official(args.official)
+    flags = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
     try:
         config = make_config(weights, flags, args.num_heads, args.vae)
         ours = convert(weights, config)
-        sit = is_sit(ours, config, flags)
-        if sit:
-            ours, config = as_sit(ours, config)
+        of = process_of(ours, config, flags)
+        if of != "DiT":
+            ours, config = (as_sit if of == "SiT" else as_repa)(ours, config)
     except UserError as error:
         raise UserError(f"{args.official}: {error}") from None
     save_checkpoint(args.out, config, 0, 0.0, ours)
     height, width = config.image_size
     print(f"{args.out}: {sum(weight.numel() for weight in ours.values()):,} parameters, {config.depth} blocks of width "
           f"{config.hidden_size}; images of {height} x {width}, {config.num_classes:,} classes")
-    if sit:
-        print("it is a SiT: the network predicts the velocity on the way from noise to image")
+    if of != "DiT":
+        print(f"it is a {of}: the network predicts the velocity on the way from noise to image")
+    unknown = [name for name in ("timestep_shift", "cfg_interval_start") if flags.get(name)]
+    if unknown:
+        print(f"it draws without {' and '.join(unknown)}: not known here")
     vae = args.vae or "sd-vae-ft-ema"
     print(f"draw with: python -m latent.draw --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} "
           f"--labels {'207 360' if config.classes else '0'}")

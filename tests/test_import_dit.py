@@ -244,9 +244,7 @@ def test_a_sit_draws_as_its_sampler_does(kind, weights, bring):
         flags = argparse.Namespace(path_type="Linear", prediction="velocity", num_classes=1000, results_dir=Path("x"))
         content = dict(ema=weights, model=theirs, args=flags)
     elif kind == "halved":
-        content = {name: weight.view(4, 2, 4, -1)[:, 0].reshape(16, *weight.shape[1:])
-                   if name.startswith("final_layer.linear") else weight for name, weight in theirs.items()}
-        content = dict(model=content, args=argparse.Namespace(prediction="velocity"))
+        content = dict(model=plain_weights(theirs), args=argparse.Namespace(prediction="velocity"))
     path = bring(content)
     model, config = load_model(path, precision="fp32", kinds=IMAGES)
     assert (config.process, config.sampler, config.sample_steps, config.eta) == ("sit", "ddim", 250, 0)
@@ -270,11 +268,83 @@ def test_a_sit_says_what_it_is(weights, call, tmp_path):
 @pytest.mark.parametrize(("flags", "words"), [
     (dict(path_type="GVP", prediction="velocity"), "'velocity' on the path 'GVP'"),
     (dict(path_type="Linear", prediction="noise"), "predicts 'noise'"),
-    (dict(path_type="linear", prediction="v"), "predicts 'v' on the path 'linear'")])
+    (dict(path_type="cosine", prediction="v"), "predicts 'v' on the path 'cosine'")])
 def test_what_is_another_process_is_refused(flags, words, weights, call, tmp_path):
     torch.save(dict(ema=weights, args=argparse.Namespace(**flags)), tmp_path / "official.pt")
     result = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
-    assert_refused(result, "official.pt", words, "only 'velocity' on the path 'Linear' is known here")
+    assert_refused(result, "official.pt", words, "known here are 'velocity' on the path 'Linear'")
+    assert not (tmp_path / "xl.pth").exists()
+
+
+def plain_weights(weights):
+    """Weights whose network answers with the velocity alone, as LightningDiT and REPA have them."""
+    return {name: weight.view(4, 2, 4, -1)[:, 0].reshape(16, *weight.shape[1:])
+            if name.startswith("final_layer.linear") else weight for name, weight in weights.items()}
+
+
+def repa_samples(network, x, y, scale, steps=50):
+    """What REPA's generate.py draws in the mode ode: from noise at t = 1 to the image at 0, against the velocity
+    eps - x_0, of which all channels are guided. Nothing of ours is in it."""
+    with torch.no_grad():
+        for i in range(steps, 0, -1):
+            t = torch.full((len(x),), i / steps)
+            cond, uncond = (network(x, t, labels) for labels in (y, torch.full_like(y, 1000)))
+            x = x - (uncond + scale * (cond - uncond)) / steps
+    return x
+
+
+@pytest.mark.parametrize("kind", ["released", "trained", "without projectors"])
+def test_a_repa_draws_as_its_sampler_does(kind, weights, bring):
+    """Known by its projectors or its flags: its image lies at the other end of t, and its velocity has another sign."""
+    theirs = plain_weights(weights)
+    twin = diffusers_twin(theirs, out=1)
+    projectors = {f"projectors.0.{i}.{part}": torch.randn(7) for i in (0, 2, 4) for part in ("weight", "bias")}
+    flags = argparse.Namespace(path_type="linear", prediction="v", num_classes=1000, enc_type="dinov2-vit-b")
+    content = {"released": theirs | projectors, "trained": dict(model={}, ema=theirs | projectors, args=flags, steps=9),
+               "without projectors": dict(ema=theirs, args=flags)}[kind]
+    model, config = load_model(bring(content), precision="fp32", kinds=IMAGES)
+    assert (config.process, config.sampler, config.sample_steps, config.guidance) == ("sit", "ddim", 50, 1.5)
+    y, noise = torch.tensor([207, 360]), noise_source(0, range(2), (4, 8, 8), "cpu")()
+    expected = repa_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y, 1.5)
+    assert (expected - noise).std() > 0.05
+    torch.testing.assert_close(generate(model, config, y), expected, atol=2e-5, rtol=1e-4)
+
+
+def lightning(**changes):
+    """The settings that LightningDiT's train.py saves beside the weights."""
+    settings = dict(
+        ckpt_path="x.pt", transport=dict(path_type="Linear", prediction="velocity", use_lognorm=True, train_eps=None),
+        data=dict(image_size=64, num_classes=1000, latent_norm=False, latent_multiplier=0.5),
+        vae=dict(model_name="sd", downsample_ratio=8), sample=dict(timestep_shift=0.3, cfg_interval_start=0))
+    return {name: part | changes.get(name, {}) if isinstance(part, dict) else part for name, part in settings.items()}
+
+
+def test_a_plain_lightning_dit_draws_as_a_sit(weights, bring, vae, call, tmp_path):
+    theirs = plain_weights(weights)
+    content = dict(model=theirs, ema=theirs, opt={}, config=lightning())
+    model, config = load_model(bring(content), precision="fp32", kinds=IMAGES)
+    assert config.latent_std == (2.0,) and config.latent_mean == (0.0,)
+    assert load_checkpoint(bring(content, "--vae", vae), IMAGES)["config"].latent_std == (2.0,)
+    y, noise = torch.tensor([207, 360]), noise_source(0, range(2), (4, 8, 8), "cpu")()
+    twin = diffusers_twin(theirs, out=1)
+    expected = sit_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y)
+    torch.testing.assert_close(generate(model, config, y), expected, atol=2e-5, rtol=1e-4)
+    code, out, _ = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
+    assert code == 0 and "it draws without timestep_shift: not known here" in out
+
+
+@pytest.mark.parametrize(("extra", "settings", "words"), [
+    ({"blocks.0.mlp.w12.weight": 1, "blocks.1.norm1.weight": 1, "feat_rope.freqs_cos": 1}, {},
+     "its network has SwiGLU, RMSNorm, rotary positions"),
+    ({}, dict(data=dict(latent_norm=True)), "official.pt: its latents were normalised by a file latents_stats.pt"),
+    ({}, dict(data=dict(latent_multiplier="1")), "latent_multiplier is '1'"),
+    ({}, dict(vae=dict(downsample_ratio=16)), "16 times smaller than images"),
+    ({}, dict(transport=dict(path_type="GVP")), "'velocity' on the path 'GVP'")])
+def test_a_lightning_dit_that_is_another_is_refused(extra, settings, words, weights, call, tmp_path):
+    theirs = plain_weights(weights) | {name: torch.zeros(size) for name, size in extra.items()}
+    torch.save(dict(ema=theirs, config=lightning(**settings)), tmp_path / "official.pt")
+    result = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
+    assert_refused(result, "official.pt", words)
     assert not (tmp_path / "xl.pth").exists()
 
 
@@ -437,7 +507,8 @@ FILES = {
     "no width": (lambda w: w | {"x_embedder.proj.weight": torch.zeros(0, 4, 2, 2)}, "not the weights of a DiT"),
     "missing": (lambda w: without(w, "blocks.1.attn.qkv.bias"), "'blocks.1.attn.qkv.bias' is missing"),
     "a block missing": (lambda w: without(w, *(n for n in w if n.startswith("blocks.0."))), "not the weights of a DiT"),
-    "extra": (lambda w: w | {"blocks.0.attn.q_norm.weight": torch.zeros(16)}, "q_norm.weight' is not a part of it"),
+    "normalised queries": (lambda w: w | {"blocks.0.attn.q_norm.weight": torch.zeros(16)}, "normalised queries and"),
+    "extra": (lambda w: w | {"blocks.0.attn.x": torch.zeros(16)}, "'blocks.0.attn.x' is not a part of it"),
     "misshaped": (lambda w: w | {"blocks.1.mlp.fc2.bias": torch.zeros(D + 1)}, "is (49,), not (48,)"),
     "other outputs": (lambda w: w | {"final_layer.linear.weight": torch.zeros(48, D)}, "final_layer.linear.weight is"),
     "learned positions": (lambda w: w | {"pos_embed": w["pos_embed"] + 0.1}, "sines and cosines"),
