@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,6 @@ from inference import noise_source
 from record.checkpoint import load_model, save_checkpoint
 from video.config import ANY, ClipConfig
 
-HANGS = 1000  # seconds, after which a process hangs for sure: no machine is so slow
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "weights" / "mnist.pth"
 
@@ -51,14 +50,16 @@ def write_small_mnist():
     return folder
 
 
-if "SMALL_MNIST" in os.environ:  # the process that started this one has made it
-    SMALL = Path(os.environ["SMALL_MNIST"])
-else:
-    SMALL = write_small_mnist()
-    os.environ["SMALL_MNIST"] = str(SMALL)
+MADE_HERE = "SMALL_MNIST" not in os.environ  # and not by the process that started this one
+SMALL = write_small_mnist() if MADE_HERE else Path(os.environ["SMALL_MNIST"])
+os.environ["SMALL_MNIST"] = str(SMALL)
 
-    def pytest_unconfigure():
+
+def pytest_unconfigure():
+    forks.stop()
+    if MADE_HERE:
         shutil.rmtree(SMALL)
+
 
 # What trains in no time on it, at 8 x 8 pixels: the settings, and the flags that say the same and more.
 SMALL_DATA = dict(dataset="mnist", data_dir=str(SMALL), image_size=8)
@@ -83,17 +84,25 @@ def seed():
     torch.manual_seed(0)
 
 
+def in_a_process(script, *args, **options):
+    """Runs a script or a module of the repository, or "-c" and Python code, in a process of its own, as a user does;
+    returns the finished process. See `forks.Fork`."""
+    where = [REPOSITORY / script] if script.endswith(".py") else [script] if script == "-c" else ["-m", script]
+    return forks.run([*where, *args], **dict(cwd=REPOSITORY, env=dict(os.environ)) | options)
+
+
+# What a process runs first that may take one more gigabyte of addresses than it has
+ONE_GIGABYTE = """
+import resource
+with open("/proc/self/statm") as file:
+    has = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (has + 2**30,) * 2)
+"""
+
+
 @pytest.fixture
 def command():
-    """Runs a script of the repository in a process of its own, as a user does; returns the finished process."""
-
-    def call(script, *args, **options):
-        where = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
-        environment = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        return subprocess.run([sys.executable, *where, *map(str, args)], text=True, capture_output=True,
-                              timeout=HANGS, **environment | options)
-
-    return call
+    return in_a_process
 
 
 @pytest.fixture
@@ -161,8 +170,7 @@ def train_until(call, flags, step, command=train):
 def trained(tmp_path_factory):
     """The run folder of a model that the command trained for a few steps."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    process = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "6", "--run-dir",
-                              str(folder)], text=True, capture_output=True, timeout=HANGS)
+    process = in_a_process("train.py", *TINY, "--steps", 6, "--run-dir", folder)
     assert process.returncode == 0, process.stderr
     return folder
 

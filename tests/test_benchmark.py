@@ -2,12 +2,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import REPOSITORY, assert_refused
 
 from config import Config
 from measure import benchmark
@@ -18,9 +20,9 @@ CPU = torch.device("cpu")
 def test_bench_measures_what_train_runs(call, tmp_path, monkeypatch):
     """One short turn of every variant, one of them in a process of its own, as is the first picture; speed itself is
     not tested here."""
-    def run(words, original=benchmark.subprocess.run, **options):
+    def run(words, **options):
         if "draw" in words or "-m" not in words:
-            return original(words, **options)
+            return forks.run(words[1:], REPOSITORY, dict(os.environ))
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words[2:])
             benchmark.main()

@@ -7,17 +7,15 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, SMALL_DATA, TINY, assert_refused, same, small_mnist, train_until
+from conftest import SMALL_DATA, TINY, assert_refused, same, small_mnist, train_until
 from PIL import Image
-from test_parallel import assert_alike, finish, torchrun
+from test_parallel import assert_alike, together
 
 from dataset import Dataset, load_dataset, to_float
 from latent import cache, draw, train_dit
@@ -166,10 +164,9 @@ cache.Latents(data, "here", load_vae(sys.argv[1]), False, Path(sys.argv[2])).loa
 """
 
 
-def test_kill_9(tmp_path, capsys):
+def test_kill_9(command, tmp_path, capsys):
     save_vae(make_vae(1), tmp_path / "vae")
-    process = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "vae", tmp_path / "latents"], timeout=HANGS,
-                             cwd=REPOSITORY, capture_output=True)
+    process = command("-c", KILLED, tmp_path / "vae", tmp_path / "latents")
     assert process.returncode == -9, process.stderr
     vae, data = load_vae(tmp_path / "vae"), small_mnist()
     latents = Latents(data, "here", vae, False, tmp_path / "latents").load()
@@ -418,7 +415,7 @@ def test_processes_share_the_encoding_and_the_steps(command, flags, tmp_path):
     steady = [*flags, "--batch-size", 9, "--lr-decay", "constant", "--precision", "fp32", "--steps", 4]
     process = command("latent.train_dit", *steady, "--run-dir", one, "--latents", tmp_path / "a")
     assert process.returncode == 0, process.stderr
-    finish(torchrun(2, "latent.train_dit", *steady, "--run-dir", two, "--latents", tmp_path / "b"))
+    together(2, "latent.train_dit", *steady, "--run-dir", two, "--latents", tmp_path / "b")
     assert_alike(one, two)
     files = [only_folder(tmp_path / name) / "latents.npy" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()

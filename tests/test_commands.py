@@ -16,7 +16,6 @@ from support.files import lock_dir, make_dir
 import errno
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -24,7 +23,8 @@ import sys
 
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, TINY, assert_refused
+from conftest import ONE_GIGABYTE, REPOSITORY, TINY, assert_refused
+from forks import HANGS
 
 import diffusion
 import edit.draw
@@ -108,15 +108,33 @@ def test_output_that_nobody_reads(script, command, trained, tmp_path):
     """As in `| head -1`."""
     flags = [*TINY, "--steps", 2, "--run-dir", tmp_path / "run"] if script == "train.py" else [
         "--checkpoint", trained / "model.pth", "--out", tmp_path / "a.png"]
-    words = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
-    process = subprocess.run(words, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, timeout=HANGS)
+    with open(closed_pipe(), "w") as nobody:
+        process = command(script, *flags, stdout=nobody)
     assert process.returncode == 141 and "Traceback" not in process.stderr and "Exception" not in process.stderr
 
 
-@pytest.mark.parametrize("closed", [(2,), (1, 2), (0, 1, 2)])
+STREAMS = """
+import os, support, sys
+print("lost")
+print("lost", file=sys.stderr)
+file = open(sys.argv[1], "w")
+assert file.fileno() > 2 and sys.stdin.read() == "", file.fileno()
+file.write(" ".join(str(stream.fileno()) for stream in (sys.stdin, sys.stdout, sys.stderr)))
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
 def test_closed_streams(closed, tmp_path):
+    """Each is replaced, and what is opened next does not take its place; what a process does with them is below."""
+    process = subprocess.Popen([sys.executable, "-c", STREAMS, tmp_path / "out"], cwd=REPOSITORY,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: [os.close(number) for number in closed])
+    assert process.wait(HANGS) == 0 and (tmp_path / "out").read_text() == "0 1 2"
+
+
+def test_a_run_with_closed_streams(tmp_path):
     words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in closed])
+    process = subprocess.Popen(words, preexec_fn=lambda: [os.close(number) for number in (0, 1, 2)])
     assert process.wait(HANGS) == 0
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 2
 
@@ -125,19 +143,12 @@ FULL = "/dev/full"  # what is written there finds no space left
 
 
 @pytest.mark.parametrize("err", ["full", "unread"])
-def test_a_run_outlives_its_bar(err, tmp_path):
+def test_a_run_outlives_its_bar(err, command, tmp_path):
     """Standard error on a full disk, or a pipe that nobody reads: the run goes on, and ends well."""
-    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
     with open(FULL if err == "full" else closed_pipe(), "w") as stream:
-        process = subprocess.run(words, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=HANGS)
+        process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", stderr=stream)
     assert process.returncode == 0 and "trained in" in process.stdout
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 2
-
-
-def in_a_process(body, *words, **environment):
-    """Runs Python code, with the repository's modules, in a process of its own."""
-    return subprocess.run([sys.executable, "-c", body, *map(str, words)], cwd=REPOSITORY, capture_output=True,
-                          text=True, timeout=HANGS, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 @pytest.mark.parametrize("error", [
@@ -154,12 +165,10 @@ def test_out_of_memory_names_what_to_lower(error):
     assert str(end.value).startswith("error: out of memory: lower --this or --that") and "\n" not in str(end.value)
 
 
-def test_memory_that_really_runs_out(tmp_path):
-    """A batch that does not fit, in a process that may have 6 GB of addresses."""
-    words = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "--batch-size", "1000000", "--hidden-size", "256",
-             "--run-dir", str(tmp_path / "run")]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, env=os.environ | {
-        "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30)))
+def test_memory_that_really_runs_out(command, tmp_path):
+    """The tokens of a batch, float32 (100,000, 16, 256), do not fit into a gigabyte."""
+    process = command("train.py", *TINY, "--batch-size", 100_000, "--hidden-size", 256, "--run-dir", tmp_path / "run",
+                      "--precision", "fp32", prepare=ONE_GIGABYTE)
     assert_refused(process, "out of memory", "--batch-size")
 
 
@@ -219,9 +228,9 @@ for flag in ("--help", "--no-such-flag"):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_and_a_mistake_that_names_it(name):
-    """On a terminal that knows ASCII alone. One process does both, since most of its time goes into imports."""
-    process = in_a_process(HELPED, name, PYTHONIOENCODING="ascii")
+def test_help_and_a_mistake_that_names_it(name, command):
+    """On a terminal that knows ASCII alone."""
+    process = command("-c", HELPED, name, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     named = f"python -m {name}" if "." in name else f"{name}.py"
     assert_refused(process, f"({named} --help lists the flags)")
     assert process.stdout.startswith(f"usage: {named} ")
@@ -310,8 +319,8 @@ run(train.main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_run_after_the_step_and_saves(number, tmp_path):
-    process = in_a_process(SIGNALLED, int(number), *TINY, "--steps", 10**6, "--no-compile", "--run-dir",
+def test_a_signal_ends_a_run_after_the_step_and_saves(number, command, tmp_path):
+    process = command("-c", SIGNALLED, int(number), *TINY, "--steps", 10**6, "--no-compile", "--run-dir",
                            tmp_path / "run")
     assert process.returncode == 128 + number and "Traceback" not in process.stderr
     assert checkpoint.load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 4
@@ -419,19 +428,19 @@ def test_each_process_has_a_gpu_of_its_own(name, processes, gpus, wanted, monkey
 
 
 def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "4"}
-    process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", env=environment)
+    process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", env=os.environ | {
+        "RANK": "1", "WORLD_SIZE": "4"})
     assert process.returncode == 0 and "trained in" in process.stdout, process.stderr
     assert (tmp_path / "run" / "model.pth").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_work_for_one_process_is_done_once(rank, trained, tmp_path):
+def test_work_for_one_process_is_done_once(rank, command, trained, tmp_path):
     """Two that write one file at the same time would get into each other's way."""
-    environment = {**os.environ, **TORCHRUN, "RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | TORCHRUN | {"RANK": str(rank), "TORCHELASTIC_RUN_ID": "none"}
     for name, *flags in (["demo.share", str(trained), str(tmp_path / "a.pth")],
                          ["inference", "--checkpoint", str(trained), "--out", str(tmp_path / "a.png")]):
-        process = start(name, *flags, env=environment)
+        process = command(name, *flags, env=environment)
         assert process.returncode == 0 and process.stdout.count("\n") == (not rank), process.stderr
     assert len(os.listdir(tmp_path)) == (0 if rank else 2)
 
@@ -491,9 +500,11 @@ def test_a_stopped_command_says_how_to_go_on_as_it_was_called(script, command, m
 
 @pytest.mark.parametrize(("script", "flags"), [("inference.py", ["--count", 1]), ("train.py", ["--help"]),
                                                ("generator.py", ["--help"])])
-def test_a_command_imports_only_what_it_needs(script, flags, command, tmp_path):
+def test_a_command_imports_only_what_it_needs(script, flags, tmp_path):
     """Each of these takes a second or so, and a picture needs none."""
-    process = command(script, *flags, cwd=tmp_path, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    words = [sys.executable, REPOSITORY / script, *map(str, flags)]
+    process = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=HANGS, env=os.environ | {
+        "PYTHONPROFILEIMPORTTIME": "1"})
     assert process.returncode == 0, process.stderr[-500:]
     imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
     assert "torch" in imported and not imported & {

@@ -5,11 +5,8 @@ import argparse
 import ctypes
 import dataclasses
 import math
-import subprocess
-import sys
 
 import pytest
-from conftest import REPOSITORY
 
 import video.config
 from config import PRESETS, Config
@@ -174,7 +171,7 @@ support.commands.run(main) if sys.argv[1] == "command" else main()
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
 @pytest.mark.parametrize(("how", "mapped"), [("command", 0), ("function", 1)])
-def test_commands_keep_their_memory(how, mapped):
+def test_commands_keep_their_memory(how, mapped, command):
     """A tensor of 16 MB comes out of the memory at hand, instead of pages mapped for it alone."""
-    process = subprocess.run([sys.executable, "-c", BLOCKS, how], cwd=REPOSITORY, capture_output=True, text=True)
+    process = command("-c", BLOCKS, how)
     assert process.stdout.strip() == str(mapped), process.stderr

@@ -6,7 +6,6 @@ from support.stats import read_stats, save_stats
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -14,11 +13,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from unittest import mock
 
+import forks
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import HANGS, small_mnist
+from conftest import REPOSITORY, small_mnist
 from PIL import Image
 from pytorch_fid import inception
 from torchvision.transforms.functional import to_tensor
@@ -91,10 +91,11 @@ def fails(call, tmp_path):
     return fails
 
 
-def command(*args, script=(SCRIPT,), **env):
-    # A dead proxy makes sure that nothing is downloaded, where there is a network too.
-    env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, *script, *args], env=env, capture_output=True, text=True, timeout=HANGS)
+OFFLINE = {"https_proxy": "http://127.0.0.1:9"}  # a dead proxy: nothing is downloaded, where there is a network too
+
+
+def command(*args, **env):
+    return forks.run([SCRIPT, *args], REPOSITORY, os.environ | OFFLINE | env)
 
 
 def assert_failed(result, *words):
@@ -340,13 +341,14 @@ def test_no_weights_and_no_network(fake, tmp_path):
                   inception.FID_WEIGHTS_URL, "--weights")
 
 
-def test_no_weights_and_no_network_under_torchrun(fake, tmp_path):
-    """No process ends with a traceback of ours; the one that there is is torchrun's."""
-    result = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, "--fake", fake,
-                     "--real", fake, "--device", "cpu", script=(), TORCH_HOME=str(tmp_path / "home"))
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.count("error: Inception's weights are not at") == 1
-    assert result.stderr.count("Traceback") == 1 and f'File "{SCRIPT}"' not in result.stderr
+def test_no_weights_and_no_network_in_two_processes(fake, tmp_path):
+    """One tries, and the other ends with it; neither with a traceback."""
+    first, second = forks.start_ranks(2, [SCRIPT, "--fake", fake, "--real", fake, "--device", "cpu"], REPOSITORY,
+                                      os.environ | OFFLINE | {"TORCH_HOME": str(tmp_path / "home")})
+    (out, err), other = first.communicate(), second.communicate()
+    assert first.returncode == 1 and second.returncode == 1 and out == other[0] == ""
+    assert err.count("error: Inception's weights are not at") == 1 and "Traceback" not in err + other[1]
+    assert "another of the 2 processes is gone" in other[1]
 
 
 # The command

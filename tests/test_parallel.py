@@ -1,13 +1,16 @@
 """Several processes, as torchrun starts them, do what one does."""
 
 import os
+import signal
 import subprocess
 import sys
 
+import forks
 import numpy as np
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, TINY
+from conftest import REPOSITORY, TINY
+from forks import HANGS
 from PIL import Image
 
 from record.checkpoint import load_checkpoint
@@ -16,18 +19,18 @@ from video.config import ANY
 FLAGS = [*TINY, "--batch-size", "9", "--lr-decay", "constant", "--precision", "fp32"]
 
 
-def torchrun(processes, script, *args):
-    """The started command, a script or a module; every process has one thread."""
-    script = [str(REPOSITORY / script)] if str(script).endswith(".py") else ["-m", script]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                             str(processes), *script, *map(str, args)], text=True, cwd=REPOSITORY,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
+def ranks(count, script, *args):
+    """What `count` processes that work together, a script or a module each, have printed, and their exit codes."""
+    script = [REPOSITORY / script] if str(script).endswith(".py") else ["-m", script]
+    started = forks.start_ranks(count, [*script, *args], REPOSITORY, os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    out, err = map("".join, zip(*(rank.communicate() for rank in started), strict=True))
+    return out, err, [rank.returncode for rank in started]
 
 
-def finish(process):
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
+def together(count, script, *args):
+    """The standard output of processes that end well; see `ranks`."""
+    out, err, codes = ranks(count, script, *args)
+    assert not any(codes), err
     return out
 
 
@@ -48,10 +51,10 @@ def test_a_run_does_not_depend_on_the_number_of_processes(command, tmp_path):
     """Nor does it when another number resumes it; the 9 images of a step cannot be shared equally."""
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert command("train.py", *FLAGS, "--steps", 8, "--run-dir", one).returncode == 0
-    out = finish(torchrun(2, "train.py", *FLAGS, "--steps", 4, "--run-dir", two))
+    out = together(2, "train.py", *FLAGS, "--steps", 4, "--run-dir", two)
     assert out.count("2 processes") == 1 and out.count("trained in") == 1  # one of them speaks
     assert command("train.py", *FLAGS, "--steps", 8, "--run-dir", two, "--resume").returncode == 0
-    finish(torchrun(3, "train.py", *FLAGS, "--steps", 8, "--run-dir", three))
+    together(3, "train.py", *FLAGS, "--steps", 8, "--run-dir", three)
     assert_alike(one, two)
     assert_alike(one, three)
 
@@ -69,38 +72,34 @@ run(train.main)
 """
 
 
-def torchrun_until(what, folder, run):
-    """Starts a training of two processes, the second of which does `what` at step 25: its exit code and output."""
+def write_script(folder, what):
+    """A training the second process of which does `what` at step 25, and its flags."""
     (folder / "script.py").write_text(AT_A_STEP.format(what=what))
-    process = torchrun(2, folder / "script.py", *FLAGS, "--steps", 10_000_000, "--checkpoint-every", 20, "--run-dir",
-                       run)
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode
-    return out, err
+    return [folder / "script.py", *FLAGS, "--steps", 10_000_000, "--no-compile", "--checkpoint-every", 20, "--run-dir",
+            folder / "run"]
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
-    run = tmp_path / "run"
-    _, err = torchrun_until("os.kill(os.getpid(), signal.SIGKILL)", tmp_path, run)
-    assert "another of the 2 processes is gone" in err
-    assert load_checkpoint(run / "model.pth", ANY)["step"] == 20
-    assert not list(run.glob("*.tmp"))
+    _, err, codes = ranks(2, *write_script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert codes == [1, -signal.SIGKILL] and "another of the 2 processes is gone" in err and "Traceback" not in err
+    assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] == 20
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_sigterm_saves_once_for_all(tmp_path):
-    """torchrun gets it, and hands it on to the processes. They end after the same step."""
-    run = tmp_path / "run"
-    out, err = torchrun_until("os.kill(os.getppid(), signal.SIGTERM)", tmp_path, run)
-    assert out.count("stopped after step") == 1 and "--resume" in out and "is gone" not in err
-    assert load_checkpoint(run / "model.pth", ANY)["step"] >= 26
+    """The real torchrun gets it, and hands it on to the processes. They end after the same step."""
+    script = map(str, write_script(tmp_path, "os.kill(os.getppid(), signal.SIGTERM)"))
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                              *script], text=True, capture_output=True, timeout=HANGS, cwd=REPOSITORY,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
+    assert process.returncode and process.stdout.count("stopped after step") == 1 and "--resume" in process.stdout
+    assert process.stdout.count("2 processes") == 1 and "is gone" not in process.stderr
+    assert load_checkpoint(tmp_path / "run" / "model.pth", ANY)["step"] >= 26
 
 
-def test_bad_input_has_no_traceback_of_ours(tmp_path):
-    """torchrun adds its own, which says which process failed first."""
-    process = torchrun(2, "train.py", *FLAGS, "--lr", "nan", "--run-dir", tmp_path / "run")
-    _, err = process.communicate(timeout=HANGS)
-    ours = [line for line in err.splitlines() if f'File "{REPOSITORY}' in line and "site-packages" not in line]
-    assert process.returncode and "lr is nan" in err and not ours
+def test_bad_input_is_one_line_of_each(tmp_path):
+    _, err, codes = ranks(2, "train.py", *FLAGS, "--lr", "nan", "--run-dir", tmp_path / "run")
+    assert codes == [1, 1] and err.count("\n") == err.count("error: lr is nan") == 2
 
 
 def test_images_do_not_depend_on_the_number_of_processes(command, trained, tmp_path):
@@ -110,10 +109,10 @@ def test_images_do_not_depend_on_the_number_of_processes(command, trained, tmp_p
 
     assert command("generator.py", *args("one")).returncode == 0
     shared = tmp_path / "two" / "fake"
-    finish(torchrun(2, "generator.py", *args("two")))
+    together(2, "generator.py", *args("two"))
     for missing in (shared / "000003_3.png", shared / "000019_9.png"):
         missing.unlink()
-    finish(torchrun(3, "generator.py", *args("two")))  # goes on where two have ended
+    together(3, "generator.py", *args("two"))  # goes on where two have ended
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*"))
     assert len(files) == 2 * 22 + 2
     assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*"))
@@ -131,9 +130,9 @@ def test_fid_does_not_depend_on_the_number_of_processes(command, weights, tmp_pa
             "--weights", weights]
     alone = command("fid_computer.py", *args)
     assert alone.returncode == 0, alone.stderr
-    together = finish(torchrun(2, "fid_computer.py", *args, "--save-stats", tmp_path / "stats.npz"))
-    assert together.split()[0] == "FID" and together.split()[2:] == alone.stdout.split()[2:]
-    assert float(together.split()[1]) == pytest.approx(float(alone.stdout.split()[1]), rel=1e-3)
+    shared = together(2, "fid_computer.py", *args, "--save-stats", tmp_path / "stats.npz")
+    assert shared.split()[0] == "FID" and shared.split()[2:] == alone.stdout.split()[2:]
+    assert float(shared.split()[1]) == pytest.approx(float(alone.stdout.split()[1]), rel=1e-3)
     assert np.load(tmp_path / "stats.npz")["count"] == 5
 
 
@@ -159,4 +158,4 @@ main()
 def test_what_processes_do_together(tmp_path):
     """The largest number, sums, and arrays in the order of ranks, some of which are empty; one of them speaks."""
     (tmp_path / "script.py").write_text(TOGETHER)
-    assert finish(torchrun(2, tmp_path / "script.py")) == "all is well\n"
+    assert together(2, tmp_path / "script.py") == "all is well\n"

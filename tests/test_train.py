@@ -8,15 +8,22 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, SMALL_DATA, TINY, assert_refused, same, small_mnist, train_until
+from conftest import (
+    SMALL,
+    SMALL_DATA,
+    TINY,
+    assert_refused,
+    in_a_process,
+    same,
+    small_mnist,
+    train_until,
+)
 from PIL import Image
 
 import generator
@@ -562,8 +569,7 @@ def learned(tmp_path_factory):
     run = tmp_path_factory.mktemp("learned") / "run"
     flags = ["--data-dir", SMALL, "--image-size", "8", "--hidden-size", "48", "--depth", "2", "--steps", "600",
              "--lr", "0.006", "--precision", "fp32", "--device", "cpu", "--run-dir", run]
-    process = subprocess.run([sys.executable, REPOSITORY / "train.py", *flags], text=True, capture_output=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = in_a_process("train.py", *flags)
     assert process.returncode == 0, process.stderr
     return run
 
