@@ -34,6 +34,24 @@ def test_what_is_known_is_seen_without_noise_and_not_learned(process, loss):
     torch.testing.assert_close(found[0], process.losses(model, x_0, t, y, noise, loss)[0])
 
 
+def test_what_errs_alike_in_all_frames_costs_nothing_in_motion():
+    """Of frames that are not known: an error in the second of four frames differs twice, in the last once."""
+    process, x_0, t, y = RectifiedFlow(), torch.zeros(4, 1, 4, 2, 3), torch.full((4,), 300), torch.zeros(4)
+    error = torch.zeros_like(x_0)
+    error[0], error[1, :, 1], error[2, :, 3], error[3, :, 1:] = 1, 1, 1, 1
+    known = torch.zeros(4, 1, 4, 1, 1, dtype=torch.bool)
+    known[3, :, 0] = True
+
+    def added(loss):
+        with_term, without = (losses(process, lambda *_: error, x_0, t, y, x_0, known, loss, motion) for motion in
+                              (0.5, 0.0))
+        return with_term - without
+
+    scale = process.error_scale[300]
+    for loss, size in (("l1", scale), ("l2", scale**2)):
+        torch.testing.assert_close(added(loss), 0.5 * size * torch.tensor([0, 2 / 4, 1 / 4, 1 / 3]))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 def test_completions_see_what_is_known(sampler):
     """At every step, without noise; and end with it to the last bit."""

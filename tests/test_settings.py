@@ -43,12 +43,12 @@ CHANGEABLE = dict(steps=4, data_dir=f"{SMALL}/MNIST/raw", log_every=1, sample_ev
                   sampler="ddim", sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1,
                   clamp=False, compile=True, recompute=True, latents="elsewhere")
 NOT_CHANGEABLE = dict(
-    dataset="folder", ground="white", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, image_size=16, channels=3,
-    flips=True, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64, depth=2, num_heads=1, mlp_ratio=2.0,
-    time_spacing="article", gelu="tanh", rope=True, T=500, process="ddpm", beta_start=1e-3, beta_end=0.01, shift=1.0,
-    variance="learned", loss="l1", vae_hash="0", latent_shape=(4, 2, 2), latent_mean=(0.5,), latent_std=(2.0,),
-    batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3, weight_decay=0.1,
-    grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1, vae="somewhere")
+    dataset="folder", ground="white", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, motion=1.0,
+    image_size=16, channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64, depth=2,
+    num_heads=1, mlp_ratio=2.0, time_spacing="article", gelu="tanh", rope=True, qk_norm=True, T=500, process="ddpm",
+    beta_start=1e-3, beta_end=0.01, shift=1.0, variance="learned", loss="l1", vae_hash="0", latent_shape=(4, 2, 2),
+    latent_mean=(0.5,), latent_std=(2.0,), batch_size=9, optimizer="muon", lr=1e-3, lr_decay="linear", warmup=3,
+    weight_decay=0.1, grad_clip=0.5, ema_decay=0.9, label_dropout=0.2, precision="bf16", seed=1, vae="somewhere")
 
 
 def test_every_setting_has_a_test():
@@ -359,6 +359,15 @@ def test_given(go_moving):
     assert (gradients[0] - gradients[1]).abs().max() > 0.1 * gradients[0].abs().max()
 
 
+def test_motion(go_moving):
+    """A term of the loss, of whatever clips: with frames given or without."""
+    for given in (0.0, 1.0):
+        losses = [float(go_moving(motion=motion, given=given, image_size="4x24x24").rows[0]["loss"])
+                  for motion in (0.0, 500.0, 1000.0)]
+        assert losses[1] > 1.05 * losses[0]
+        assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+
+
 # Model
 
 
@@ -444,6 +453,14 @@ def test_rope(go_moving):
     whole = config.build_model()
     whole.load_state_dict(model.state_dict())
     assert torch.equal(model(x, 5, y), whole(x, 5, y))
+
+
+def test_qk_norm(go_moving):
+    """A scale for the queries of each block, which is learned."""
+    plain, normed = (go_moving(qk_norm=qk_norm, steps=4, image_size="4x24x24") for qk_norm in (False, True))
+    scale = normed.model["blocks.0.attention.scale"]
+    assert normed.model.keys() - plain.model.keys() == {"blocks.0.attention.scale"}
+    assert scale.shape == (16,) and not torch.equal(scale, torch.ones(16))
 
 
 # Diffusion

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_dit import randomize
 
-from video.dit import ClipDiT, rotate, rotations
+from video.dit import ClipDiT, RotaryAttention, rotate, rotations
 
 
 def test_smaller_inputs_have_the_positions_of_their_corner():
@@ -81,3 +81,17 @@ def test_rope_gives_the_network_places():
     small.load_state_dict(model.state_dict())
     small.patch_embedding.positions.zero_()
     assert torch.equal(model(x[:, :, :1, :4], 5, 1), small(x[:, :, :1, :4], 5, 1))
+
+
+def test_normalised_queries_and_keys_do_not_depend_on_their_size():
+    """But on their scale; and what is small does not blow up."""
+    attention, x = RotaryAttention(32, 2, qk_norm=True), torch.randn(2, 6, 32)
+    rotation = rotations([2, 3], 16).flatten(1, -2)
+    with torch.no_grad():
+        attention.qkv.bias[:64] = 0
+        before = attention(x, rotation)
+        attention.qkv.weight[:64] *= 30
+        torch.testing.assert_close(attention(x, rotation), before, rtol=1e-4, atol=1e-5)
+        attention.scale.mul_(3)
+        assert (attention(x, rotation) - before).abs().max() > 1e-3
+        assert attention(torch.zeros(1, 6, 32), rotation).isfinite().all()

@@ -41,6 +41,8 @@ class TextConfig(ClipConfig):
     digits: int = unused(1)
     speeds: bool = unused(False)
     sizes: tuple = unused(())
+    qk_norm: bool = unused(False)
+    motion: float = unused(0.0)
     given: float = unused(0.0)
     # These have no flag: the captions say them.
     words: tuple = ()  # all that captions may hold

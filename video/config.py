@@ -34,7 +34,11 @@ class ClipConfig(LatentConfig):
                              read=as_size)
     rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
 
+    qk_norm: bool = flag(False, "normalise the queries and keys of attention (2302.05442)")
+
     # Training
+    motion: float = flag(0.0, "weight in the loss of how the error changes from frame to frame, for even motion", 0,
+                         1000)
     given: float = flag(0.0, "share of clips in which some frames are shown clean (needed for --extend)", 0, 1)
 
     def check(self):
@@ -47,8 +51,8 @@ class ClipConfig(LatentConfig):
                 n % p for n, p in zip(self.largest, self.patch_size, strict=True)):
             raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {show_size(self.largest)}, the "
                             "largest of the sizes along each axis")
-        if self.given and self.variance == "learned":
-            raise UserError("frames are given only with a fixed variance: leave --given or --variance out")
+        if (self.given or self.motion) and self.variance == "learned":
+            raise UserError("--given and --motion go only with a fixed variance: leave them or --variance out")
         if self.rope and self.hidden_size // self.num_heads % 2:
             raise UserError(f"rope turns pairs of channels, but a head has {self.hidden_size // self.num_heads}: set "
                             "hidden_size or num_heads, or --no-rope")
@@ -62,7 +66,7 @@ class ClipConfig(LatentConfig):
         return super().network_options() | dict(input_size=self.largest)
 
     def build_model(self):
-        return ClipDiT(**self.network_options(), rope=self.rope)
+        return ClipDiT(**self.network_options(), rope=self.rope, qk_norm=self.qk_norm)
 
     def resolve(self, data):
         config = super().resolve(data)

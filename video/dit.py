@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dit import DiT, count_to, unpatchify
@@ -39,14 +40,25 @@ def rotate(x, rotation):
 
 
 class RotaryAttention(Attention):
-    """`Attention` whose queries and keys are turned by their places. forward: x (B, N, D), rotation (2, N, D/2h), see
-    `rotate` -> (B, N, D)"""
+    """`Attention` whose queries and keys are turned by their places, where these are given. forward: x (B, N, D),
+    rotation (2, N, D/2h), see `rotate` -> (B, N, D)
 
-    def forward(self, x, rotation):
+    qk_norm: divides each query and key by its root mean square first (2302.05442), and learns the scale of the queries.
+    """
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
+        super().__init__(hidden_size, num_heads)
+        self.scale = nn.Parameter(torch.ones(hidden_size // num_heads)) if qk_norm else None
+
+    def forward(self, x, rotation=None):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, h, N, D/h)
-        x = attend(rotate(q, rotation), rotate(k, rotation), v)               # (B, h, N, D/h)
+        if self.scale is not None:
+            q, k = F.rms_norm(q, q.shape[-1:], self.scale, 1e-6), F.rms_norm(k, k.shape[-1:], eps=1e-6)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        x = attend(q, k, v)                                                   # (B, h, N, D/h)
         return self.out(x.transpose(1, 2).reshape(B, N, D))                   # (B, N, D)
 
 
@@ -54,13 +66,13 @@ class ClipDiT(DiT):
     """A `DiT` of clips. forward: as `DiT`, for an x (B, C, T, H, W) of any size up to `input_size`: a shorter clip, one
     frame. Raises ValueError when it is larger.
 
-    rope: rotary positions (2104.09864) in attention, beside those of the patch embedding. attention: instead of the
-    usual one.
+    rope: rotary positions (2104.09864) in attention, beside those of the patch embedding. qk_norm: see
+    `RotaryAttention`. attention: instead of that.
     """
 
-    def __init__(self, *args, rope=False, attention=None, **options):
+    def __init__(self, *args, rope=False, qk_norm=False, attention=None, **options):
         super().__init__(*args, **options, block=functools.partial(
-            DiTBlock, attention=attention or (RotaryAttention if rope else Attention)))
+            DiTBlock, attention=attention or functools.partial(RotaryAttention, qk_norm=qk_norm)))
         head_size = self.label_embedding.embedding_dim // self.blocks[0].attention.num_heads
         self.register_buffer("rotations", rotations(self.grid, head_size) if rope else None,
                              persistent=False)                                      # (2, *grid, D/2h)

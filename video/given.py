@@ -19,14 +19,22 @@ def given_frames(B, T, share, generator):
     return (ranks < count[:, None])[:, None, :, None, None]
 
 
-def losses(process, model, x_0, t, y, noise, known, loss="l2"):
+def losses(process, model, x_0, t, y, noise, known, loss="l2", motion=0.0):
     """`Process.losses` of a network that sees what is `known`, bool (broadcasts over x_0), without noise and need not
-    predict it (RaMViD, 2206.07696); not all of a clip."""
+    predict it (RaMViD, 2206.07696); not all of a clip.
+
+    motion: the weight of the squares (l1: sizes) of that error's differences from frame to frame: what errs alike in
+        all frames moves evenly (as in the gradient difference loss of 1511.05440, in time).
+    """
     x_t, _ = process.forward_add_noise(x_0, t, noise)
     output = model(torch.where(known, x_0, x_t), t, y)
     error = per_image(process.error_scale[t], x_0) * (output - process.target(x_0, noise))
-    error = (error.abs() if loss == "l1" else error.square()).masked_fill(known, 0)
-    return error.flatten(1).mean(dim=1) / (~known).flatten(1).float().mean(dim=1)
+    error = error.masked_fill(known, 0)
+    measure = torch.abs if loss == "l1" else torch.square
+    losses = measure(error).flatten(1).mean(dim=1)
+    if motion:
+        losses = losses + motion * measure(error.diff(dim=2)).flatten(1).sum(dim=1) / error[0].numel()
+    return losses / (~known).flatten(1).float().mean(dim=1)
 
 
 def complete(process, sampler, denoise, noise, count, picture, known):

@@ -24,10 +24,10 @@ def learn(run, data, step):
         data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
     x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
     root.round_weights(run)
-    if config.given:
+    if config.given or config.motion:
         generator.manual_seed(generator.initial_seed() ^ 1)  # another stream than the batch's
         known = given_frames(config.batch_size, data.shape[1], config.given, generator)[part]
-        each = losses(run.process, run.worker, x_0, t, y, noise, known, config.loss)
+        each = losses(run.process, run.worker, x_0, t, y, noise, known, config.loss, config.motion)
     else:
         each = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
     return root.descend(run, each, step), t
