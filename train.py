@@ -15,6 +15,7 @@ from support.commands import (
     some_path,
 )
 from support.files import lock_dir, make_dir
+from support.graphs import Replay, directly
 from support.muon import Muon, split_parameters
 from support.pictures import grid, save_picture
 from support.settings import Settings, add_flags, check_names, given_flags
@@ -53,7 +54,17 @@ class Run:
     ema: torch.nn.Module            # the moving average of the weights, which draws every sample
     optimizers: list
     process: Process | None
+    replay: Any = directly          # calls a step: `Replay` on a GPU
     data: Any = None                # what it learns from, on its device
+
+    def __post_init__(self):
+        # Lists, since asking a network for its parameters takes long. A learning rate that a CUDA graph can read.
+        self.weights, self.copies, self.averages = (
+            list(network.parameters()) for network in (self.model, self.worker, self.ema))
+        self.lr = torch.zeros((), device=self.weights[0].device)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
 
 
 def step_generator(seed, step, device):
@@ -93,15 +104,17 @@ def start_run(config, device, saved=None):
         ema.load_state_dict(saved["ema"])
     worker = copy.deepcopy(model).bfloat16() if config.precision == "bf16" else model
     if config.compile:
-        worker.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+        worker.compile()
     worker, optimizers = parallel.share_gradients(worker), make_optimizers(model, config, device, saved)
-    return Run(config, model, worker, ema, optimizers, config.build_process(device))
+    replay = Replay() if device.type == "cuda" and parallel.WORLD == 1 else directly
+    return Run(config, model, worker, ema, optimizers, config.build_process(device), replay)
 
 
 def make_optimizers(model, config, device, saved=None):
     """AdamW and, if the configuration has it, Muon: in their states at the checkpoint `saved`."""
     others, matrices = split_parameters(model, config.optimizer == "muon")
-    optimizers = [torch.optim.AdamW(others, betas=config.adamw_betas, weight_decay=config.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(others, betas=config.adamw_betas, weight_decay=config.weight_decay, fused=True,
+                                    capturable=device.type == "cuda")]
     if matrices:
         optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype_of(config.precision, device)))
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else (), strict=False):
@@ -112,15 +125,14 @@ def make_optimizers(model, config, device, saved=None):
 def round_weights(run):
     """Copies the weights into the worker's bfloat16 copy, if it has one. Nothing is then cast within the network;
     autocast casts at every layer."""
-    weights, copies = list(run.model.parameters()), list(run.worker.parameters())
-    if copies[0] is not weights[0]:
+    if run.copies[0] is not run.weights[0]:
         with torch.no_grad():
-            torch._foreach_copy_(copies, weights)
+            torch._foreach_copy_(run.copies, run.weights)
 
 
 def take_gradients(run):
     """Moves the gradients of the worker's bfloat16 copy, if it has one, to the weights."""
-    for weight, copied in zip(run.model.parameters(), run.worker.parameters(), strict=True):
+    for weight, copied in zip(run.weights, run.copies, strict=True):
         if copied is not weight and copied.grad is not None:
             weight.grad, copied.grad = copied.grad.float(), None
 
@@ -129,33 +141,41 @@ def learn(run, data, step):
     """One optimizer step on a batch of `data`. Returns the loss of each image (B,), not averaged, and its time (B,)."""
     config = run.config
     x_0, y, t, noise = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
+    return take_step(run, step, update, x_0, y, t, noise), t
+
+
+def update(run, x_0, y, t, noise):
+    """What a step does to the weights. Returns the losses (B,)."""
     round_weights(run)
-    losses = run.process.losses(run.worker, x_0, t, y, noise, config.loss)
-    return descend(run, losses, step), t
+    return descend(run, run.process.losses(run.worker, x_0, t, y, noise, run.config.loss))
 
 
-def descend(run, losses, step):
-    """One optimizer step down the losses (B,) that the worker has, after `round_weights`. Returns them."""
-    config, weights = run.config, list(run.model.parameters())
+def take_step(run, step, update, *batch):
+    """One optimizer step: update(run, *batch), which returns losses (B,) and may not depend on `step`, since a GPU
+    replays it. Returns the losses."""
+    run.lr.fill_(learning_rate(run.config, step))
+    losses = run.replay(update, run, *batch)
 
+    # Move the averaged weights towards the new ones. The decay grows up to its limit; before, a step's share in the
+    # average is a power of its number (2312.02696).
+    decay = min(run.config.ema_decay, (step + 1) / (step + EMA_WARMUP))
+    with torch.no_grad():
+        torch._foreach_lerp_(run.averages, run.weights, 1 - decay)
+    return losses
+
+
+def descend(run, losses):
+    """Moves the weights down the losses (B,) that the worker has, after `round_weights`. Returns these."""
     # Compute the gradients of the mean over the whole batch. They are averaged over all processes.
-    (losses.sum() * (parallel.WORLD / config.batch_size)).backward()
+    (losses.sum() * (parallel.WORLD / run.config.batch_size)).backward()
     take_gradients(run)
-    if config.grad_clip:
-        torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
+    if run.config.grad_clip:
+        torch.nn.utils.clip_grad_norm_(run.weights, run.config.grad_clip)
 
     # Update the weights.
     for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
-
-    # Move the averaged weights towards them. The decay grows up to its limit; before, a step's share in the average is
-    # a power of its number (2312.02696).
-    decay = min(config.ema_decay, (step + 1) / (step + EMA_WARMUP))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - decay)
     return losses.detach()
 
 

@@ -9,6 +9,7 @@ images from where the fake sees them to where the teacher does (`matching_losses
 from support import parallel
 from support.commands import UserError, dtype_of, flag_words, resolve_precision, run, some_path
 from support.files import lock_dir, make_dir
+from support.graphs import directly
 from support.settings import add_flags, given_flags
 
 import contextlib
@@ -34,6 +35,7 @@ from train import (
     show,
     start_run,
     step_generator,
+    take_step,
 )
 from video.config import ANY, ClipConfig
 from video.train_dit import show as show_clips
@@ -95,15 +97,20 @@ def distill_step(student, fake, teacher, step):
     def times():
         return process.random_t(torch.rand(B, generator=generator, device=device))
 
+    def learn_fake(fake):
+        round_weights(fake)
+        return descend(fake, process.losses(fake.worker, x_0.detach(), times(), y, noise(), config.loss))
+
+    def learn_student(student):
+        round_weights(fake)
+        return descend(student, matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance))
+
     y = torch.randint(config.num_classes, (B,), generator=generator, device=device)
     round_weights(student)
     x_0 = draw(student, y, step, noise)
-    round_weights(fake)
-    descend(fake, process.losses(fake.worker, x_0.detach(), y=y, t=times(), noise=noise(), loss=config.loss), step)
-    round_weights(fake)
+    take_step(fake, step, learn_fake)
     t = times()
-    losses = matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance)
-    return descend(student, losses, step), t
+    return take_step(student, step, learn_student), t
 
 
 def fake_path(run_dir, step):
@@ -181,6 +188,7 @@ def distill(args):
         first = {"model": weights, "ema": weights, "optimizers": ()}
         student, fake = (start_run(of, device, content or first)
                          for of, content in zip((student_of(config), config), saved, strict=True))
+        student.replay = fake.replay = directly  # what a step takes is not the same at each
         teacher.to(dtype_of(config.precision, device))
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                  saved[0]["step"] if saved[0] else 0, run_dir)

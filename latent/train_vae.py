@@ -247,9 +247,14 @@ def learn(run, data, step):
     if alone:  # from here on the latents are those that are kept
         for part in ("encoder", "quant_conv"):
             getattr(run.model, part).load_state_dict(getattr(run.ema, part).state_dict())
+    losses = root.take_step(run, step, update, *make_batch(data, run.config, step), alone)
+    return losses, torch.zeros(len(losses), dtype=torch.long, device=losses.device)
+
+
+def update(run, x, noise, alone):
+    """As `train.update`."""
     root.round_weights(run)
-    losses = losses_of(run.worker, *make_batch(data, run.config, step), run.config, alone)
-    return root.descend(run, losses, step), torch.zeros(len(losses), dtype=torch.long, device=losses.device)
+    return root.descend(run, losses_of(run.worker, x, noise, run.config, alone))
 
 
 # What it shows and leaves

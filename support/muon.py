@@ -52,11 +52,12 @@ class Muon(torch.optim.Optimizer):
                 looked_ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
                 wide = [matrix if matrix.shape[1] == N else matrix.mT for matrix in looked_ahead]
                 updates = orthogonalize(torch.stack(wide).to(self.dtype)).to(weights[0].dtype)
+                updates *= ADAMW_RMS * N**0.5 * group["lr"]
                 updates = [(update if weight.flatten(1).shape[1] == N else update.mT).reshape(weight.shape)
                            for update, weight in zip(updates, weights, strict=True)]
                 if group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-ADAMW_RMS * N**0.5 * group["lr"])
+                torch._foreach_sub_(weights, updates)
 
 
 def split_parameters(network, muon):

@@ -152,15 +152,15 @@ def same(a, b):
 
 def train_until(call, flags, step, command=train):
     """Trains by this command with Ctrl-C pressed during step `step`; returns what it printed."""
-    original = train.descend
+    original = train.take_step
 
     def pressed(*args):
-        if args[-1] == step - 1:
+        if args[1] == step - 1:
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "descend", pressed)
+        patch.setattr(train, "take_step", pressed)
         code, out, _ = call(command, *flags)
     assert code == 130
     return out

@@ -1,6 +1,8 @@
 """What runs on a GPU, run here on fake CUDA tensors: they have a device and a shape, but no values. An operation that
 mixes devices raises, as it would there."""
 
+from support.graphs import directly
+
 import dataclasses
 import functools
 
@@ -54,7 +56,12 @@ def fake(monkeypatch):
             setattr(diffusion, name, mode.from_tensor(getattr(diffusion, name)).to(device))
         return diffusion
 
+    def fused_adamw(*lists, lr, **_):
+        """There is none of fake tensors."""
+        assert {tensor.device for tensors in lists for tensor in tensors} == {lr.device} == {CUDA}
+
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
+    monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
     for of in (Config, LatentConfig):
         monkeypatch.setattr(of, "build_process", functools.partialmethod(make_process, of.build_process))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -66,6 +73,7 @@ def fake(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypatch):
     config = dataclasses.replace(PROCESSES[process], optimizer=optimizer, precision=precision)
+    monkeypatch.setattr(train, "Replay", lambda: directly)  # there is no graph without a GPU
     run = start_run(config, CUDA)
 
     def backward(loss):

@@ -62,12 +62,12 @@ def test_a_run_does_not_depend_on_the_number_of_processes(command, tmp_path):
 AT_A_STEP = """
 import os, signal, sys, train
 from support.commands import run
-original = train.descend
-def descend(state, losses, step):
+original = train.take_step
+def take_step(state, step, *args):
     if step == 25 and os.environ["RANK"] == "1":
         {what}
-    return original(state, losses, step)
-train.descend = descend
+    return original(state, step, *args)
+train.take_step = take_step
 run(train.main)
 """
 

@@ -295,12 +295,12 @@ def test_a_trained_model_is_never_overwritten(call, trained):
 def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, log_every):
     """At the next row of the log, or else before the next checkpoint."""
     run = tmp_path / "run"
-    original = train.descend
+    original = train.take_step
 
     def explode(*args):
-        return original(*args) * (float("nan") if args[-1] == 4 else 1)
+        return original(*args) * (float("nan") if args[1] == 4 else 1)
 
-    monkeypatch.setattr(train, "descend", explode)
+    monkeypatch.setattr(train, "take_step", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--log-every", log_every, "--run-dir", run)
     assert_refused(result, "not finite at step 6", "learning rate", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
@@ -309,16 +309,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path, monkeypatch, lo
 def test_weights_that_are_not_finite_are_not_saved(call, tmp_path, monkeypatch):
     """The loss of a step is finite, but the weights after it are not."""
     run = tmp_path / "run"
-    original = train.descend
+    original = train.take_step
 
-    def explode(run, losses, step):
-        losses = original(run, losses, step)
+    def explode(run, step, *args):
+        losses = original(run, step, *args)
         if step == 5:
             torch.nn.init.constant_(run.model.final_layer.linear.bias, float("nan"))
             torch.nn.init.constant_(run.ema.final_layer.linear.bias, float("nan"))
         return losses
 
-    monkeypatch.setattr(train, "descend", explode)
+    monkeypatch.setattr(train, "take_step", explode)
     result = call(train, *TINY, "--steps", 8, "--checkpoint-every", 3, "--run-dir", run)
     assert_refused(result, "weights are not finite at step 6", "model.pth, step 3")
     assert load_checkpoint(run / "model.pth", ANY)["step"] == 3
@@ -366,14 +366,14 @@ def test_run_dir_that_cannot_be_written(call, tmp_path):
 def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatch):
     """Else the steps since the last checkpoint were lost with it."""
     run = tmp_path / "run"
-    original = train.descend
+    original = train.take_step
 
     def blocked(*args):
         for name in ("samples_000002.png", "index.html", "loss.png"):
             (run / name).mkdir(exist_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(train, "descend", blocked)
+    monkeypatch.setattr(train, "take_step", blocked)
     code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
     assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth", ANY)["step"] == 3
     assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
