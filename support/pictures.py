@@ -55,12 +55,20 @@ def write(picture, x, y, text, width):
     draw.text((x, y), cut, fill="white")
 
 
+def format_of(path):
+    """The format that the ending of a path stands for, as PIL calls it, or None. Most are found without all of PIL's
+    plug-ins, which take a while to load."""
+    Image.preinit()
+    ending = Path(path).suffix.lower()
+    return Image.EXTENSION.get(ending) or Image.registered_extensions().get(ending)
+
+
 def check_picture(path, animated=False, inputs=(), size=(64, 64)):
     """Finds out before the work whether `save_picture` may write a picture of this size, (width, height), to `path`:
     else `UserError`. inputs: as `check_output`."""
     path = Path(path)
     check_output(path, inputs=inputs)
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = format_of(path)
     if kind is None:
         raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
     if animated and kind not in ("GIF", "PNG", "WEBP", "AVIF"):
@@ -78,7 +86,7 @@ def check_picture(path, animated=False, inputs=(), size=(64, 64)):
 def save_picture(path, picture, **options):
     """Writes a PIL image as the format that `path` ends with, with `MARK` in it where the format has a place for that.
     Raises `UserError` when that cannot be done."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    kind = format_of(path)
     if kind is None:
         check_picture(path)
 

@@ -89,6 +89,14 @@ def test_how_threads_wait_is_up_to_the_user(given, stand_in):
     assert json.loads(start("train", env=stand_in | given).stdout) == given
 
 
+@pytest.mark.parametrize(("before", "frozen"), [("", True), ("sys.modules['torch'] = gc; ", False)])
+def test_garbage_is_not_searched_for_in_torch(before, frozen):
+    """But in what comes later; and nothing is settled for a program that has imported torch by itself."""
+    body = f"import gc, sys; {before}import support; print(gc.isenabled(), gc.get_freeze_count())"
+    enabled, count = subprocess.check_output([sys.executable, "-c", body], cwd=REPOSITORY, timeout=HANGS).split()
+    assert enabled == b"True" and (int(count) > 50_000) == frozen and (frozen or count == b"0")
+
+
 @pytest.mark.parametrize("name", ["train", "measure.score"])
 def test_a_library_that_is_not_installed(name, stand_in, tmp_path):
     for module in ("torch", "numpy"):
@@ -509,7 +517,7 @@ def test_a_command_imports_only_what_it_needs(script, flags, tmp_path):
     imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
     assert "torch" in imported and not imported & {
         "sympy", "torch._dynamo", "torch.distributed.fsdp", "torch._inductor", "matplotlib", "sklearn", "torchvision",
-        "scipy", "diffusers"}
+        "scipy", "diffusers", "PIL.PdfImagePlugin"}
 
 
 def test_nothing_asks_for_a_network(call, tmp_path, monkeypatch):
