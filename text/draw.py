@@ -5,13 +5,18 @@
 
 from support.commands import UserError, run, some_path, some_word
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from inference import check_out, draw_states, load_for_sampling, sampling_parser
+from inference import check_out, draw_states, load_for_sampling, sampling_parser, say_default
 from text.config import TextConfig
 from text.words import read_prompt
 from video.draw import save_clips
+
+# The model just trained, else the weights that come with the repository
+CHECKPOINTS = (Path("run_text/model.pth"), Path(__file__).parents[1] / "weights" / "text.pth")
 
 
 class Against(nn.Module):
@@ -27,9 +32,17 @@ class Against(nn.Module):
         return self.model(x, t, torch.where((y == self.null_label).all(1, keepdim=True), self.negative, y))
 
 
+def text_parser(description):
+    """The flags of every command that draws what is said."""
+    parser = sampling_parser(description, TextConfig)
+    parser.set_defaults(checkpoint=next((path for path in CHECKPOINTS if path.is_file()), CHECKPOINTS[-1]))
+    say_default(parser, ["checkpoint"], "run_text/model.pth, else weights/text.pth")
+    return parser
+
+
 def parse_args():
-    parser = sampling_parser("Draws what sentences say, in a column each: pictures, or clips. Settings that are not "
-                             "given here are the model's own.", TextConfig)
+    parser = text_parser("Draws what sentences say, in a column each: pictures, or clips. Settings that are not "
+                         "given here are the model's own.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw, a sentence")
     parser.add_argument("--count", type=int, default=4, help="how many of each (default: 4)")
     parser.add_argument("--negative", type=some_word, metavar="PROMPT", help="what not to draw: guidance leads away "

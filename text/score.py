@@ -17,11 +17,12 @@ import time
 import torch
 
 from dataset import resize, to_float
-from inference import draw_batches, load_for_sampling, sampling_parser
+from inference import draw_batches, load_for_sampling
 from latent.sprites import FRAMES, load_images, split_characters
 from measure.score import nearest
 from text.captions import KINDS, LOOKS, look_of, pair_caption, sprite_caption
 from text.config import TextConfig
+from text.draw import text_parser
 from text.words import read_prompt
 from video.sprites import PARTS, SIDE, SpriteJudge, as_pixels, parts_of
 
@@ -167,10 +168,10 @@ def report(columns):
 
 
 def main():
-    parser = sampling_parser("Draws what sentences about sprites say, and reads what was drawn by the nearest real "
-                             "image: does it show each part, the action and the direction as asked, in every frame? "
-                             "For characters that the model has seen, for held-out ones, for two sentences that differ "
-                             "in two swapped colours, and for two that say the same in other words.", TextConfig)
+    parser = text_parser("Draws what sentences about sprites say, and reads what was drawn by the nearest real image: "
+                         "does it show each part, the action and the direction as asked, in every frame? For "
+                         "characters that the model has seen, for held-out ones, for two sentences that differ in two "
+                         "swapped colours, and for two that say the same in other words.")
     parser.add_argument("--count", type=int, default=500, help="sentences of each sort (default: 500)")
     parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
                         help="where Sprites/ is (default: as in training)")

@@ -7,10 +7,12 @@ from support import parallel
 from support.commands import run
 from support.settings import given_flags
 
+from pathlib import Path
+
 import torch
 
 import train as root
-from inference import sample
+from inference import sample, say_default
 from text.config import PRESETS, TextConfig
 from video.train_dit import save_grid
 
@@ -43,8 +45,11 @@ def train(config, *args, **options):
 
 @parallel.one_for_all()
 def main():
-    args = root.train_parser("Trains a diffusion transformer on images or clips and their captions: the sprites unless "
-                             "told otherwise.", TextConfig, PRESETS).parse_args()
+    parser = root.train_parser("Trains a diffusion transformer on images or clips and their captions: the sprites "
+                               "unless told otherwise.", TextConfig, PRESETS)
+    parser.set_defaults(run_dir=Path("run_text"))
+    say_default(parser, ["run_dir"], "run_text")
+    args = parser.parse_args()
     done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, TextConfig), args.run_dir, args.resume,
                           args.device)
     root.say_end(done, stopped, args.run_dir, TextConfig.drawn_by, ("-m", "text.train"))
