@@ -16,7 +16,7 @@ from support.commands import (
 )
 from support.files import lock_dir, make_dir
 from support.graphs import Replay, directly
-from support.muon import Muon, split_parameters
+from support.muon import AdamW, Muon, split_parameters
 from support.pictures import grid, save_picture
 from support.settings import Settings, add_flags, check_names, given_flags
 
@@ -113,8 +113,8 @@ def start_run(config, device, saved=None):
 def make_optimizers(model, config, device, saved=None):
     """AdamW and, if the configuration has it, Muon: in their states at the checkpoint `saved`."""
     others, matrices = split_parameters(model, config.optimizer == "muon")
-    optimizers = [torch.optim.AdamW(others, betas=config.adamw_betas, weight_decay=config.weight_decay, fused=True,
-                                    capturable=device.type == "cuda")]
+    optimizers = [AdamW(others, betas=config.adamw_betas, weight_decay=config.weight_decay, fused=True,
+                        capturable=device.type == "cuda")]
     if matrices:
         optimizers.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype_of(config.precision, device)))
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else (), strict=False):

@@ -1,4 +1,5 @@
-"""The Muon optimizer, for the matrices within a network (https://kellerjordan.github.io/posts/muon, 2502.16982)."""
+"""The Muon optimizer, for the matrices within a network (https://kellerjordan.github.io/posts/muon, 2502.16982); and
+torch's AdamW, for the rest."""
 
 from collections import defaultdict
 
@@ -21,7 +22,24 @@ def orthogonalize(matrices, steps=4):
     return X.mT if tall else X
 
 
-class Muon(torch.optim.Optimizer):
+def plain(method):
+    """What torch has wrapped to keep its compiler away from it. The wrapper imports the compiler at its first call, and
+    sympy and Triton: a second and 120 MB, which a training that compiles nothing does not need."""
+    return getattr(method, "__wrapped__", method)
+
+
+class Plain:
+    """The methods of torch's optimizers that it wraps so, to inherit from first."""
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (plain(getattr(torch.optim.Optimizer, name)) for name in (
+        "add_param_group", "zero_grad", "state_dict", "load_state_dict"))
+
+
+class AdamW(Plain, torch.optim.AdamW):
+    step = torch.no_grad()(plain(torch.optim.AdamW.step))
+
+
+class Muon(Plain, torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
     params: matrices (M, N), or kernels (M, C, h, w), taken as matrices (M, C h w). An update is scaled to the size of
