@@ -139,6 +139,19 @@ def assert_refused(result, *words):
         assert str(word) in err.splitlines()[-1], err
 
 
+def flags_of(module):
+    """The names of all flags and arguments of a command, as its parser has them: a set, but for help."""
+    class Seen(Exception):
+        pass
+
+    def parse(parser, *_):
+        raise Seen({action.dest for action in parser._actions} - {"help"})
+
+    with mock.patch.object(commands.Parser, "parse_args", parse), pytest.raises(Seen) as seen:
+        module.main()
+    return seen.value.args[0]
+
+
 def same(a, b):
     """Equal to the last bit, through dicts and lists of tensors."""
     if isinstance(a, torch.Tensor):

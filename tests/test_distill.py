@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, TINY, assert_refused, same
+from conftest import SMALL, TINY, assert_refused, flags_of, same
 from PIL import Image
 
 import latent.draw
@@ -270,6 +270,45 @@ def test_guidance_is_what_the_teacher_answers_with(trained, tmp_path, monkeypatc
     monkeypatch.setattr(distill, "matching_losses", lambda *args: (seen.append(args[7]), original(*args))[1])
     assert run(trained, tmp_path / "run", "--steps", 2, *flags) == 0
     assert seen == [guidance] * 2 and load_checkpoint(tmp_path / "run" / "model.pth", ANY)["config"].guidance == 1
+
+
+def test_each_flag_reaches_the_training(call, trained, tmp_path, monkeypatch):
+    """Both networks, which differ in three settings alone, and the loop; what it does with them is train.py's."""
+    asked = dict(steps=6, batch_size=5, lr=0.02, ema_decay=0.5, recompute=True, log_every=3, sample_every=2,
+                 checkpoint_every=4, sample_steps=2, guidance=2.5, seed=7, precision="bf16")
+    assert flags_of(distill) == {*asked, "checkpoint", "run_dir", "resume", "device", "vae"}
+    started, steps, seeds = [], [], []
+    begin, step = distill.start_run, distill.distill_step
+    monkeypatch.setattr(distill, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
+    monkeypatch.setattr(distill, "distill_step", lambda *args: steps.append(args) or step(*args))
+    generator = distill.step_generator
+    monkeypatch.setattr(distill, "step_generator", lambda *args: seeds.append(args[:2]) or generator(*args))
+    words = [word for name, value in asked.items() for word in (
+        [f"--{name.replace('_', '-')}"] + [value] * (value is not True))]
+    code, out, err = call(distill, "--checkpoint", trained, "--run-dir", tmp_path / "run", *words, "--device", "cpu")
+    assert code == 0, err
+    student, fake = started
+    assert {name: getattr(fake.config, name) for name in asked} == asked
+    assert dataclasses.replace(fake.config, lr=0.3 * 0.02, guidance=1.0, sampler="ddpm", eta=0.0) == student.config
+    assert [part[3] for part in steps] == [*range(6)] and seeds == [(7, i) for i in range(6)]
+    assert {part[2].blocks[0].attention.qkv.weight.dtype for part in steps} == {torch.bfloat16}  # of the teacher
+    assert all(run.model.recompute for run in started)
+    assert "6 of 5 images, bf16, seed 7" in out and "guidance 2.5" in out
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["3", "6"]
+    left = sorted(path.name for path in (tmp_path / "run").glob("*0*"))
+    assert left == ["fake_000006.pth", "samples_000002.png", "samples_000004.png", "samples_000006.png"]
+
+
+def test_what_is_not_asked_for_is_as_the_teacher_has_it(trained, tmp_path, monkeypatch):
+    started, begin = [], distill.start_run
+    monkeypatch.setattr(distill, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
+    with mock.patch.object(distill, "loop", return_value=(0, 0)), mock.patch(
+            "sys.argv", ["few/distill.py", "--checkpoint", str(trained), "--run-dir", str(tmp_path / "run")]):
+        distill.main()
+    teacher = load_checkpoint(trained / "model.pth", ANY)["config"]
+    assert dataclasses.replace(teacher, steps=4000, sample_steps=1, lr=teacher.lr / 2, compile=False,
+                               precision=started[1].config.precision) == started[1].config
 
 
 def test_a_process_without_signal_at_its_end_is_refused(call, tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_refused
+from conftest import REPOSITORY, assert_refused, flags_of
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 
@@ -551,6 +551,8 @@ def test_files_that_are_cut_or_not_there(weights, call, tmp_path):
 
 
 def test_as_a_user_calls_it(command, weights, tmp_path):
+    """What --num-heads does, is in the file; --vae is tested below."""
+    assert flags_of(import_dit) == {"official", "out", "num_heads", "vae"}
     torch.save(weights, tmp_path / "official.pt")
     process = command("latent.import_dit", tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
     assert process.returncode == 0 and process.stderr == ""

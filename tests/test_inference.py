@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_GIGABYTE, REPOSITORY, SHIPPED, assert_refused, load, make_checkpoint, size, tile
+from conftest import ONE_GIGABYTE, REPOSITORY, SHIPPED, assert_refused, flags_of, load, make_checkpoint, size, tile
 from PIL import Image, ImageDraw
 
 import generator
@@ -414,6 +414,49 @@ def test_noise_is_drawn_ahead_only_when_more_is_asked_for(monkeypatch):
     noise = noise_source(0, range(2), (3, 1024, 1024), "cpu", 50)  # large ones: not many at once
     noise(), noise()
     assert drawn == [1, 1, 2, 2]
+
+
+def test_each_flag_reaches_the_drawing(call, tmp_path, monkeypatch):
+    """What is drawn of a run folder's model, how, and what is written; without flags, as the model has it."""
+    asked = dict(sampler="ddim", sample_steps=4, guidance=3.0, eta=0.5, seed=7, precision="bf16")
+    assert flags_of(inference) == {*asked, "checkpoint", "device", "labels", "count", "out", "strip", "gif"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    make_checkpoint(Path("own/model.pth"), guidance=1.5, sampler="heun", sample_steps=20)
+    seen, original = [], inference.pick_device
+    monkeypatch.setattr(inference, "pick_device", lambda name: seen.append(name) or original("cpu"))
+
+    def sample(model, config, labels):
+        seen.extend([config, next(model.parameters()).dtype, labels.tolist()])
+        for step in range(config.sample_steps + 1):
+            yield torch.full((len(labels), *config.input_shape), 2 * step / config.sample_steps - 1)
+
+    def drawn(*flags):
+        seen.clear()
+        code, out, err = call(inference, "--checkpoint", "own", *flags)
+        assert code == 0, err
+        return *seen, out
+
+    monkeypatch.setattr(inference, "sample", sample)
+    words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += ["--device", "cpu", "--labels", 3, 1, "--count", 5, "--out", "x.png"]
+    device, config, dtype, labels, out = drawn(*words)
+    assert {name: getattr(config, name) for name in asked} == asked and device == "cpu" and dtype == torch.bfloat16
+    assert labels == [3, 1] * 5 and size("x.png") == ((2 + 2 * 58, 2 + 5 * 58), "L", 1)
+    assert out == ("x.png: 10 images, ddim with 4 steps, guidance 3, seed 7, drawn with own/model.pth\n")
+    device, config, _, labels, _ = drawn()
+    assert (config.sampler, config.sample_steps, config.guidance, config.seed, device) == ("heun", 20, 1.5, 0, None)
+    assert labels == [*range(10)] * 8 and size("samples.png") == ((2 + 10 * 58, 2 + 8 * 58), "L", 1)
+    assert drawn("--strip", "--labels", 4)[3] == [4] and size("strip.png") == ((2 + 11 * 58, 2 + 58), "L", 1)
+    greys = np.asarray(Image.open("strip.png"))[30, 30::58]
+    assert greys.tolist() == pytest.approx([25.5 * step for step in range(11)], abs=1)  # even, from noise to image
+    assert drawn("--gif", "--labels", 4, "--count", 2)[3] == [4, 4]
+    with Image.open("samples.gif") as image:
+        times = []
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            times.append(image.info["duration"])
+    assert image.size == (2 + 58, 2 + 2 * 58) and times == [70] * 20 + [2000]  # 1,500 / 21, in hundredths of a second
 
 
 def test_guidance_eta_seed_and_steps_reach_the_sampler(monkeypatch):

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_refused, small_mnist, train_until
+from conftest import SMALL, assert_refused, flags_of, small_mnist, train_until
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -290,6 +290,40 @@ def test_the_seed_decides_all_and_the_channels_are_those_asked_for(call, tmp_pat
     vae = load_vae(tmp_path / "vae")
     assert (vae.image_channels, vae.settings["latent_channels"], vae.factor) == (3, 5, 8)
     assert vae.settings["layers_per_block"] == 2 and vae.settings["block_out_channels"] == (16, 32)
+
+
+def test_each_flag_reaches_the_training(call, tmp_path, monkeypatch):
+    """The settings of the run, the images that it sees, and how often it logs, shows and saves."""
+    (tmp_path / "mine" / "x").mkdir(parents=True)
+    for i in range(24):
+        picture = Image.new("RGBA", (20, 20), (9 * i, 200, 90, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 20, 10))  # transparent
+        picture.save(tmp_path / "mine" / "x" / f"{i}.png")
+    asked = dict(dataset="folder", data_dir=str(tmp_path / "mine"), image_size=(16, 8), channels=3, ground="white",
+                 factor=4, latent_channels=3, widths=(16, 32), layers_per_block=2, noise=0.2, kl=0.5, half_scale=0.25,
+                 steps=4, batch_size=5, lr=1e-3, warmup=3, precision="bf16", seed=7, log_every=2, sample_every=3,
+                 checkpoint_every=1)
+    assert flags_of(module) == {*asked, "out", "resume", "device"}
+    started, saves, begin, save = [], [], train.start_run, train.save_checkpoint
+    monkeypatch.setattr(train, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args, **rest: saves.append(args[2]) or save(*args, **rest))
+    show = {"image_size": ["16x8"], "widths": [16, 32]}
+    words = [word for name, value in asked.items() for word in (
+        f"--{name.replace('_', '-')}", *show.get(name, [value]))]
+    code, out, err = call(module, *words, "--out", tmp_path / "vae", "--device", "cpu")
+    assert code == 0, err
+    run, = started
+    assert {name: getattr(run.config, name) for name in asked} == asked
+    assert run.data.images.shape == (22, 3, 16, 8)  # two of 24 are held out
+    assert (run.data.images[:, :, :7] > 250).all() and (run.data.images[:, 1, 9:] == 200).all()
+    assert run.config.latent_shape == (3, 4, 2) and saves == [1, 2, 3, 4]
+    vae = load_vae(tmp_path / "vae")
+    assert vae.settings["layers_per_block"] == 2 and vae.settings["block_out_channels"] == (16, 32)
+    rows = (tmp_path / "vae" / LOG).read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["2", "4"]
+    assert float(rows[0].split(",")[-1]) == pytest.approx(1e-3 * 2 / 4 * 3 / 4)  # it warms up, and decays
+    pictures = sorted(path.name for path in (tmp_path / "vae").glob("samples*"))
+    assert pictures == ["samples_000003.png", "samples_000004.png"] and "bf16, seed 7" in out
 
 
 # Stopping and going on
