@@ -82,7 +82,10 @@ def test_clips_are_a_function_of_the_generator():
     for part in (slice(0, 5), slice(5, 12)):  # as processes share a batch
         torch.testing.assert_close(draw(data, 12, part=part)[0], clips[part], atol=1e-6, rtol=0)
     paths, _ = draw(data, 12, what="paths")
-    torch.testing.assert_close(centres((clips[:, 0] + 1).flatten(0, 1)).view(12, 16, 2), paths[:, 0], atol=1, rtol=0)
+    ink, seen = (clips + 1).sum((1, 3, 4)), centres((clips[:, 0] + 1).flatten(0, 1)).view(12, 16, 2)
+    whole = ink > 0.999 * ink.amax(1, keepdim=True)  # no wall cuts off any of it
+    assert whole.float().mean() > 0.5
+    torch.testing.assert_close(seen[whole], paths[:, 0][whole], atol=0.05, rtol=0)
     assert torch.equal(data.labels, load_dataset("mnist", SMALL).labels) and data.classes == [*"0123456789"]
 
 

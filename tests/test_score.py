@@ -412,21 +412,21 @@ def test_shuffled_labels_show_in_the_accuracy_alone(good, judge, parts):
 
 def test_blur_shows_in_precision_recall_and_frechet(good, judge, parts):
     slight, strong = (judge(blur(parts[2].images, sigma), parts[2].labels) for sigma in (0.6, 1.0))
-    assert slight["ratio"] > 2 * good["ratio"] and slight["fake"]["recall"] < good["fake"]["recall"] - 0.1
-    assert strong["ratio"] > 15
+    assert slight["ratio"] > 5 and slight["fake"]["recall"] < good["fake"]["recall"] - 0.1
+    assert strong["ratio"] > 25
     assert strong["fake"]["precision"] < 0.75 and strong["fake"]["recall"] < 0.3 and strong["fake"]["coverage"] < 0.6
-    assert strong["fake"]["copies"] < 0.12 and slight["fake"]["copies"] < 0.12
+    assert strong["fake"]["copies"] < 0.1 and slight["fake"]["copies"] < 0.1
 
 
 def test_a_missing_class_shows_in_coverage_and_recall(good, judge, parts):
     kept = parts[2].labels != 8
     result = judge(parts[2].images[kept], parts[2].labels[kept])
     assert result["classes"][8]["count"] == 0
-    assert result["ratio"] > 2
+    assert result["ratio"] > 4
     assert result["fake"]["coverage"] < good["fake"]["coverage"] - 0.05
     assert result["fake"]["recall"] < good["fake"]["recall"] - 0.05
     assert result["fake"]["precision"] == pytest.approx(good["fake"]["precision"], abs=0.03)
-    assert result["fake"]["accuracy"] > 0.93 and result["fake"]["copies"] < 0.05
+    assert result["fake"]["accuracy"] > 0.98 and result["fake"]["copies"] < 0.035
     assert "    8       0              -" in report(result)
 
 
@@ -852,9 +852,9 @@ def test_models_of_small_digits_can_be_scored(call, trained, tmp_path, small_cla
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:06d}_{label}.png")
     code, out, err = call(measure.score, "--images", tmp_path, *DATA[:-2])
     assert code == 0, err
-    assert accuracy(out) > 0.9 and "200 images" in out
+    assert accuracy(out) > 0.92 and "200 images" in out
     precision = re.search(r"precision +([0-9.]+)", out)
-    assert float(precision[1]) > 0.9
+    assert float(precision[1]) > 0.97
 
 
 def test_where_the_classifier_is_written_is_known_before_it_is_trained(call, tmp_path, monkeypatch):
