@@ -621,10 +621,10 @@ def test_what_was_learned_is_drawn_when_asked_for(call, learned, read, tmp_path)
     """In the grids of inference.py and of training, and at the end of a strip."""
     flags = ["--checkpoint", learned, "--device", "cpu", "--out", tmp_path / "a.png"]
     assert call(inference, *flags, "--labels", "31415", "--count", 8)[0] == 0
-    assert alike(read(tiles(tmp_path / "a.png", 5)), [3, 1, 4, 1, 5] * 8) > 0.9
+    assert alike(read(tiles(tmp_path / "a.png", 5)), [3, 1, 4, 1, 5] * 8) > 0.84
     assert call(inference, *flags, "--labels", 2, 7, 9, 0, 6, "--strip")[0] == 0
     assert alike(read(tiles(tmp_path / "a.png", 7)[6::7]), [2, 7, 9, 0, 6]) > 0.7
-    assert alike(read(tiles(learned / "samples_000600.png", 10)), [*range(10)] * 6) > 0.85
+    assert alike(read(tiles(learned / "samples_000600.png", 10)), [*range(10)] * 6) > 0.87
 
 
 def test_what_was_learned_is_scored(call, learned, monkeypatch):
