@@ -4,6 +4,7 @@ from support.commands import UserError
 
 import dataclasses
 import itertools
+import math
 import os
 import signal
 
@@ -23,6 +24,7 @@ from measure.classifier import (
     Classifier,
     DigitClassifier,
     accuracy_on,
+    augment,
     build_classifier,
     find_classifier,
     load_classifier,
@@ -219,6 +221,43 @@ def test_each_flag_reaches_the_training(call, here, monkeypatch):
     assert seen.pop("data").shape == (1, 6, 8) and not (here / "classifiers").exists()
     assert seen == dict(epochs=2, flips=True, seed=5, device=torch.device("cpu"), leave=True)
     assert torch.load("x.pth", weights_only=True)["shape"] == [1, 6, 8]
+
+
+def test_digits_are_turned_scaled_and_shifted(monkeypatch):
+    """By 10 degrees, a tenth and a 14th of the side at the most: where each pixel comes from."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.ones(size))
+    across = (torch.arange(29.0) * 2 + 1) / 29 - 1
+    x, y = across.expand(29, 29), across[:, None].expand(29, 29)
+    found = augment(torch.stack([x, y])[:, None], None)[:, 0]
+    cos, sin = (1.1 * function(math.radians(10)) for function in (math.cos, math.sin))
+    inner = slice(9, 20)
+    for part, wanted in zip(found, (cos * x - sin * y + 1 / 7, sin * x + cos * y + 1 / 7), strict=True):
+        torch.testing.assert_close(part[inner, inner], wanted[inner, inner], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("mnist", 0), ("folder", 0.1)])
+def test_the_labels_of_what_are_no_digits_are_smoothed(name, smoothing, monkeypatch):
+    """And what is random at a step follows from the seed."""
+    seen, seeds, loss = set(), [], module.F.cross_entropy
+    monkeypatch.setattr(module.F, "cross_entropy", lambda *args, **options: (
+        seen.add(options["label_smoothing"]), loss(*args, **options))[1])
+    for change in ("augment", "shift"):
+        original = getattr(module, change)
+        monkeypatch.setattr(module, change, lambda x, generator, *rest, original=original: (
+            seeds.append(generator.initial_seed()), original(x, generator, *rest))[1])
+    data = Dataset(name, torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10, [*"0123456789"])
+    train_classifier(data, epochs=1, seed=5)
+    assert seen == {smoothing} and {*seeds} == {5}
+
+
+def test_all_images_are_read():
+    """More than are read at once."""
+    class Zero(torch.nn.Linear):
+        def forward(self, x):
+            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+
+    data = Dataset("", torch.zeros(750, 1, 2, 2, dtype=torch.uint8), (torch.arange(750) >= 600).long(), ["a", "b"])
+    assert accuracy_on(Zero(1, 1), data) == pytest.approx(0.8)
 
 
 def test_what_is_random_follows_from_the_seed():

@@ -123,8 +123,25 @@ def test_short_clips_are_left_out(folder, capsys):
     clips = read(folder, image_size="5x6x6")
     assert clips.lengths.tolist() == [6, 5, 7] and clips.shape == (1, 5, 6, 6)
     assert "1 of 4 clips have fewer than 5 frames and are left out" in capsys.readouterr().err
-    with pytest.raises(UserError, match="class left has no clip of 7 frames"):
+    with pytest.raises(UserError, match="class left has no clip of 7 frames: set --image-size to fewer, .* 3x8x8"):
         read(folder, image_size="7x8x8")
+
+
+@pytest.mark.parametrize(("tint", "channels"), [(1, 1), (4, 3)])
+def test_a_tint_that_rounding_makes_is_grey(tmp_path, tint, channels):
+    """One level between the channels, and no more."""
+    frames = [Image.new("RGB", (8, 8), (grey, grey + tint, grey)) for grey in (10, 90, 200)]
+    save(tmp_path / "x" / "a.png", frames)
+    assert CLIPS["clips"](ClipConfig(dataset="clips", data_dir=str(tmp_path)), torch.device("cpu")).shape[0] == channels
+
+
+def test_other_clips_of_the_same_frames_have_another_fingerprint():
+    frames = Dataset("", torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64), ["a"])
+    numbers = [torch.tensor(each) for each in ([0, 4], [4, 4], [0, 0])]  # starts, lengths, labels
+    others = [[*numbers[:i], numbers[i] + torch.tensor([0, -1]), *numbers[i + 1:]] for i in range(3)]
+    found = [Clips("", frames, *each, 2).fingerprint for each in (numbers, *others)] + [
+        Clips("", frames, *numbers, 3).fingerprint]
+    assert len({*found}) == 5
 
 
 def test_colour_is_seen(folder):

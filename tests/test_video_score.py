@@ -41,6 +41,19 @@ def figures(judge, real):
     return judge.score(*real)
 
 
+def test_a_faint_background_moves_no_centre():
+    clips = torch.full((1, 1, 2, 32, 32), 25, dtype=torch.uint8)
+    clips[0, 0, 0, 5, 6], clips[0, 0, 1, 20, 30] = 200, 26
+    assert track(clips).tolist() == [[[5, 6], [20, 30]]]
+
+
+def test_what_is_cut_out_is_around_the_nearest_pixel():
+    clips = torch.zeros(1, 1, 1, 32, 32, dtype=torch.uint8)
+    clips[0, 0, 0, 11, 9] = 200
+    for middle in ([10.6, 9.4], [11.4, 8.6]):
+        assert crop(clips, torch.tensor([[middle]]))[0, 0].nonzero().tolist() == [[14, 14]]
+
+
 def test_real_clips(figures):
     assert figures.keys() == FIGURES.keys()
     assert figures["frames"] > 0.9 and figures["clips"] > 0.85 and figures["constant"] > 0.9
