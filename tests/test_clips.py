@@ -123,7 +123,7 @@ def test_short_clips_are_left_out(folder, capsys):
     clips = read(folder, image_size="5x6x6")
     assert clips.lengths.tolist() == [6, 5, 7] and clips.shape == (1, 5, 6, 6)
     assert "1 of 4 clips have fewer than 5 frames and are left out" in capsys.readouterr().err
-    with pytest.raises(UserError, match="class left has no clip of 7 frames: set --image-size to fewer, .* 3x8x8"):
+    with pytest.raises(UserError, match=r"left has no clip of 7 frames: set --image-size to fewer, .* 3x8x8"):
         read(folder, image_size="7x8x8")
 
 
