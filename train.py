@@ -44,6 +44,16 @@ EMA_WARMUP = 10  # at first the average covers about the last 1/10 of the steps 
 COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 
 
+def flatten(network):
+    """Lays the parameters of a network out in one tensor, and returns that. They are then parts of it, and what is done
+    to all of them is one operation."""
+    parameters = list(network.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return flat
+
+
 @dataclasses.dataclass
 class Run:
     """A training run: what it learns, and what that takes."""
@@ -58,10 +68,11 @@ class Run:
     data: Any = None                # what it learns from, on its device
 
     def __post_init__(self):
-        # Lists, since asking a network for its parameters takes long. A learning rate that a CUDA graph can read.
-        self.weights, self.copies, self.averages = (
-            list(network.parameters()) for network in (self.model, self.worker, self.ema))
-        self.lr = torch.zeros((), device=self.weights[0].device)
+        self.pairs = list(zip(self.model.parameters(), self.worker.parameters(), strict=True))
+        self.weights, self.averages = flatten(self.model), flatten(self.ema)
+        own = self.pairs[0][0] is not self.pairs[0][1]
+        self.copies = flatten(self.worker) if own else self.weights
+        self.lr = torch.zeros((), device=self.weights.device)  # where a CUDA graph can read it
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -125,16 +136,18 @@ def make_optimizers(model, config, device, saved=None):
 def round_weights(run):
     """Copies the weights into the worker's bfloat16 copy, if it has one. Nothing is then cast within the network;
     autocast casts at every layer."""
-    if run.copies[0] is not run.weights[0]:
-        with torch.no_grad():
-            torch._foreach_copy_(run.copies, run.weights)
+    if run.copies is not run.weights:
+        run.copies.copy_(run.weights)
 
 
 def take_gradients(run):
-    """Moves the gradients of the worker's bfloat16 copy, if it has one, to the weights."""
-    for weight, copied in zip(run.weights, run.copies, strict=True):
-        if copied is not weight and copied.grad is not None:
-            weight.grad, copied.grad = copied.grad.float(), None
+    """Moves the worker's gradients to the weights, as parts of one float32 tensor, which is returned."""
+    pairs = [(weight, copied) for weight, copied in run.pairs if copied.grad is not None]
+    gradient = torch.cat([copied.grad.flatten() for _, copied in pairs]).float()
+    for (weight, copied), part in zip(pairs, gradient.split([copied.numel() for _, copied in pairs]), strict=True):
+        copied.grad = None
+        weight.grad = part.view_as(weight)
+    return gradient
 
 
 def learn(run, data, step):
@@ -159,8 +172,7 @@ def take_step(run, step, update, *batch):
     # Move the averaged weights towards the new ones. The decay grows up to its limit; before, a step's share in the
     # average is a power of its number (2312.02696).
     decay = min(run.config.ema_decay, (step + 1) / (step + EMA_WARMUP))
-    with torch.no_grad():
-        torch._foreach_lerp_(run.averages, run.weights, 1 - decay)
+    run.averages.lerp_(run.weights, 1 - decay)
     return losses
 
 
@@ -168,9 +180,9 @@ def descend(run, losses):
     """Moves the weights down the losses (B,) that the worker has, after `round_weights`. Returns these."""
     # Compute the gradients of the mean over the whole batch. They are averaged over all processes.
     (losses.sum() * (parallel.WORLD / run.config.batch_size)).backward()
-    take_gradients(run)
+    gradient = take_gradients(run)
     if run.config.grad_clip:
-        torch.nn.utils.clip_grad_norm_(run.weights, run.config.grad_clip)
+        gradient *= (run.config.grad_clip / (gradient.norm() + 1e-6)).clamp(max=1)
 
     # Update the weights.
     for optimizer in run.optimizers:
