@@ -68,7 +68,9 @@ class RunLog:
 
     def add(self, losses, t):
         """Counts the losses (B,) of a step, at t (B,) in 0..T-1."""
-        self.window.index_add_(0, t * self.levels // self.T, torch.stack([losses, torch.ones_like(losses)], dim=1))
+        level = torch.arange(self.levels, device=t.device)[:, None] == t * self.levels // self.T    # (levels, B)
+        # A product, since a GPU's index_add_ adds in another order each time.
+        self.window += level.float() @ torch.stack([losses, torch.ones_like(losses)], dim=1)
         self.bar.update(self.batch_size)
 
     def collect(self):
