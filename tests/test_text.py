@@ -32,6 +32,7 @@ from text.score import Reader, ask_swapped, compare, swaps, wilson
 from text.words import read_prompt, split_words
 from video import sprites
 from video.clips import Clips
+from video.dit import RotaryAttention, rotations
 from video.sprites import PARTS, parts_of
 
 TINY = ["--dataset", "folder", "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--text-depth", 1, "--batch-size",
@@ -130,11 +131,25 @@ def test_no_caption_is_longer_than_the_longest(figures):
 
 
 def test_words_are_looked_up_beside_the_patches():
-    """As if they were patches too, which ask nothing themselves."""
-    words, plain = WordAttention(16, 2), Attention(16, 2)
+    """As if they were patches too, which ask nothing themselves and stand in no place."""
+    words, plain, rotary = WordAttention(16, 2), Attention(16, 2), RotaryAttention(16, 2)
     plain.load_state_dict(words.state_dict())
+    rotary.load_state_dict(words.state_dict())
     x, y = torch.randn(2, 3, 5, 16)
     torch.testing.assert_close(words(x, y), plain(torch.cat([x, y], dim=1))[:, :5])
+    turn = rotations([5], 8)
+    still = torch.stack([torch.ones(5, 4), torch.zeros(5, 4)])
+    expected = rotary(torch.cat([x, y], dim=1), torch.cat([turn, still], dim=1))[:, :5]
+    torch.testing.assert_close(words(x, y, turn), expected)
+    assert (words(x, y) - expected).abs().max() > 1e-4
+
+
+def test_a_word_begins_as_the_sum_of_itself_and_the_one_before():
+    """An untrained block is the identity."""
+    encoder = TextDiT((1, 8, 8), (1, 4, 4), 3, num_classes=9, hidden_size=16, num_heads=2, depth=1, length=3).encoder
+    a, b, c = words = torch.randn(3, 16)
+    expected = torch.nn.functional.layer_norm(torch.stack([a, a + b, b + c]), (16,), eps=1e-6)
+    torch.testing.assert_close(encoder(words[None], torch.randn(1, 16))[0], expected)
 
 
 @pytest.fixture
@@ -177,6 +192,9 @@ def test_two_figures_stand_where_their_caption_says():
     x = pairs.x_0(index, slice(1, 3), torch.Generator())[:, 0, 0, 0]                                    # (2, 4)
     right = captions.right[index[1:]]
     assert x.tolist() == [[3, 3, right[0], right[0]], [7, 7, right[1], right[1]]] and right[0] != captions.right[3]
+    two = captions.figures[3], captions.figures[captions.right[N + 3]]
+    said = split_words(pair_caption(two, random.Random(5)))
+    assert [captions.vocabulary[k] for k in captions.read(N + 3, random.Random(5))[:len(said)]] == said
     two = ([0, 0, 0, 0], 0), ([5, 5, 5, 5], 1)
     for seed in range(20):
         said = pair_caption(two, random.Random(seed), whole=True)
@@ -190,10 +208,13 @@ def test_two_figures_stand_where_their_caption_says():
 # One's own images
 
 
-def test_captions_beside_images(folder):
+def test_captions_beside_images(folder, capsys):
     found = CaptionedFolder(folder)
     assert [file.name for file in found.files] == ["0.png", "1.png", "2.png", "3.png"]
     assert found.captions == CAPTIONS and found.shape == (3, 8, 8)
+    (folder / "alone.txt").write_text("of no image")
+    assert not capsys.readouterr().err and CaptionedFolder(folder)
+    assert capsys.readouterr().err == f"{folder}: left out 1 file: 1 .txt\n"
 
 
 def test_a_table_of_captions(folder, capsys):
@@ -242,7 +263,8 @@ def test_a_folder_is_learned_and_drawn(folder, call, tmp_path, monkeypatch):
     run = tmp_path / "run"
     flags = [*TINY, "--data-dir", folder, "--steps", 4, "--run-dir", run]
     code, out, err = call(text.train, *flags)
-    assert code == 0 and "up to 6 at a time" in out and f"python -m text.draw --checkpoint {run}" in out, err
+    assert code == 0 and "4 captioned images; folder: 4 images of 8 x 8, colour; captions from" in out
+    assert "up to 6 at a time" in out and f"python -m text.draw --checkpoint {run}" in out, err
     content = load_checkpoint(run / "model.pth", (TextConfig,))
     assert content["config"].words == tuple(sorted({word for caption in CAPTIONS for word in split_words(caption)}))
     assert content["config"].image_size == (1, 8, 8) and content["config"].patch_size == (1, 2, 2)
@@ -281,15 +303,17 @@ def test_the_captions_of_a_step_do_not_depend_on_the_shares(folder, monkeypatch)
     config = TextConfig(**load_flags(folder) | dict(batch_size=6, label_dropout=0.4))
     data = config.open_data(torch.device("cpu")).load()
     config = config.resolve(data)
+    data.captions = SimpleNamespace(vocabulary=config.words, length=2, read=lambda number, draw: [
+        number, draw.randrange(10**9)])
     seen, run = [], root.start_run(config, torch.device("cpu"))
     monkeypatch.setattr(root, "descend", lambda *args: None)
     run.process.losses = lambda model, x_0, t, y, noise, loss: seen.append(y)
     for share in (slice(0, 6), slice(0, 2), slice(2, 6)):
         monkeypatch.setattr(text.train.parallel, "share", lambda count, share=share: share)
         text.train.learn(run, data, 3)
-    assert torch.equal(seen[0], torch.cat(seen[1:])) and seen[0].shape == (6, 6)
+    assert torch.equal(seen[0], torch.cat(seen[1:])) and seen[0].shape == (6, 2)
     empty = (seen[0] == len(config.words)).all(1)
-    assert 0 < empty.sum() < 6
+    assert 0 < empty.sum() < 6 and len(seen[0][~empty][:, 1].unique()) == 6 - empty.sum()
 
 
 # The ruler

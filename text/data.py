@@ -45,7 +45,9 @@ class Captioned(Clips):
 
     @property
     def summary(self):
-        return f"{super().summary}; {self.captions.summary}"
+        what = f"clips of {self.T} frames" if self.T > 1 else "images"
+        frames = self.frames.summary.replace(", one class: unconditional", "")
+        return f"{len(self.labels):,} captioned {what}; {frames}; {self.captions.summary}"
 
     @property
     def fingerprint(self):
