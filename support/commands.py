@@ -1,5 +1,7 @@
 """What makes a script a command: errors in one line, the flags that several share, the device, the memory."""
 
+import support
+
 import argparse
 import contextlib
 import ctypes
@@ -195,6 +197,8 @@ def run(main, memory="--batch-size", alone=False):
     try:
         main()
         sys.stdout.flush()
+        if main.__module__ == "__main__":  # not called by another program
+            support.DONE.append(main.__name__)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

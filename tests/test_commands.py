@@ -1,5 +1,6 @@
 """What every command promises: one line for each mistake, no traceback, whatever it is started in."""
 
+import support
 from support import files, parallel
 from support.commands import (
     Parser,
@@ -95,6 +96,19 @@ def test_garbage_is_not_searched_for_in_torch(before, frozen):
     body = f"import gc, sys; {before}import support; print(gc.isenabled(), gc.get_freeze_count())"
     enabled, count = subprocess.check_output([sys.executable, "-c", body], cwd=REPOSITORY, timeout=HANGS).split()
     assert enabled == b"True" and (int(count) > 50_000) == frozen and (frozen or count == b"0")
+
+
+@pytest.mark.parametrize(("body", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise UserError", 1), ("1 / 0", 1)])
+def test_a_command_ends_after_what_others_have_registered(body, code):
+    """And with its own exit code; only one that succeeds ends at once then, and only where it is the program."""
+    script = ("import atexit, sys\nfrom support.commands import UserError, run\nimport support\ndef main():\n    "
+              f"{body}\natexit.register(lambda: print('last', support.DONE))\nrun(main)\nprint('next')")
+    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True,
+                             timeout=HANGS, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert process.returncode == code
+    assert process.stdout == ("next\nlast ['main']\n" if code == 0 else "last []\n")
+    run(lambda: None)
+    assert not support.DONE
 
 
 @pytest.mark.parametrize("name", ["train", "measure.score"])
