@@ -85,6 +85,7 @@ def test_the_bar_counts_images_from_where_the_run_goes_on(tmp_path):
     ("1,1,1,1,1,1,1\r\n2,one,1,1,1,1,1\r\n3,1,1,1,1,1,1\r\n", [1, 3], False),
     ("1,1,1,1,1,1,1,note\r\n", [], False),
     ("2,1,1,1,1,1,1\r\n1,1,1,1,1,1,1\r\n", [2], False),
+    ("1,1,1,1,1,1,1\r\n1,2,1,1,1,1,1\r\n", [1], False),         # a step comes once
     ("1.5,1,1,1,1,1,1\r\n", [], False),
     ("nan,1,1,1,1,1,1\r\n", [], False),
     ("1;1;1;1;1;1;1\r\n", [], False),
