@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import HANGS, REPOSITORY, assert_refused
+from conftest import REPOSITORY, assert_refused
 
 import dit
 import dit_block
