@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 from conftest import REPOSITORY, assert_refused
+from forks import HANGS
 
 import dit
 import dit_block
