@@ -216,6 +216,7 @@ DAMAGES = {
     "no window": (["window"], None), "misshapen window": (["window"], torch.zeros(5, 2)),
     "window of whole numbers": (["window"], torch.zeros(4, 2, dtype=torch.long)),
     "window of losses below 0": (["window"], torch.full((4, 2), -1.0)),
+    "window with one below 0": (["window"], torch.tensor([[1.0, 1.0]] * 3 + [[1.0, -1.0]])),
     "infinite window": (["window"], torch.full((4, 2), float("inf"))),
     "no model": (["model"], None), "a weight missing": (["model"], lambda model: dict(list(model.items())[1:])),
     "sparse average": (["ema", WEIGHT], lambda old: old.to_sparse()),
