@@ -224,7 +224,7 @@ def test_a_resumed_run_is_the_same_run(call, tmp_path):
     for name in ("step", "data", "ema", "model", "optimizers", "window"):
         assert same(whole[name], parts[name]), name
     with Image.open(tmp_path / "whole" / "samples_000008.png") as image:
-        assert image.n_frames > 1
+        assert image.n_frames > 1 and image.info["duration"] == 100  # milliseconds of a frame
     assert_refused(call(train_dit, *flags, "--digits", 2, "--run-dir", tmp_path / "parts", "--resume"), "digits 1 -> 2")
 
 
