@@ -119,8 +119,10 @@ def measure(what, config, device, at_least):
         x, y = torch.zeros(rows, *config.input_shape, device=device), y[:1].expand(rows)
         operations = network_calls(config) * flops(lambda: model(x, 0, y))
     else:
-        call = diffusers_step(config, device, images, labels)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # there it is trained with autocast
+        ways = [(diffusers_step(config, device, images, labels, bf16, fused), bf16)
+                for bf16 in (False, True) for fused in (True, False)]
+        call, bf16 = min(ways, key=lambda way: seconds_per_call(way[0], device, at_least / 8))
+        dtype = torch.bfloat16 if bf16 else torch.float32
     if what != "draw":
         call(0)
         operations = flops(lambda: call(1))
@@ -130,15 +132,22 @@ def measure(what, config, device, at_least):
             "memory": peak_memory(device), "precision": str(dtype).removeprefix("torch."), "count": count}
 
 
-def diffusers_step(config, device, images, labels):
-    """The training step that users of diffusers write, for the same geometry: its DiT, its noise scheduler, AdamW."""
+def diffusers_step(config, device, images, labels, bf16, fused):
+    """The training step that users of diffusers write, for the same geometry: its DiT, its noise scheduler, AdamW.
+
+    bf16: under autocast. fused: with torch's attention, else with plain products. Which is the quickest depends on the
+    machine: torch's attention is slow backward in bfloat16 on CPUs without AMX.
+    """
     from diffusers import DDPMScheduler, DiTTransformer2DModel
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     model = DiTTransformer2DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.channels, out_channels=config.channels, num_layers=config.depth,
         sample_size=config.image_size[0], patch_size=config.patch_size[0],
         num_embeds_ada_norm=config.num_classes).to(device)
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor2_0() if fused else AttnProcessor())
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scheduler = DDPMScheduler(config.T)
@@ -148,7 +157,7 @@ def diffusers_step(config, device, images, labels):
         x, y = to_float(images[index]), labels[index]
         noise = torch.randn_like(x)
         t = torch.randint(config.T, (len(x),), device=device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample
         torch.nn.functional.mse_loss(output.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

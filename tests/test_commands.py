@@ -95,7 +95,7 @@ def test_garbage_is_not_searched_for_in_torch(before, frozen):
     """But in what comes later; and nothing is settled for a program that has imported torch by itself."""
     body = f"import gc, sys; {before}import support; print(gc.isenabled(), gc.get_freeze_count())"
     enabled, count = subprocess.check_output([sys.executable, "-c", body], cwd=REPOSITORY, timeout=HANGS).split()
-    assert enabled == b"True" and (int(count) > 50_000) == frozen and (frozen or count == b"0")
+    assert enabled == b"True" and (int(count) > 50_000) == frozen  # Python 3.12 begins with some hundred
 
 
 @pytest.mark.parametrize(("body", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise UserError", 1), ("1 / 0", 1)])
