@@ -600,6 +600,16 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("T", "most"), [(20, 20), (1000, 100)])
+def test_what_the_page_holds_of_the_model(tmp_path, T, most):
+    """No more steps than there are, or than the slider has; and a name that looks like the end of a script."""
+    names = ("</script><b>", "<!--", *"23456789")
+    path = make_checkpoint(tmp_path / "model.pth", T=T, classes=names)
+    found = re.search('id="model">(.*?)</script>', export.export(path))[1]
+    assert "<" not in found and json.loads(found)["most_steps"] == most
+    assert json.loads(found)["config"]["class_names"] == [*names]
+
+
 def test_a_page_with_guidance_opens_with_enough_of_it(tmp_path):
     for own, opened in ((0.5, 0.5), (1.0, 1.0), (1.1, 2.0), (3.0, 3.0)):
         page = export.export(make_checkpoint(tmp_path / "model.pth", guidance=own))
