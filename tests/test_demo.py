@@ -591,6 +591,8 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(call, tmp_path, monkey
     assert_refused(call(export, "--checkpoint", model, "--out", out), "a model of latents")
     make_checkpoint(model)
     assert_refused(call(export, "--checkpoint", model, "--out", tmp_path / "no" / "a.html"), "cannot be written")
+    make_checkpoint(tmp_path / "large.pth", hidden_size=256, depth=2)
+    assert_refused(call(export, "--checkpoint", tmp_path / "large.pth", "--out", out), "6 MB is the most")
     monkeypatch.setattr(export, "LARGEST", 50_000)
     assert_refused(call(export, "--checkpoint", model, "--out", out), "weights, a page of 0.2 MB", "--hidden-size")
     content = torch.load(model, weights_only=True)
