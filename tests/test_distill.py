@@ -274,7 +274,7 @@ def test_guidance_is_what_the_teacher_answers_with(trained, tmp_path, monkeypatc
 
 def test_each_flag_reaches_the_training(call, trained, tmp_path, monkeypatch):
     """Both networks, which differ in three settings alone, and the loop; what it does with them is train.py's."""
-    asked = dict(steps=6, batch_size=5, lr=0.02, ema_decay=0.5, recompute=True, log_every=3, sample_every=2,
+    asked = dict(steps=6, batch_size=40, lr=0.02, ema_decay=0.5, recompute=True, log_every=3, sample_every=2,
                  checkpoint_every=4, sample_steps=2, guidance=2.5, seed=7, precision="bf16")
     assert flags_of(distill) == {*asked, "checkpoint", "run_dir", "resume", "device", "vae"}
     started, steps, seeds = [], [], []
@@ -283,17 +283,20 @@ def test_each_flag_reaches_the_training(call, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "distill_step", lambda *args: steps.append(args) or step(*args))
     generator = distill.step_generator
     monkeypatch.setattr(distill, "step_generator", lambda *args: seeds.append(args[:2]) or generator(*args))
+    labels, original = set(), distill.matching_losses
+    monkeypatch.setattr(distill, "matching_losses", lambda *args: (labels.update(args[3].tolist()), original(*args))[1])
     words = [word for name, value in asked.items() for word in (
         [f"--{name.replace('_', '-')}"] + [value] * (value is not True))]
     code, out, err = call(distill, "--checkpoint", trained, "--run-dir", tmp_path / "run", *words, "--device", "cpu")
     assert code == 0, err
     student, fake = started
+    assert labels == {*range(10)}  # all classes
     assert {name: getattr(fake.config, name) for name in asked} == asked
     assert dataclasses.replace(fake.config, lr=0.3 * 0.02, guidance=1.0, sampler="ddpm", eta=0.0) == student.config
     assert [part[3] for part in steps] == [*range(6)] and seeds == [(7, i) for i in range(6)]
     assert {part[2].blocks[0].attention.qkv.weight.dtype for part in steps} == {torch.bfloat16}  # of the teacher
     assert all(run.model.recompute for run in started)
-    assert "6 of 5 images, bf16, seed 7" in out and "guidance 2.5" in out
+    assert "6 of 40 images, bf16, seed 7" in out and "guidance 2.5" in out
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["3", "6"]
     left = sorted(path.name for path in (tmp_path / "run").glob("*0*"))
