@@ -436,3 +436,10 @@ def test_a_run_says_what_its_vae_was_measured_at(tmp_path):
         summary = Latents(data, str(tmp_path), vae, False, tmp_path / "latents").load().summary
         assert ("Fréchet distance 0.500 (of real images 0.250)" in summary) == said
     assert "2 x 4 x 2 of" in summary and "6 times fewer numbers" in summary
+
+
+def test_the_ground_of_the_images_is_that_of_the_settings(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cache, "load_images", lambda *args, **options: asked.append(options) or random_data())
+    open_data(LatentConfig(dataset="folder", data_dir="x", image_size=8, channels=3, ground="white"), "cpu")
+    assert asked == [dict(image_size=(8, 8), channels=3, ground="white")]

@@ -1,4 +1,4 @@
-from support import folders, sizes
+from support import folders, image_files, sizes
 from support.commands import UserError
 from support.folders import has_test_part
 from support.image_files import fit, is_grey, list_images, read_clip, read_image
@@ -12,6 +12,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import torchvision
 from conftest import SMALL, small_mnist
 from PIL import Image
 
-from dataset import TORCHVISION, load_dataset, to_float, to_uint8
+from dataset import TORCHVISION, Dataset, load_dataset, to_float, to_uint8
 
 
 def write_idx(path, array):
@@ -868,3 +869,17 @@ def test_data_that_are_not_square(tmp_path):
     assert small_mnist(image_size=(12, 8)).images.shape == (1500, 1, 12, 8)
     write_classes(tmp_path / "own", mode="RGB", size=(20, 10))
     assert load_dataset("folder", tmp_path / "own", image_size=(8, 16)).images.shape == (6, 3, 8, 16)
+
+
+def test_half_are_mirrored():
+    """Of the images that may be, each by chance of its own."""
+    images = torch.tensor([[0, 255]], dtype=torch.uint8).expand(1, 1, 1, 2)
+    data = Dataset("", images, torch.zeros(1, dtype=torch.int64), ["a"], flips=True)
+    x = data.x_0(torch.zeros(4000, dtype=torch.int64), slice(None), torch.Generator().manual_seed(0))
+    assert 0.47 < (x[:, 0, 0, 0] == 1).float().mean() < 0.53
+
+
+def test_previews_and_layers_are_no_frames():
+    assert image_files.is_image(Path("a.mpo"))
+    for kind, count in (("MPO", 1), ("PSD", 1), ("GIF", 3)):
+        assert image_files.frame_count(SimpleNamespace(format=kind, n_frames=3)) == count
