@@ -186,6 +186,22 @@ def test_each_call_is_trained_from_what_the_calls_before_have_drawn(trained):
     torch.testing.assert_close(seen[2][0], a * 0.5 + s * fresh[1], rtol=0, atol=0.01)
 
 
+def test_what_learns_is_not_clamped(trained):
+    """Where it were, it would have no gradient."""
+    config = load_checkpoint(trained / "model.pth", ANY)["config"]
+    started = train.start_run(distill.student_of(dataclasses.replace(config, sample_steps=1)), torch.device("cpu"))
+
+    class Bright(torch.nn.Module):
+        null_label = 10
+
+        def forward(self, x, t, y):
+            return torch.full_like(x, 2.0)
+
+    started.worker = Bright()
+    drawn = distill.draw(started, torch.zeros(4, dtype=torch.long), 0, lambda: torch.zeros(4, 1, 8, 8))
+    assert (drawn == 2).all()
+
+
 @pytest.mark.parametrize("until", [1, 4])
 def test_a_resumed_run_is_the_same_run(trained, student, tmp_path, until, capsys):
     folder = tmp_path / "run"
