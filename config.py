@@ -82,7 +82,7 @@ class Config(Settings):
     precision: str = flag("auto", "number format of the network: fp32; bf16 (in training, a bfloat16 copy of the "
                           "weights computes the gradients); or auto: bf16 if it is faster",
                           choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the network (torch.compile; CUDA graphs on GPUs): up to a minute's wait "
+    compile: bool = flag(False, "compile the network (torch.compile): up to a minute's wait "
                          "first, then shorter steps")
     recompute: bool = flag(False, "recompute each block in the backward pass: less memory, more time")
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)

@@ -197,7 +197,7 @@ def not_finite(what, config, step):
 
 def save(run, path, step, seconds, data, window):
     """Writes the checkpoint, by rank 0."""
-    if not all(part.isfinite().all() for part in run.ema.parameters()):
+    if not run.averages.isfinite().all():
         raise not_finite("weights are", run.config, step)
     if parallel.RANK == 0:
         save_checkpoint(path, run.config, step, seconds, run.ema.state_dict(), data=data, model=run.model.state_dict(),
