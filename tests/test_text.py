@@ -22,6 +22,7 @@ import text.score
 import text.train
 import train as root
 from dit_block import Attention
+from latent.config import LatentConfig
 from latent.sprites import split_characters
 from record.checkpoint import load_checkpoint
 from text.captions import KINDS, LOOKS, SpriteCaptions, look_of, pair_caption, sprite_caption, sprite_words
@@ -205,6 +206,14 @@ def test_two_figures_stand_where_their_caption_says():
             assert hair in mine
 
 
+def test_each_figure_is_decoded_by_itself(monkeypatch):
+    seen = []
+    monkeypatch.setattr(LatentConfig, "to_images", lambda self, x: seen.append(x) or x + 1)
+    x = torch.arange(16.0).view(1, 1, 1, 2, 8)
+    assert torch.equal(TextConfig(figures=2).to_images(x), x + 1) and len(seen) == 2
+    assert torch.equal(seen[0], x[..., :4]) and torch.equal(seen[1], x[..., 4:])
+
+
 # One's own images
 
 
@@ -270,7 +279,8 @@ def test_a_folder_is_learned_and_drawn(folder, call, tmp_path, monkeypatch):
     assert content["config"].image_size == (1, 8, 8) and content["config"].patch_size == (1, 2, 2)
     monkeypatch.chdir(tmp_path)
     code, out, _ = call(text.draw, "blue circle", "红色的圆", "--count", 3, "--checkpoint", run)
-    assert code == 0 and "column 2: 红色的圆" in out and Image.open("samples.png").size == (2 * 58 + 2, 3 * 58 + 2)
+    assert code == 0 and "column 2: 红色的圆\nsamples.png: 6 images" in out
+    assert Image.open("samples.png").size == (2 * 58 + 2, 3 * 58 + 2)
     before = (tmp_path / "samples.png").read_bytes()
     call(text.draw, "blue circle", "红色的圆", "--count", 3, "--checkpoint", run, "--negative", "red square",
          "--guidance", 3, "--out", "away.png")
@@ -341,10 +351,21 @@ def test_frames_are_read_and_compared(frames, monkeypatch):
     numbers, kinds = torch.tensor([700, 3, 1295]), torch.tensor([2, 0, 1])
     reader = Reader()
     clips = make_clips(numbers, (32, 32))[torch.arange(3), kinds].movedim(1, 2)[:, :, :frames]
-    shown = reader.read(clips)
+    shown = reader.read(clips, kinds.flip(0))
     assert shown[0].shape == (3, frames, 4) and torch.equal(shown[0], parts_of(numbers)[:, None].expand(-1, frames, -1))
     assert torch.equal(shown[1], kinds)
+    if frames == 1:  # an image that belongs to two kinds
+        reader.gallery[3, 1, 5] = reader.gallery[3, 0, 0]
+        assert reader.read(clips, torch.tensor([1, 1, 2]))[1].tolist() == [2, 1, 1]
     asked = parts_of(torch.tensor([700, 4, 1295])), torch.tensor([2, 0, 0])
     found = {name: which.tolist() for name, which in compare(shown, asked).items()}
     assert found == {"body": [True] * 3, "trousers": [True] * 3, "top": [True] * 3, "hair": [True, False, True],
                      "action and direction": [True, True, False], "all": [True, False, False]}
+
+
+def test_the_weights_that_come_along_know_all_captions():
+    path = text.draw.CHECKPOINTS[-1]
+    config = load_checkpoint(path, (TextConfig,))["config"]
+    assert (list(config.words), config.length) == sprite_words() and config.image_size == (8, 64, 64)
+    assert path.stat().st_size < 8e6 and (path.parent / config.vae).is_dir()
+    assert read_prompt("蓝色头发，红色上衣，向右挥砍", config)[11] < read_prompt("purple hair", config)[2] == 99

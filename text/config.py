@@ -7,6 +7,8 @@ from support.sizes import LARGEST, as_size
 import dataclasses
 import functools
 
+import torch
+
 from text.dit import TextDiT
 from text.words import MOST_WORDS
 from video.config import ClipConfig
@@ -44,6 +46,8 @@ class TextConfig(ClipConfig):
     qk_norm: bool = unused(False)
     motion: float = unused(0.0)
     given: float = unused(0.0)
+    motion: float = unused(0.0)
+    qk_norm: bool = unused(False)
     # These have no flag: the captions say them.
     words: tuple = ()  # all that captions may hold
     length: int = dataclasses.field(default=0, metadata=dict(low=0, high=MOST_WORDS))  # words of the longest caption
@@ -78,6 +82,10 @@ class TextConfig(ClipConfig):
 
     def describe(self, model):
         return f"{super().describe(model)}; {len(self.words)} words, up to {self.length} at a time"
+
+    def to_images(self, x):
+        """Each figure is decoded by itself, as it was encoded: the VAE has seen none beside another."""
+        return torch.cat([super(TextConfig, self).to_images(part) for part in x.chunk(self.figures, dim=-1)], dim=-1)
 
     def open_data(self, device):
         """The images or clips, and their captions. Raises `UserError`."""

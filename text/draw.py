@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inference import check_out, draw_states, load_for_sampling, sampling_parser, say_default
+from inference import check_out, draw_states, load_for_sampling, sampling_parser, save_views, say_default, say_drawn
 from text.config import TextConfig
 from text.words import read_prompt
-from video.draw import save_clips
+from video.draw import FRAME
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run_text/model.pth"), Path(__file__).parents[1] / "weights" / "text.pth")
@@ -68,7 +68,9 @@ def main():
     clips = draw_states(model, config, prompts, args.count)[-1]
     for number, prompt in enumerate(args.prompts, 1):
         print(f"{'row' if args.strip else 'column'} {number}: {prompt}")
-    save_clips(args, clips, config, prompts)
+    views = clips.movedim(2, 0)
+    save_views(args, views, config, prompts, [FRAME] * len(views))
+    say_drawn(args, config, f"{len(clips)} clips of {frames} frames" if frames > 1 else f"{len(clips)} images")
 
 
 if __name__ == "__main__":

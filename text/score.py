@@ -40,15 +40,19 @@ def wilson(right):
 class Reader(SpriteJudge):
     """Reads clips of sprites, or images as clips of one frame."""
 
-    def read(self, clips):
-        """What clips uint8 (N, C, T, H, W) show: each frame's choice of `PARTS` (N, T, 4), and the kind (N,)."""
+    def read(self, clips, asked):
+        """What clips uint8 (N, C, T, H, W) show: each frame's choice of `PARTS` (N, T, 4), and the kind (N,). Some real
+        images belong to two kinds: such a one is of the kind that was `asked` for (N,), if that is one of them."""
         N, T = len(clips), clips.shape[2]
         frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, T, -1)
         if T == FRAMES:
             kinds = self.find(frames)[1]
             return parts_of(self.characters(frames, kinds)), kinds
         _, index = nearest(as_pixels(frames.flatten(0, 1)), as_pixels(self.gallery.flatten(0, 2)))
-        return parts_of(index // (self.kinds * FRAMES)).view(N, T, -1), index // FRAMES % self.kinds
+        characters, kinds = index // (self.kinds * FRAMES), index // FRAMES % self.kinds
+        found, others = self.gallery.flatten(0, 2)[index], self.gallery[characters, asked]           # (N, D), (N, 8, D)
+        both = (found[:, None] == others).all(2).any(1)
+        return parts_of(characters)[:, None], torch.where(both, asked, kinds)
 
 
 def compare(read, asked):
@@ -121,7 +125,8 @@ def score_pairs(model, config, reader, count, seed=0):
         asked = [ask(split_characters(train).tolist(), count, draw) for _ in range(2)]
         both = zip(*(zip(looks.tolist(), kinds.tolist(), strict=True) for looks, kinds in asked), strict=True)
         words = torch.tensor([read_prompt(pair_caption(pair, draw, whole=True), config) for pair in both])
-        shown = [reader.read(half) for half in draw_words(model, config, words).chunk(2, dim=-1)]
+        halves = draw_words(model, config, words).chunk(2, dim=-1)
+        shown = [reader.read(half, kinds) for half, (_, kinds) in zip(halves, asked, strict=True)]
         left, right = (compare(*pair) for pair in zip(shown, asked, strict=True))
         alike = [torch.stack([torch.stack([*compare(half, figure).values()]).sum(0) for half, figure in
                               zip(shown, figures, strict=True)]).sum(0) for figures in (asked, asked[::-1])]
@@ -137,10 +142,10 @@ def score(model, config, reader, count, seed=0):
     for title, characters in (("held out", held_out), ("seen", seen)):
         looks, kinds = ask(characters, count, draw)
         words = sentences(looks, kinds, config, draw)
-        shown = reader.read(draw_words(model, config, words))
+        shown = reader.read(draw_words(model, config, words), kinds)
         columns[title] = compare(shown, (looks, kinds))
         if title == "held out":
-            again = reader.read(draw_words(model, config, sentences(looks, kinds, config, draw)))
+            again = reader.read(draw_words(model, config, sentences(looks, kinds, config, draw)), kinds)
             same = [(a == b).view(count, -1).all(1) for a, b in zip(shown, again, strict=True)]
             columns[title]["the same in other words"] = same[0] & same[1]
     looks, swapped, parts = ask_swapped(held_out, count, draw)
@@ -149,7 +154,7 @@ def score(model, config, reader, count, seed=0):
     for asked in (looks, swapped):
         words = torch.cat([sentences(look[None], kind[None], config, random.Random(seed))
                            for look, kind, seed in zip(asked, kinds, seeds, strict=True)])
-        shown = reader.read(draw_words(model, config, words))[0]                                     # (N, T, 4)
+        shown = reader.read(draw_words(model, config, words), kinds)[0]                              # (N, T, 4)
         apart.append((shown == asked[:, None]).all(1).gather(1, parts).all(1))
     columns["held out"]["two colours swapped"] = apart[0] & apart[1]
     return columns
@@ -186,7 +191,7 @@ def main():
     columns = (score if config.figures == 1 else score_pairs)(model, config, reader, args.count)
     if config.figures == 1:
         clips, *asked = real_clips(config, args.count, random.Random(1), next(model.parameters()).device)
-        columns["real, held out"] = compare(reader.read(clips), asked)
+        columns["real, held out"] = compare(reader.read(clips, asked[1]), asked)
     print(f"{args.checkpoint}: {args.count} sentences of each sort, {config.sampler}, {config.sample_steps} steps, "
           f"guidance {config.guidance:g}, seed {config.seed}; {time.monotonic() - began:.0f} s; in brackets 95 % "
           "intervals (Wilson)")
