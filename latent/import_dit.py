@@ -214,7 +214,9 @@ def convert(weights, config):
     if wrong:
         raise UserError(f"it does not hold the weights of a DiT: {wrong}")
     check_tensors("weights", weights, expected, (torch.float32, torch.float16, torch.bfloat16))
-    if not torch.allclose(weights["pos_embed"].float(), sincos_positions(grid, D), rtol=0, atol=1e-3):
+    # The average of positions that never change drifts from them by 1.3e-3 if its decay is 0.99999, since each update
+    # is rounded; in bf16 they are 2e-3 off
+    if not torch.allclose(weights["pos_embed"].float(), sincos_positions(grid, D), rtol=0, atol=1e-2):
         raise UserError("pos_embed does not hold DiT's sines and cosines")
 
     ours = {name: weights[official].detach() for official, name in names.items()}

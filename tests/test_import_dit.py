@@ -445,8 +445,9 @@ def test_old_files_and_half_precision(weights, tmp_path, call, bring):
     assert call(import_dit, tmp_path / "old.pt", tmp_path / "old.pth", "--num-heads", HEADS)[0] == 0
     brought = load_checkpoint(tmp_path / "old.pth", IMAGES)["ema"]
     assert all(torch.equal(weight, plain[name]) for name, weight in brought.items())
-    half = load_checkpoint(bring({name: weight.half() for name, weight in weights.items()}), IMAGES)["ema"]
-    assert all(torch.equal(weight, plain[name].half()) for name, weight in half.items())
+    for dtype in (torch.float16, torch.bfloat16):
+        half = load_checkpoint(bring({name: weight.to(dtype) for name, weight in weights.items()}), IMAGES)["ema"]
+        assert all(torch.equal(weight, plain[name].to(dtype)) for name, weight in half.items())
 
 
 @pytest.mark.parametrize(("side", "size", "count"), [(16, 256, 675_129_632), (32, 512, 676_014_368)])
