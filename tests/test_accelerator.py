@@ -1,8 +1,9 @@
 """What runs on a GPU, run here on fake CUDA tensors: they have a device and a shape, but no values. An operation that
 mixes devices raises, as it would there."""
 
-from support.graphs import directly
+from support.graphs import Replay
 
+import contextlib
 import dataclasses
 import functools
 
@@ -73,7 +74,8 @@ def fake(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypatch):
     config = dataclasses.replace(PROCESSES[process], optimizer=optimizer, precision=precision)
-    monkeypatch.setattr(train, "Replay", lambda: directly)  # there is no graph without a GPU
+    called = []  # there is no graph without a GPU
+    monkeypatch.setattr(train, "Replay", lambda: lambda function, *args: (called.append(function), function(*args))[1])
     run = start_run(config, CUDA)
 
     def backward(loss):
@@ -90,7 +92,7 @@ def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypa
     with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
         log.add(losses, t)
         assert log.window.device == CUDA
-    assert losses.device == CUDA and losses.dtype == torch.float32
+    assert losses.device == CUDA and losses.dtype == torch.float32 and called == [train.update]
     for part in (run.model, run.ema):
         assert {weight.device for weight in part.state_dict().values()} == {CUDA}
 
@@ -232,3 +234,102 @@ def test_a_vae_fills_no_batch_on_a_gpu(fake):
         x = torch.zeros(count, 2, device=CUDA)
         assert in_full_batches(lambda part: (sizes.append(len(part)), part)[1], x, pixels).shape == x.shape
     assert sizes == [1, 32, 8] and LIMITS["cuda"][1] // pixels == 32
+
+
+# A captured step
+
+
+class Recording:
+    """What there is of CUDA's graphs in `support.graphs`. `launch` runs what it is given, unless a graph is being
+    recorded: that one keeps it, and runs it at each replay. seen: what happened, in order. streams: those in use, the
+    current one last."""
+
+    def __init__(self, monkeypatch):
+        self.graph, self.seen, self.streams, main = None, [], ["main"], self
+
+        class Stream:
+            def __init__(self, name="own"):
+                self.name = name
+
+            def wait_stream(self, other):
+                main.seen.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def __init__(self):
+                self.kernels = []
+
+            def replay(self):
+                main.seen.append("replay")
+                for kernel in self.kernels:
+                    kernel()
+
+        @contextlib.contextmanager
+        def use(stream):
+            self.streams.append(stream.name)
+            yield
+            self.streams.pop()
+
+        @contextlib.contextmanager
+        def record(graph, stream):
+            self.graph = graph
+            with use(stream):
+                yield
+            self.graph = None
+
+        for name, value in dict(Stream=Stream, stream=use, CUDAGraph=Graph, graph=record,
+                                current_stream=lambda: Stream(self.streams[-1])).items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def launch(self, kernel):
+        self.graph.kernels.append(kernel) if self.graph else kernel()
+
+    def happened(self):
+        self.seen, seen = [], self.seen
+        return seen
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    return Recording(monkeypatch)
+
+
+@pytest.fixture
+def double(recording):
+    """A function for `Replay`: `factor` times x, and what the tensor `run` holds."""
+    def double(run, x, factor):
+        recording.seen.append(f"{'record' if recording.graph else 'run'} on {recording.streams[-1]}")
+        result = torch.empty_like(x)
+        recording.launch(lambda: result.copy_(factor * x + run))
+        return result
+
+    return double
+
+
+def test_three_calls_run_and_the_fourth_is_recorded(recording, double):
+    """Later ones copy their inputs into those of the graph; the caller's stay as they are."""
+    replay, run = Replay(), torch.tensor(100.0)
+    inputs = [torch.tensor([i, 10.0 * i]) for i in range(7)]
+    for i, x in enumerate(inputs):
+        run.fill_(100 * i)  # written in place
+        assert replay(double, run, x, 2).tolist() == [102 * i, 120 * i]
+        direct = ["own waits for main", "run on own", "main waits for own"]
+        assert recording.happened() == (direct if i < 3 else ["record on own", "replay"] if i == 3 else ["replay"])
+    assert [x.tolist() for x in inputs] == [[i, 10 * i] for i in range(7)]
+
+
+def test_each_shape_kind_flag_and_function_has_its_graph(recording, double):
+    """The graphs before are good for all that."""
+    replay, run, x = Replay(), torch.tensor(0.0), torch.tensor([1.0, 3.0])
+
+    def other(*args):
+        return double(*args)
+
+    cases = [(double, x, 2), (double, x[:1], 2), (double, x.half(), 2), (double, x, 5), (other, x, 2)]
+    for case, (function, x, factor) in enumerate(cases):
+        for i in range(5):
+            assert torch.equal(replay(function, run, i * x, factor), factor * i * x), (case, i)
+        seen = recording.happened()
+        assert [entry.split()[0] for entry in seen if "waits" not in entry] == [*["run"] * 3, "record", *["replay"] * 2]
+    for function, x, factor in cases:
+        assert torch.equal(replay(function, run, 7 * x, factor), factor * 7 * x)
+    assert recording.happened() == ["replay"] * 5

@@ -201,16 +201,18 @@ def test_ten_milliseconds_or_less_are_a_tenth_of_a_second(tmp_path, name):
     assert greys(tmp_path / name) == [0, 50, 100, 150, 150]
 
 
-def write_video(path, frames, rate, codec="libx264"):
-    """frames: uint8 arrays (H, W, 3)."""
+def write_video(path, frames, rate, codec="libx264", first=0):
+    """frames: uint8 arrays (H, W, 3). first: the number of the first one, which says when it is shown."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for number, pixels in enumerate(frames, first):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, 1 / Fraction(rate)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
 
@@ -227,6 +229,13 @@ def test_ten_frames_a_second_are_taken_of_a_video(tmp_path, name, codec):
         assert clip.shape == (len(taken), 3, 16, 24) and size == (48, 32)
         assert (clip.float().mean((1, 2, 3)) - 10 * torch.tensor(list(taken))).abs().max() < 4, rate
     assert read_clip(tmp_path / name, still=True)[0].shape == (1, 3, 32, 32)
+
+
+def test_a_video_may_begin_late(tmp_path):
+    """As one that was cut out of another: time counts from the first frame on."""
+    path = write_video(tmp_path / "a.webm", plain(*range(0, 240, 10)), 10, "libvpx", first=7)
+    clip = read_clip(path, (16, 24))[0]
+    assert len(clip) == 24 and (clip.float().mean((1, 2, 3)) - 10 * torch.arange(24)).abs().max() < 4
 
 
 def test_a_telephone_s_video_is_turned_upright(tmp_path):

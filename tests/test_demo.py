@@ -259,6 +259,16 @@ def test_noise_is_standard_normal(browse, tmp_path):
     assert min(torch.stack([midway, noise]).corrcoef()[0, 1] for noise in draws[:2]) > 0.6
 
 
+def test_steps_are_those_of_pytorch(browse, tmp_path):
+    """Also where half of a step is rounded, to the even one."""
+    page = browse(make_checkpoint(tmp_path / "model.pth"))
+    found = page.run("""[1, 0.3].map(strength => Array.from({ length: 100 }, (_, i) =>
+                        descendingSteps(Array(1000).fill([1, 0]), i + 1, strength).map(step => step.t)))""")
+    process = SMALL.build_process()
+    assert found == [[[t for t, *_ in process.descending_steps(count, strength)] for count in range(1, 101)]
+                     for strength in (1, 0.3)]
+
+
 # Kept for the tests of the controls: the last answer to each slot. Then all is asked for once more.
 FOLLOW = """
     const answers = {}, pass = receive;

@@ -319,15 +319,28 @@ def test_each_flag_reaches_the_training(call, trained, tmp_path, monkeypatch):
     assert left == ["fake_000006.pth", "samples_000002.png", "samples_000004.png", "samples_000006.png"]
 
 
+def test_a_fake_of_another_student_is_refused(call, trained, student, tmp_path):
+    """It comes from the same teacher, and differs in one setting."""
+    folder = shutil.copytree(student, tmp_path / "run")
+    fake = folder / "fake_000007.pth"
+    content = torch.load(fake, weights_only=True)
+    torch.save(content | {"config": content["config"] | {"lr": 2 * content["config"]["lr"]}}, fake)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert_refused(call(distill, "--checkpoint", trained, "--run-dir", folder, "--resume"), "not made of this teacher")
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_what_is_not_asked_for_is_as_the_teacher_has_it(trained, tmp_path, monkeypatch):
-    started, begin = [], distill.start_run
+    """But for the precision, which the machine chooses anew."""
+    started, begin, asked = [], distill.start_run, []
+    monkeypatch.setattr(distill, "resolve_precision", lambda name, device: asked.append(name) or "bf16")
     monkeypatch.setattr(distill, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
     with mock.patch.object(distill, "loop", return_value=(0, 0)), mock.patch(
             "sys.argv", ["few/distill.py", "--checkpoint", str(trained), "--run-dir", str(tmp_path / "run")]):
         distill.main()
     teacher = load_checkpoint(trained / "model.pth", ANY)["config"]
     assert dataclasses.replace(teacher, steps=4000, sample_steps=1, lr=teacher.lr / 2, compile=False,
-                               precision=started[1].config.precision) == started[1].config
+                               precision="bf16") == started[1].config and asked == ["auto"]
 
 
 def test_a_process_without_signal_at_its_end_is_refused(call, tmp_path):

@@ -233,7 +233,8 @@ def test_images_of_unknown_origin(call, trained, tmp_path):
 
 def test_fewer_images_than_there_are(call, trained, tmp_path):
     flags = ["--checkpoint", trained / "model.pth", *folders(tmp_path)]
-    assert call(generator, *flags, "--count", 5)[2].count("already") == 0
+    for _ in range(2):  # as many as are asked for are nothing to warn of
+        assert "already" not in call(generator, *flags, "--count", 5)[2]
     code, out, err = call(generator, *flags, "--count", 3)
     assert code == 0 and out.startswith("score them with")
     assert f"{tmp_path / 'fake'} holds 5 images already, and all of them will be scored" in err

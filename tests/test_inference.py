@@ -506,6 +506,10 @@ def test_batches_fit_into_memory(monkeypatch):
     few, many = (batch_that_fits(large, torch.device("cuda", index)) for index in (0, 1))
     assert many == pytest.approx(16 * few, rel=0.05) and few < 100
     assert batch_that_fits(small, torch.device("cuda", 1)) == 4096
+    # Attention that stores its weights takes the most memory of many tokens: 4 bytes for each pair and head, twice
+    thin = Config(image_size=64, channels=1, num_classes=10, patch_size=1, hidden_size=32, num_heads=8)
+    most = 32e9 / (4 * 2 * 4096**2 * 8)
+    assert 0.95 * most < batch_that_fits(thin, torch.device("cuda", 1)) < most
     huge = Config(image_size=1024, channels=16, num_classes=10, patch_size=4, hidden_size=4096)
     assert batch_that_fits(huge, torch.device("cpu")) == 1
 

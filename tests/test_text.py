@@ -5,6 +5,7 @@ from support.commands import UserError
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -369,3 +370,33 @@ def test_the_weights_that_come_along_know_all_captions():
     assert (list(config.words), config.length) == sprite_words() and config.image_size == (8, 64, 64)
     assert path.stat().st_size < 8e6 and (path.parent / config.vae).is_dir()
     assert read_prompt("蓝色头发，红色上衣，向右挥砍", config)[11] < read_prompt("purple hair", config)[2] == 99
+
+
+# Further wordings, and files
+
+
+def test_looks_of_a_character_are_the_rulers():
+    numbers = [0, 1, 6, 36, 216, 700, 1295]
+    assert [look_of(number) for number in numbers] == parts_of(torch.tensor(numbers)).tolist()
+
+
+@pytest.mark.parametrize("language, said", [("english", {"walks left", "walking to the left", "walks facing left"}),
+                                            ("chinese", {"向左走", "朝左行走", "面向左走"})])
+def test_a_caption_that_would_say_nothing_says_what_is_done(language, said):
+    """And in Chinese the direction comes before the action."""
+    found = set()
+    for seed in range(300):
+        draw = random.Random(seed)
+        draw.random = iter([0.4, *[0.9] * 5]).__next__  # leave out something, and then each part
+        found.add(sprite_caption([0, 1, 2, 3], KINDS.index(("walk", "left")), draw, language=language))
+    assert said < found
+    assert all("left" in text or re.search("[向朝]左行?走$", text) for text in found)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(folder):
+    """As some editors write it."""
+    (folder / "0.txt").write_bytes(b"\xef\xbb\xbf" + b"a red square")
+    (folder / "1.txt").unlink()
+    row = json.dumps({"file_name": "1.png", "text": "blue square"})
+    (folder / "metadata.jsonl").write_text(row, "utf-8-sig")
+    assert CaptionedFolder(folder).captions == CAPTIONS
