@@ -25,7 +25,7 @@ import train as root
 from dit_block import Attention
 from latent.config import LatentConfig
 from latent.sprites import split_characters
-from record.checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
 from text.captions import KINDS, LOOKS, SpriteCaptions, look_of, pair_caption, sprite_caption, sprite_words
 from text.config import TextConfig
 from text.data import CaptionedFolder, Pairs
@@ -400,3 +400,161 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(folder):
     row = json.dumps({"file_name": "1.png", "text": "blue square"})
     (folder / "metadata.jsonl").write_text(row, "utf-8-sig")
     assert CaptionedFolder(folder).captions == CAPTIONS
+
+
+# The whole ruler, with a model that draws what is said but for the mistakes it is told to make
+
+
+class Told:
+    """Stands for the sentences, the model and the reader: looks (4) and kind are the words, the clip and what is read
+    of it. mistakes: for each call of `read`, a function that spoils looks (N, 2 frames, 4) and kinds (N,)."""
+
+    def __init__(self, monkeypatch, mistakes):
+        self.mistakes, self.said = iter(mistakes), []
+        for name, value in dict(sentences=self.sentences, draw_words=lambda model, config, words: words,
+                                pair_caption=lambda pair, draw, whole: pair, read_prompt=lambda pair, config: [
+                                    number for looks, kind in pair for number in (*looks, kind)]).items():
+            monkeypatch.setattr(text.score, name, value)
+
+    def sentences(self, looks, kinds, config, draw):
+        self.said += [(tuple(look), draw.random()) for look in looks.tolist()]
+        return torch.cat([looks, kinds[:, None]], dim=1)
+
+    def read(self, words, asked):
+        looks, kinds = words[:, None, :4].repeat(1, 2, 1), words[:, 4].clone()
+        assert looks.shape == (20, 2, 4)
+        next(self.mistakes)(looks, kinds)
+        return looks, kinds
+
+
+def wrong(columns):
+    return {title: {name: (~right).nonzero().flatten().tolist() for name, right in column.items()}
+            for title, column in columns.items()}
+
+
+def test_every_figure_of_the_ruler(monkeypatch):
+    looks, swapped, parts = (torch.tensor([row] * 20) for row in ([0, 1, 2, 3], [3, 1, 2, 0], [0, 3]))
+    monkeypatch.setattr(text.score, "ask_swapped", lambda *_: (looks, swapped, parts))
+
+    def first(looks, kinds):
+        looks[0, 1, 3] += 1
+        kinds[1] += 1
+
+    def again(looks, kinds):
+        looks[0, 1, 3] += 1  # the same mistake
+        looks[2, 0, 2] += 1
+        kinds[3] += 1
+
+    def seen(looks, kinds):
+        looks[5, :, 1] += 1
+
+    def one(looks, kinds):
+        looks[0, 1, 3] += 1
+        looks[1, :, 2] += 1  # no part of the swap
+
+    def other(looks, kinds):
+        looks[2, 0, 0] += 1
+        looks[3] = torch.tensor([0, 1, 2, 3])  # as if nothing was swapped
+
+    told = Told(monkeypatch, [first, again, seen, one, other])
+    assert wrong(text.score.score(None, None, told, 20)) == {
+        "held out": {"body": [], "trousers": [], "top": [], "hair": [0], "action and direction": [1], "all": [0, 1],
+                     "the same in other words": [1, 2, 3], "two colours swapped": [0, 2, 3]},
+        "seen": {"body": [], "trousers": [5], "top": [], "hair": [], "action and direction": [], "all": [5]}}
+    groups = [told.said[start:start + 20] for start in range(0, 100, 20)]
+    known = {train: {tuple(look_of(number)) for number in split_characters(train).tolist()} for train in (True, False)}
+    for group, train in zip(groups[:3], (False, False, True), strict=True):
+        assert {look for look, _ in group} <= known[train]
+    (a, x), (b, y), (_, one), (_, other) = (zip(*group, strict=True) for group in (*groups[:2], *groups[3:]))
+    assert a == b and not {*x} & {*y} and one == other and len({*one}) == 20  # in other words, and in the same
+
+
+def test_every_figure_of_two_sprites(monkeypatch):
+    def spoiled(looks, kinds):
+        looks[1, 0, 2] += 1
+
+    def right(looks, kinds):
+        pass
+
+    told = Told(monkeypatch, [spoiled, right, right, spoiled])
+
+    def draw_words(model, config, words):
+        words[0] = words[0].roll(5)  # each figure where the other one should be
+        return words
+
+    monkeypatch.setattr(text.score, "draw_words", draw_words)
+    assert wrong(text.score.score_pairs(None, None, told, 20)) == {
+        "held out": {"left figure, all": [0, 1], "right figure, all": [0], "both figures, all": [0, 1],
+                     "on their sides": [0]},
+        "seen": {"left figure, all": [0], "right figure, all": [0, 1], "both figures, all": [0, 1],
+                 "on their sides": [0]}}
+
+
+def test_real_clips_are_of_what_they_say(monkeypatch):
+    """Each pixel says the character, its kind and the frame."""
+    numbers, kinds, frames = torch.meshgrid(torch.arange(296), torch.arange(9), torch.arange(8), indexing="ij")
+    images = torch.stack([numbers // 2, 10 * kinds + numbers % 2, frames], dim=-1).flatten(0, 2).byte()
+    monkeypatch.setattr(text.score, "load_images", lambda name, folder, train, size, channels: (
+        SimpleNamespace(images=images[:, :, None, None].expand(-1, -1, *size)) if not train else None))
+    config = TextConfig(image_size=(3, 2, 4), channels=3)
+    clips, looks, kinds = text.score.real_clips(config, 40, random.Random(0), "cpu")
+    assert clips.shape == (40, 3, 3, 2, 4) and (clips == clips[..., :1, :1]).all()
+    high, low, frames = clips[..., 0, 0].long().unbind(1)                                              # each (40, 3)
+    assert torch.equal(parts_of(torch.from_numpy(split_characters(False))[2 * high + low % 10]),
+                       looks[:, None].expand(-1, 3, -1))
+    assert torch.equal(low // 10, kinds[:, None].expand(-1, 3)) and len(kinds.unique()) > 5
+    assert torch.equal(frames, frames[:, :1] + torch.arange(3)) and frames[:, 0].unique().tolist() == [*range(6)]
+
+
+# Grids and pictures
+
+
+def test_the_columns_of_a_grid_are_captions_of_all_data(monkeypatch):
+    seen = []
+    data = SimpleNamespace(labels=torch.arange(91), words=lambda numbers, seeds: torch.stack(
+        [numbers, torch.tensor(seeds)], dim=1))
+    run = SimpleNamespace(ema="average", config=SimpleNamespace(to_images=lambda x: x + 1), data=data)
+    monkeypatch.setattr(text.train, "sample", lambda *args: seen.append(args) or iter([7, 8]))
+    monkeypatch.setattr(text.train, "save_grid", lambda *args: seen.append(args))
+    text.train.show(run, "grid.png", lambda: False)
+    (model, config, words), written = seen
+    assert model == "average" and config is run.config and written == ("grid.png", 9)
+    assert words.tolist() == [[number, number] for number in range(0, 91, 10)] * 6
+    text.train.show(run, "grid.png", lambda: True)
+    assert len(seen) == 3  # nothing is written once it shall stop
+
+
+@pytest.mark.parametrize("flags, name, where, size, frames", [
+    ([], "samples.gif", "column", (2 * 58 + 2, 3 * 58 + 2), 5),
+    (["--strip"], "strip.png", "row", (5 * 58 + 2, 6 * 58 + 2), 1)])
+def test_clips_are_animated_or_stand_in_a_row(call, tmp_path, monkeypatch, flags, name, where, size, frames):
+    config = TextConfig(image_size=(5, 8, 8), patch_size=(1, 4, 4), channels=3, num_classes=2, words=("a", "b"),
+                        length=2, example="a", hidden_size=8, depth=1, num_heads=2, text_depth=1, sample_steps=1)
+    save_checkpoint(tmp_path / "model.pth", config, 1, 1.0, config.build_model().state_dict())
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(text.draw, "draw_states", lambda model, config, labels, count: (
+        seen.append(labels), torch.zeros(1, 6, 3, 5, 8, 8, dtype=torch.uint8).add_(torch.arange(5).view(
+            5, 1, 1).byte()))[1])
+    code, out, err = call(text.draw, "b", "a b", "--count", 3, "--checkpoint", "model.pth", *flags, "--device", "cpu")
+    assert code == 0 and out.startswith(f"{where} 1: b\n{where} 2: a b\n{name}: 6 clips of 5 frames"), err
+    assert seen == [[[1, 2], [0, 1]]]
+    with Image.open(name) as image:
+        assert image.size == size and getattr(image, "n_frames", 1) == frames
+    flags = ["--checkpoint", "model.pth", "--negative", "a", "--guidance"]
+    for guidance in (0, 1):
+        assert_refused(call(text.draw, "b", *flags, guidance), f"does nothing at guidance {guidance}")
+
+
+def test_words_that_are_learned_twice_are_refused():
+    with pytest.raises(UserError, match="words must be strings that all differ"):
+        TextConfig(words=("a", "b", "a"))
+
+
+def test_patches_of_images_and_of_clips():
+    """A clip's is a quarter of each side, an image's has its one frame; an image's size may be given without it."""
+    for size, patch in (((1, 8, 12), (1, 2, 3)), ((8, 8, 12), (2, 2, 3)), ((1, 2, 8), (1, 1, 2))):
+        data = SimpleNamespace(shape=(3, *size), settings=dict(image_size=size, channels=3))
+        assert TextConfig().resolve(data).patch_size == patch
+    assert TextConfig(image_size="8x12", patch_size="2x3").patch_size == (1, 2, 3)
+    assert TextConfig(image_size="8x12").image_size == (1, 8, 12)
