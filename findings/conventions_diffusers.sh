@@ -16,7 +16,7 @@ import math
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, EulerDiscreteScheduler,
                        FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler)
-from diffusers.models.embeddings import LabelEmbedding, Timesteps, get_timestep_embedding
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.training_utils import EMAModel
 
 torch.manual_seed(0)

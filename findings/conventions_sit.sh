@@ -97,8 +97,7 @@ x = 100 * torch.ones(4, 4, 8, 8)
 SILoss(prediction="v", path_type="linear")(network, x, {}, [torch.ones(4, 2, 3)])
 at, t = noised[0]
 assert torch.allclose(at.mean((1, 2, 3)), 100 * (1 - t), atol=1)  # t = 0 is the image
-target = torch.randn(4, 4, 8, 8)
-alpha, sigma, d_alpha, d_sigma = SILoss().interpolant(t)
+_, _, d_alpha, d_sigma = SILoss().interpolant(t)
 assert (d_alpha, d_sigma) == (-1, 1)  # the velocity eps - x_0
 waves = TimestepEmbedder.positional_embedding(torch.tensor([0.7]), 256)[0]
 assert abs(waves[0] - math.cos(0.7)) < 1e-6 and abs(waves[128] - math.sin(0.7)) < 1e-6
