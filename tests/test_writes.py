@@ -24,6 +24,7 @@ import measure.classifier
 import measure.results
 import measure.scaling
 import measure.score
+import text.draw
 import time_emb
 import train
 import video.draw
@@ -45,6 +46,7 @@ OUTPUTS = [  # the command, its flags, what it writes
     (inference, ["--out", "out.webp"], "out.webp"),
     (edit.draw, ["--morph", "3:8"], "strip.png"),
     (video.draw, ["--checkpoint", REPOSITORY / "weights" / "moving.pth"], "samples.gif"),
+    (text.draw, ["purple hair"], "samples.gif"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/log.csv"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/loss.png"),
     (train, [*TINY, "--steps", 1, "--run-dir", "new"], "new/index.html"),
@@ -210,6 +212,6 @@ def test_a_classifier_and_a_round_trip_are_replaced(call, tmp_path, monkeypatch)
     path = shutil.copy(REPOSITORY / "weights" / "digit_classifier.pth", tmp_path)
     assert_refused(call(measure.classifier, "--out", path, "--device", "no"), "--device no")
     flags = ["--vae", tmp_path, "--dataset", "mnist", "--device", "cpu"]
-    for text, words in (('{"shape": 1, "vae_hash": "0"}', "holds no config.json"), ("{}", "round_trip.json exists")):
-        (tmp_path / "round_trip.json").write_text(text)
+    for content, words in (('{"shape": 1, "vae_hash": "0"}', "holds no config.json"), ("{}", "round_trip.json exists")):
+        (tmp_path / "round_trip.json").write_text(content)
         assert_refused(call(measure.score, *flags), words)
