@@ -447,6 +447,50 @@ def test_step_trains_and_averages():
         torch.testing.assert_close(ema.state_dict()[name], 0.9 * old + 0.1 * model.state_dict()[name])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_step_goes_down_the_gradient_of_its_batch(precision):
+    """Of the mean of its losses, at the weights as they have become; nothing is left of the step before."""
+    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
+                    batch_size=8, grad_clip=0.0, lr=0.5, lr_decay="constant", warmup=0)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, process = config.build_model(), config.build_process()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    worker = copy.deepcopy(model).to(kind) if precision == "bf16" else model
+    run = Run(config, model, worker, copy.deepcopy(model), [torch.optim.SGD(model.parameters(), lr=0.0)], process)
+    data = data_of(torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8), torch.arange(99) % 10)
+    for step in range(3):
+        twin, before = copy.deepcopy(run.model).to(kind), run.weights.clone()
+        x_0, y, t, noise = make_batch(data, process, config, step)
+        process.losses(twin, x_0, t, y, noise, config.loss).mean().backward()
+        gradient = torch.cat([weight.grad.flatten() for weight in twin.parameters()]).float()
+        learn(run, data, step)
+        assert gradient.norm() > 0.1
+        torch.testing.assert_close((before - run.weights) / 0.5, gradient, rtol=1e-3, atol=1e-4)
+        assert torch.equal(torch.cat([weight.flatten() for weight in model.parameters()]), run.weights)
+
+
+def test_processes_share_a_batch_and_its_gradient(monkeypatch):
+    """Each takes its part of the images, and the mean of their gradients is that of one process."""
+    config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=1, num_heads=2,
+                    batch_size=7, grad_clip=0.0)
+    data, found = data_of(torch.randint(0, 256, (99, 1, 8, 8), dtype=torch.uint8), torch.arange(99) % 10), []
+    model = config.build_model()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    optimizer = SimpleNamespace(param_groups=[], zero_grad=model.zero_grad, step=lambda: found.append(
+        torch.cat([weight.grad.flatten() for weight in model.parameters()])))
+    run = Run(config, model, model, copy.deepcopy(model), [optimizer], config.build_process())
+    losses = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(train.parallel, "RANK", rank)
+        monkeypatch.setattr(train.parallel, "WORLD", world)
+        losses.append(learn(run, data, 5)[0])
+    assert [len(part) for part in losses] == [7, 3, 4]
+    torch.testing.assert_close(torch.cat(losses[1:]), losses[0])
+    torch.testing.assert_close((found[1] + found[2]) / 2, found[0])
+
+
 def test_bf16_gradients_are_those_of_fp32():
     """The copy in bfloat16 gives the loss and the gradients of the weights themselves, to bfloat16's rounding."""
     config = Config(image_size=8, channels=1, num_classes=10, patch_size=2, hidden_size=32, depth=2, num_heads=2,
