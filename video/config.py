@@ -81,11 +81,14 @@ class ClipConfig(LatentConfig):
         return CLIPS[self.dataset](self, device)
 
 
+# More noise, since 16 frames tell more of a digit than one
+MOVING = dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
+              sample_steps=8, guidance=2.0)
 PRESETS = {
     "default": {},
-    # More noise, since 16 frames tell more of a digit than one
-    "moving": dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
-                   sample_steps=8, guidance=2.0),
+    "moving": MOVING,
+    # What made weights/moving.pth, on a GPU
+    "moving-large": MOVING | dict(hidden_size=256, batch_size=64, lr=3e-3, qk_norm=True, motion=2.0, sample_steps=6),
     # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
                       num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
