@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -913,6 +914,37 @@ def test_vae(untaught, tmp_path):
     for fields in (dict(vae_hash="x"), dict(latent_std=(1.0,))):
         with pytest.raises(UserError, match="latent_shape"):
             LatentConfig(**fields)
+
+
+def test_which_vae_is_ready(tmp_path, monkeypatch):
+    """The one that is named, else one of that name beside the checkpoint; it is looked at before the work."""
+    opened, latents = [], dict(latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
+    monkeypatch.setattr(LatentConfig, "find_vae", lambda config, device: opened.append(config.vae))
+    monkeypatch.chdir(tmp_path)
+    config, beside = LatentConfig(vae="vae", **latents), str(Path("run") / "vae")
+    assert config.ready("run/model.pth", "cpu") is config  # there is none yet
+    (tmp_path / "run" / "vae").mkdir(parents=True)
+    assert config.ready("run/model.pth", "cpu").vae == beside
+    (tmp_path / "vae").mkdir()
+    assert config.ready("run/model.pth", "cpu").vae == "vae"
+    assert opened == ["vae", beside, "vae"] and LatentConfig().ready("run/model.pth", "cpu") == LatentConfig()
+    with pytest.raises(UserError, match=r"run/model\.pth draws images without a VAE: leave --vae out"):
+        LatentConfig(vae="vae").ready("run/model.pth", "cpu")
+
+
+def test_what_decides_how_latents_look(monkeypatch):
+    """The settings to draw with, and of the VAE what decodes: fakes go on with the same ones alone."""
+    vae = VAE(1, 1, 2, (8, 16), norm_num_groups=4)
+    monkeypatch.setattr(LatentConfig, "find_vae", lambda *_: vae)
+    config = LatentConfig(vae="vae", latent_shape=(2, 4, 4), latent_mean=(0.0,), latent_std=(1.0,), clamp=False)
+    before = config.drawn_how("cpu")
+    assert set(before) == set(LatentConfig.SAMPLING) and before["spacing"] == "trailing" and before["vae"] != "vae"
+    assert LatentConfig().drawn_how("cpu")["vae"] == ""
+    for name, kept in (("encoder", True), ("quant_conv", True), ("decoder", False), ("post_quant_conv", False)):
+        torch.nn.init.normal_(next(vae.get_submodule(name).parameters()))
+        after = config.drawn_how("cpu")
+        assert (after == before) == kept, name
+        before = after
 
 
 def test_latents(call, untaught, tmp_path):

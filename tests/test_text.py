@@ -558,3 +558,11 @@ def test_patches_of_images_and_of_clips():
         assert TextConfig().resolve(data).patch_size == patch
     assert TextConfig(image_size="8x12", patch_size="2x3").patch_size == (1, 2, 3)
     assert TextConfig(image_size="8x12").image_size == (1, 8, 12)
+
+
+def test_how_the_text_encoder_starts():
+    """As `DiT` does: an embedding's numbers, and blocks that are the identity."""
+    torch.manual_seed(0)
+    network = TextDiT((1, 8, 8), (1, 4, 4), 3, num_classes=9, hidden_size=64, num_heads=2, depth=1, length=3)
+    assert network.pool.weight.std().item() == pytest.approx(0.02, rel=0.05) and not network.pool.bias.any()
+    assert not any(block.modulation[1].weight.any() for block in (*network.blocks, *network.encoder.blocks))
