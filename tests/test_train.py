@@ -567,9 +567,9 @@ def test_overfits_a_handful_of_digits():
     model, ema = config.build_model(), config.build_model()
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    diffusion = config.build_process()
+    run, data = Run(config, model, model, ema, [optimizer], config.build_process()), data_of(images, labels)
     for step in range(config.steps):
-        learn(Run(config, model, model, ema, [optimizer], diffusion), data_of(images, labels), step)
+        learn(run, data, step)
     *_, drawn = sample(ema, config, labels.repeat(3))
     distances = torch.cdist(to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
     assert (distances.argmin(1) == labels.repeat(3)).float().mean() > 0.9
