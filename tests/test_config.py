@@ -142,6 +142,11 @@ def test_several_sizes():
             ClipConfig(image_size=image_size, sizes="1x32x32")
 
 
+def test_limits_themselves_are_valid():
+    assert Config(T=10, sample_steps=10).sample_steps == 10
+    assert Config(process="ddpm", beta_start=0.01, beta_end=0.01).beta_end == 0.01
+
+
 def test_a_signal_too_small_for_a_float():
     with pytest.raises(UserError, match="beta_end"):
         Config(process="ddpm", beta_end=0.999)

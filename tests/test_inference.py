@@ -3,6 +3,7 @@ from support.commands import UserError, resolve_precision
 from support.labels import parse_labels
 from support.pictures import check_picture, grid, save_picture
 
+import argparse
 import dataclasses
 import hashlib
 import shutil
@@ -36,6 +37,7 @@ from inference import (
 )
 from latent.config import IMAGES, LatentConfig
 from measure.classifier import load_classifier
+from record.checkpoint import save_checkpoint
 
 SPRITES = REPOSITORY / "weights" / "sprites.pth"
 DIGITS = tuple("0123456789")
@@ -512,6 +514,36 @@ def test_batches_fit_into_memory(monkeypatch):
     assert 0.95 * most < batch_that_fits(thin, torch.device("cuda", 1)) < most
     huge = Config(image_size=1024, channels=16, num_classes=10, patch_size=4, hidden_size=4096)
     assert batch_that_fits(huge, torch.device("cpu")) == 1
+
+
+def test_what_a_model_is_drawn_with(tmp_path):
+    """Its own settings, and those that are asked for, of each kind that will do; not the seed of its training."""
+    for of in (Config, LatentConfig):
+        config = of(image_size=8, channels=1, num_classes=2, patch_size=4, hidden_size=8, depth=1, num_heads=2, seed=5,
+                    guidance=3.0, sample_steps=2)
+        path = tmp_path / f"{of.kind}.pth"
+        save_checkpoint(path, config, 0, 0.0, config.build_model().state_dict())
+
+    def loaded(name, **flags):
+        args = argparse.Namespace(checkpoint=tmp_path / name, device="cpu", **flags)
+        return load_for_sampling(args, IMAGES)
+
+    model, config = loaded("images.pth")
+    assert (config.seed, config.guidance, config.sample_steps) == (0, 3.0, 2)
+    assert [x.shape for x in sample(model, config, torch.tensor([1, 0, 1]))] == [(3, 1, 8, 8)] * 3
+    assert loaded("images.pth", seed=7, guidance=1.0)[1] == dataclasses.replace(config, seed=7, guidance=1.0)
+    assert loaded("latents.pth", spacing="linspace")[1].spacing == "linspace"
+    with pytest.raises(UserError, match="--spacing says nothing to a model of images"):
+        loaded("images.pth", spacing="linspace")
+
+
+def test_at_most_ten_thousand_are_drawn_at_once():
+    """All labels together."""
+    for count, labels in ((1000, [*range(10)]), (10_000, [3]), (1, [3])):
+        inference.check_count(count, labels)
+    for count, labels in ((1001, [*range(10)]), (10_001, [3]), (0, [3]), (-1, [3])):
+        with pytest.raises(UserError, match=f"--count {count}: draw between 1 and 10,000 images at once"):
+            inference.check_count(count, labels)
 
 
 def test_to_uint8():

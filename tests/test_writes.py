@@ -134,6 +134,10 @@ def test_checkpoints_and_pages_that_are_read_stay(here, call):
                           (demo.export, ["--out", "run/model.pth", "--checkpoint", "run"]),
                           (latent.import_dit, ["run/model.pth", "run/model.pth"])):
         assert_refused(call(module, *flags), "is read by this command")
+    (here / "run" / "model.pth").rename(here / "a.png")  # whatever its name is
+    before = (here / "a.png").read_bytes()
+    assert_refused(call(inference, "--checkpoint", "a.png", "--out", "a.png"), "a.png is read by this command")
+    assert (here / "a.png").read_bytes() == before
 
 
 ONE = ["--count", 1, "--device", "cpu"]
