@@ -541,6 +541,8 @@ def test_clips_are_animated_or_stand_in_a_row(call, tmp_path, monkeypatch, flags
     assert seen == [[[1, 2], [0, 1]]]
     with Image.open(name) as image:
         assert image.size == size and getattr(image, "n_frames", 1) == frames
+    code = call(text.draw, "b", "a b", "--count", 3, "--checkpoint", "model.pth", *flags, "--out", "a.jpg")[0]
+    assert code == (0 if flags else 1)  # a JPEG stands still
     flags = ["--checkpoint", "model.pth", "--negative", "a", "--guidance"]
     for guidance in (0, 1):
         assert_refused(call(text.draw, "b", *flags, guidance), f"does nothing at guidance {guidance}")
@@ -566,3 +568,13 @@ def test_how_the_text_encoder_starts():
     network = TextDiT((1, 8, 8), (1, 4, 4), 3, num_classes=9, hidden_size=64, num_heads=2, depth=1, length=3)
     assert network.pool.weight.std().item() == pytest.approx(0.02, rel=0.05) and not network.pool.bias.any()
     assert not any(block.modulation[1].weight.any() for block in (*network.blocks, *network.encoder.blocks))
+
+
+def test_blocks_are_steered_by_all_words(network):
+    """By their mean, beside the time."""
+    torch.nn.init.eye_(network.pool.weight)
+    torch.nn.init.zeros_(network.pool.bias)
+    t, y = torch.tensor([3, 500]), torch.tensor([[1, 2, 3, 9], [4, 5, 9, 9]])
+    c, words, *_ = network.condition(t, y)
+    assert words.shape == (2, 4, 16)
+    torch.testing.assert_close(c - network.time_embedding(t), words.mean(dim=1), atol=1e-5, rtol=1e-4)
