@@ -578,3 +578,13 @@ def test_blocks_are_steered_by_all_words(network):
     c, words, *_ = network.condition(t, y)
     assert words.shape == (2, 4, 16)
     torch.testing.assert_close(c - network.time_embedding(t), words.mean(dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_prompt_may_be_as_long_as_the_longest_caption():
+    assert read_prompt("a purple hair and white", prompt_config()) == [0, 3, 2, 1, 5]
+
+
+def test_a_strange_word_is_named_once():
+    with pytest.raises(UserError) as error:
+        read_prompt("dragon, cat, dragon", prompt_config())
+    assert str(error.value).count("'dragon'") == 1 and "'cat'" in str(error.value)
