@@ -48,8 +48,8 @@ def parse_args():
     parser.add_argument("--negative", type=some_word, metavar="PROMPT", help="what not to draw: guidance leads away "
                         "from this sentence, instead of from none")
     parser.add_argument("--strip", action="store_true", help="draw the frames of each clip, from left to right")
-    parser.add_argument("--out", type=some_path, help="the picture to write (default: samples.png, strip.png or, of "
-                        "clips, samples.gif)")
+    parser.add_argument("--out", type=some_path, help="the picture to write (default: samples.gif for clips, "
+                        "samples.png for images, strip.png with --strip)")
     return parser.parse_args()
 
 
