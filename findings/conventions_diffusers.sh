@@ -68,4 +68,9 @@ print("decays", decays[1], decays[2], decays[100], decays[10000])
 assert decays[1] == 0 and abs(decays[2] - 2 / 11) < 1e-9 and abs(decays[100] - 100 / 109) < 1e-9
 assert abs(decays[10000] - 10000 / 10009) < 1e-9
 assert AutoencoderKL().config.scaling_factor == 0.18215
+vae = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=["DownEncoderBlock2D"] * 4,
+                    up_block_types=["UpDecoderBlock2D"] * 4)
+for side, back in ((24, 24), (28, 24), (31, 24), (32, 32)):  # of factor 8
+    assert vae(torch.randn(1, 3, side, side)).sample.shape == (1, 3, back, back)
+print("28 x 28 pixels come back from the VAE as 24 x 24")
 END

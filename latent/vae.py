@@ -381,7 +381,7 @@ def download(repository):
         with contextlib.suppress(LocalEntryNotFoundError):
             return [Path(hub.hf_hub_download(repository, file, local_files_only=True)) for file in (CONFIG, WEIGHTS)]
         print(f"downloading the VAE {repository} ...", file=sys.stderr)
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries six times
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, CONFIG))  # fails at once, where a download tries for 23 s
         return [Path(hub.hf_hub_download(repository, file)) for file in (CONFIG, WEIGHTS)]
     except Exception as error:  # each of its layers fails in its own way
         raise UserError(f"the VAE {repository} cannot be had from the Hugging Face hub ({first_line(error, 100)}), and "

@@ -259,6 +259,15 @@ def test_second_order_is_more_exact(process):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
+def test_more_steps_are_more_exact(process):
+    """Also where their number does not divide T, and the times are one apart here and two there."""
+    counts = (50, 100, 334, 499, 500, 501, 750, 1000)
+    found = [0.5 - deviation(ddim, PROCESSES[process](), 0.5, count) for count in counts]
+    assert found == sorted(found, reverse=True)
+    assert 0 < found[-1] < found[1] / 8
+
+
+@pytest.mark.parametrize("process", PROCESSES)
 def test_heun_takes_two_calls_a_step_and_one_at_the_last(process):
     """And its first step is the mean of two slopes: done by hand on the straight path x / (a + s)."""
     diffusion, asked = PROCESSES[process](), []
