@@ -221,11 +221,12 @@ def save_grid(path, images):
     save_picture(path, grid(images, columns=10))
 
 
-def show(run, path, stop, save=save_grid):
-    """Writes the grid of samples: the same noise and labels at every step of training. Gives up when `stop()`."""
-    device = next(run.model.parameters()).device
-    labels = torch.arange(10, device=device).remainder(run.config.num_classes).repeat(6)
-    for state in sample(run.ema, run.config, labels):
+def show(run, path, stop, save=save_grid, labels=None):
+    """Writes the grid of samples: the same noise and labels (10, ...) at every step of training, six of each. Gives up
+    when `stop()`."""
+    if labels is None:
+        labels = torch.arange(10, device=run.weights.device).remainder(run.config.num_classes)
+    for state in sample(run.ema, run.config, torch.cat([labels] * 6)):
         if stop():
             return
         x = state

@@ -514,7 +514,7 @@ def test_the_columns_of_a_grid_are_captions_of_all_data(monkeypatch):
     data = SimpleNamespace(labels=torch.arange(91), words=lambda numbers, seeds: torch.stack(
         [numbers, torch.tensor(seeds)], dim=1))
     run = SimpleNamespace(ema="average", config=SimpleNamespace(to_images=lambda x: x + 1), data=data)
-    monkeypatch.setattr(text.train, "sample", lambda *args: seen.append(args) or iter([7, 8]))
+    monkeypatch.setattr(root, "sample", lambda *args: seen.append(args) or iter([7, 8]))
     monkeypatch.setattr(text.train, "save_grid", lambda *args: seen.append(args))
     text.train.show(run, "grid.png", lambda: False)
     (model, config, words), written = seen

@@ -43,8 +43,6 @@ class TextConfig(ClipConfig):
     digits: int = unused(1)
     speeds: bool = unused(False)
     sizes: tuple = unused(())
-    qk_norm: bool = unused(False)
-    motion: float = unused(0.0)
     given: float = unused(0.0)
     motion: float = unused(0.0)
     qk_norm: bool = unused(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import train as root
-from inference import sample, say_default
+from inference import say_default
 from text.config import PRESETS, TextConfig
 from video.train_dit import save_grid
 
@@ -30,12 +30,7 @@ def show(run, path, stop):
     """Writes the grid of samples, as `train.show` does: each column has one caption."""
     numbers = torch.linspace(0, len(run.data.labels) - 1, 10).long()
     words = run.data.words(numbers, numbers.tolist()).to(run.data.labels.device)
-    for state in sample(run.ema, run.config, words.repeat(6, 1)):
-        if stop():
-            return
-        x = state
-    with root.warned():
-        save_grid(path, run.config.to_images(x))
+    root.show(run, path, stop, save_grid, words)
 
 
 def train(config, *args, **options):
