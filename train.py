@@ -351,12 +351,15 @@ def loop(run, learn, fingerprint, saved, run_dir, until, show=show, save=save, s
     with log, catch_signals() as signals:
         def page():
             with warned():
-                show_run(config, run_dir, time.monotonic() - began, script or config.trained_by)
+                plot_loss(run_dir / "log.csv", run_dir / "loss.png")
+            with warned():
+                show_run(config, run_dir, done, time.monotonic() - began, script or config.trained_by)
 
         def draw():
             if parallel.RANK == 0:
                 show(run, samples_path(run_dir, done), lambda: bool(signals))
-                page()
+                if done < until:  # else it comes below
+                    page()
 
         if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():
             draw()  # it was killed before it could
@@ -379,8 +382,6 @@ def loop(run, learn, fingerprint, saved, run_dir, until, show=show, save=save, s
             if due(config, done, config.sample_every):
                 draw()
     if parallel.RANK == 0:
-        with warned():
-            plot_loss(run_dir / "log.csv", run_dir / "loss.png")
         page()
     stopped = stopped or parallel.all_max(signals[0] if signals else 0)
     if not stopped:

@@ -6,8 +6,6 @@ from support.files import write_atomically
 from support.pictures import write_figure
 
 import contextlib
-import csv
-import io
 import itertools
 import os
 import sys
@@ -102,27 +100,23 @@ class RunLog:
 
 
 def to_csv(rows):
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode()
+    return "".join(",".join(map(str, row)) + "\r\n" for row in rows).encode()
 
 
 def kept_rows(path, names, last_step):
-    """The rows of log.csv up to `last_step`, lists of words: what a killed run logged after its last checkpoint comes
-    again. A file that is not whole, not ours or no file is put aside; of its rows those that are whole are kept."""
+    """The rows of log.csv up to `last_step`: what a killed run logged after its last checkpoint comes again. A file that
+    is damaged or has other columns than `names` is put aside; its rows before the damage are kept."""
     if not last_step:
         return []
-    kept, whole = [], False
-    with contextlib.suppress(OSError):  # it is a folder, or may not be read
-        if path.is_file():
-            kept, whole = sound_rows(path.read_text(errors="replace"), names)
-    if not whole:
+    found, rows, whole = read_log(path)
+    kept = [row for row in rows if int(row[0]) <= last_step] if found == names else []
+    if not whole or found != names:
         put_aside(path, f"is damaged or gone: {len(kept)} of its rows are in the new one, up to step {last_step:,}")
-    return [row for row in kept if int(row[0]) <= last_step]
+    return kept
 
 
 def put_aside(path, reason):
-    """Renames what is in the place of log.csv, where something is, so that nothing is lost; warns with the reason."""
+    """Renames what is in the place of log.csv, if anything, so that nothing is lost; warns with the reason."""
     kept = ""
     if os.path.lexists(path):
         names = (path.with_name(f"{path.stem}_damaged{i}{path.suffix}") for i in ("", *range(2, 10_000)))
@@ -132,34 +126,22 @@ def put_aside(path, reason):
     print(f"\nwarning: {path} {reason}{kept}", file=sys.stderr)  # below the bar
 
 
-def sound_rows(text, names):
-    """The rows of a log's text that are whole, and whether all are."""
-    lines = text.splitlines(keepends=True)
-    rows = [next(csv.reader([line]), []) for line in lines if line.endswith("\n")]
-    if rows[:1] != [names]:
-        return [], False
-    kept, last = [], 0
-    for row in rows[1:]:
-        try:
-            numbers = [float(word) for word in row]
-            if len(row) == len(names) and int(row[0]) > last:
-                kept.append(row)
-                last = int(numbers[0])
-        except ValueError:
-            continue
-    return kept, len(kept) + 1 == len(lines)
-
-
 def read_log(path):
-    """The names of log.csv's columns, and its rows that are whole, lists of floats; empty if it is no log."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return [], []
-    names = next(csv.reader([text.partition("\n")[0]]), [])
+    """The names of log.csv's columns; its rows, lists of words, up to the first that is damaged; whether none is."""
+    text, rows, step = "", [], 0
+    with contextlib.suppress(OSError):  # it may not be read
+        text = path.read_text(errors="replace") if path.is_file() else ""
+    head, _, body = text.partition("\n")
+    names, (*lines, cut) = head.split(","), body.split("\n")
     if names[:2] != ["step", "loss"]:
-        return [], []
-    return names, [[float(word) for word in row] for row in sound_rows(text, names)[0]]
+        return names, [], False
+    with contextlib.suppress(ValueError):  # of what is no number
+        for row in (line.split(",") for line in lines):
+            if len([float(word) for word in row]) != len(names) or int(row[0]) <= step:
+                break
+            rows.append(row)
+            step = int(row[0])
+    return names, rows, len(rows) == len(lines) and not cut
 
 
 def plot_loss(log, path):
@@ -169,15 +151,15 @@ def plot_loss(log, path):
     except Exception as error:  # a broken installation fails in its own way
         raise UserError(f"{path} cannot be drawn: matplotlib does not work ({first_line(error):.100})") from None
 
-    names, rows = read_log(log)
+    names, rows, _ = read_log(log)
     if not rows:
         return
-    columns = list(zip(*rows, strict=True))
+    steps, *columns = zip(*[map(float, row) for row in rows], strict=True)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    axes.plot(columns[0], columns[1], label="all t" if names[3:] else "loss", color="black", linewidth=2)
-    for name, column in zip(names[2:-1], columns[2:-1], strict=True):
-        axes.plot(columns[0], column, label=f"t = {name.removeprefix('loss_t')}", linewidth=1)
+    axes.plot(steps, columns[0], label="all t" if names[3:] else "loss", color="black", linewidth=2)
+    for name, column in zip(names[2:-1], columns[1:-1], strict=True):
+        axes.plot(steps, column, label=f"t = {name.removeprefix('loss_t')}", linewidth=1)
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, path)

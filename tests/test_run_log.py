@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import train
 from record import log as run_log
 from record.checkpoint import load_checkpoint
-from record.log import RunLog, sound_rows
+from record.log import RunLog, read_log
 from video.config import ANY
 
 NAMES = ["step", "loss", "loss_t0-24", "loss_t25-49", "loss_t50-74", "loss_t75-99", "lr"]
@@ -81,19 +81,21 @@ def test_the_bar_counts_images_from_where_the_run_goes_on(tmp_path):
     ("1,1,nan,1,1,1,1\r\n", [1], True),
     ("1,1,1,1,1,1,1\r\n2,1,1", [1], False),                     # cut within a row
     ("1,1,1,1,1,1,1\r\n2,1,1,1,1,1,1", [1], False),             # or within its last number
-    ("1,1,1,1,1,1,1\r\n\r\n2,1,1,1,1,1,1\r\n", [1, 2], False),
-    ("1,1,1,1,1,1,1\r\n2,one,1,1,1,1,1\r\n3,1,1,1,1,1,1\r\n", [1, 3], False),
+    ("1,1,1,1,1,1,1\r\n\r\n2,1,1,1,1,1,1\r\n", [1], False),
+    ("1,1,1,1,1,1,1\r\n2,one,1,1,1,1,1\r\n3,1,1,1,1,1,1\r\n", [1], False),
     ("1,1,1,1,1,1,1,note\r\n", [], False),
     ("2,1,1,1,1,1,1\r\n1,1,1,1,1,1,1\r\n", [2], False),
     ("1,1,1,1,1,1,1\r\n1,2,1,1,1,1,1\r\n", [1], False),         # a step comes once
     ("1.5,1,1,1,1,1,1\r\n", [], False),
     ("nan,1,1,1,1,1,1\r\n", [], False),
     ("1;1;1;1;1;1;1\r\n", [], False),
-    ('1,"1,1,1,1,1,1\r\n2,1,1,1,1,1,1\r\n', [2], False),
+    ('1,"1,1,1,1,1,1\r\n2,1,1,1,1,1,1\r\n', [], False),
 ])
-def test_rows_that_are_whole(text, steps, whole):
-    rows, all_whole = sound_rows(",".join(NAMES) + "\r\n" + text, NAMES)
-    assert [int(row[0]) for row in rows] == steps and all_whole == whole
+def test_rows_that_are_whole(tmp_path, text, steps, whole):
+    """Those before the first that is damaged."""
+    (tmp_path / "log.csv").write_text(",".join(NAMES) + "\r\n" + text)
+    names, rows, all_whole = read_log(tmp_path / "log.csv")
+    assert names == NAMES and [int(row[0]) for row in rows] == steps and all_whole == whole
 
 
 @pytest.mark.parametrize(("step", "kept"), [(3, [2]), (4, [2, 4]), (5, [2, 4]), (9, [2, 4, 6])])
@@ -104,9 +106,16 @@ def test_rows_up_to_the_checkpoint_are_kept(tmp_path, step, kept):
     assert [int(row[0]) for row in run_log.kept_rows(tmp_path / "log.csv", NAMES, step)] == kept
 
 
-def test_another_header_is_no_log_of_ours():
-    assert sound_rows("step;loss\r\n1;2\r\n", NAMES) == ([], False)
-    assert sound_rows("", NAMES) == sound_rows("\0\0\0", NAMES) == ([], False)
+@pytest.mark.parametrize("text", ["step;loss\r\n1;2\r\n", "", "\0\0\0", "not,a,log\n1,2,3\n", None])
+def test_another_header_is_no_log_of_ours(tmp_path, text):
+    """Nor is a folder; no picture is made of either."""
+    if text is None:
+        (tmp_path / "log.csv").mkdir()
+    else:
+        (tmp_path / "log.csv").write_text(text)
+    assert read_log(tmp_path / "log.csv")[1:] == ([], False)
+    run_log.plot_loss(tmp_path / "log.csv", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
 
 
 def cut(text):
@@ -237,10 +246,11 @@ def test_the_hook_gets_each_row(tmp_path):
     settings = dict(**SMALL_DATA, hidden_size=32, depth=1, num_heads=2, batch_size=8, steps=5, log_every=2,
                     sample_steps=2)
     train.train(settings, tmp_path, device="cpu", log=lambda step, values: seen.append((step, values)))
-    names, rows = run_log.read_log(tmp_path / "log.csv")
-    assert [step for step, _ in seen] == [2, 4, 5] == [row[0] for row in rows]
+    names, rows, whole = read_log(tmp_path / "log.csv")
+    assert whole and [step for step, _ in seen] == [2, 4, 5] == [int(row[0]) for row in rows]
     for (_, values), row in zip(seen, rows, strict=True):
-        assert list(values) == names[1:] and list(values.values()) == pytest.approx(row[1:], rel=1e-5, nan_ok=True)
+        numbers = [*map(float, row[1:])]
+        assert list(values) == names[1:] and list(values.values()) == pytest.approx(numbers, rel=1e-5, nan_ok=True)
 
 
 def test_without_matplotlib_the_run_ends_well(call, tmp_path, monkeypatch):

@@ -377,8 +377,7 @@ def test_a_picture_that_cannot_be_written_ends_no_run(call, tmp_path, monkeypatc
     code, out, err = call(train, *TINY, "--steps", 3, "--sample-every", 2, "--run-dir", run)
     assert code == 0 and "trained in" in out and load_checkpoint(run / "model.pth", ANY)["step"] == 3
     assert [line.split(" cannot")[0] for line in err.splitlines() if line.startswith("warning:")] == [
-        f"warning: {run / name}" for name in ("samples_000002.png", "index.html", "index.html", "loss.png",
-                                              "index.html")]
+        f"warning: {run / name}" for name in ("samples_000002.png", *["loss.png", "index.html"] * 2)]
 
 
 def test_flags_that_do_not_exist(command, call):
