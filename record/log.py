@@ -104,8 +104,8 @@ def to_csv(rows):
 
 
 def kept_rows(path, names, last_step):
-    """The rows of log.csv up to `last_step`: what a killed run logged after its last checkpoint comes again. A file that
-    is damaged or has other columns than `names` is put aside; its rows before the damage are kept."""
+    """The rows of log.csv up to `last_step`: what a killed run logged after its last checkpoint comes again. A file
+    that is damaged, or has other columns than `names`, is put aside; its rows before the damage are kept."""
     if not last_step:
         return []
     found, rows, whole = read_log(path)
