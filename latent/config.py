@@ -20,7 +20,7 @@ class LatentConfig(Config):
 
     kind = "latents"
     trained_by, drawn_by = "-m latent.train_dit", "-m latent.draw"
-    SAMPLING = (*Config.SAMPLING, "vae", "spacing", "guided_channels", "clamp")
+    SAMPLING = (*Config.SAMPLING, "vae", "spacing", "guided_channels", "guidance_high", "clamp")
 
     # Data
     dataset: str = flag("sprites", "sprites (64x64, in colour: 9 actions); mnist; folder: one folder per class; or a "
@@ -52,6 +52,8 @@ class LatentConfig(Config):
                         choices=("trailing", "linspace"))
     guided_channels: int = flag(0, "number of channels, the first ones, that are guided; 0 = all. DiT's official code "
                                 "guides 3 of its 4", 0, 1024)
+    guidance_high: float = flag(1.0, "share of the T steps that is guided, the least noisy ones; the others cost half "
+                                "and follow the labels (2404.07724)", 0, 1)
 
     def check(self):
         super().check()
@@ -72,7 +74,7 @@ class LatentConfig(Config):
     @property
     def CHANGEABLE(self):
         vae = ("vae",) if self.vae else ()  # it may have moved
-        return (*super().CHANGEABLE, *vae, "latents", "spacing", "guided_channels", "clamp")
+        return (*super().CHANGEABLE, *vae, "latents", "spacing", "guided_channels", "guidance_high", "clamp")
 
     @property
     def input_name(self):
@@ -102,6 +104,7 @@ class LatentConfig(Config):
             kind = LearnedVarianceDDPM if self.variance == "learned" else OfficialDDPM
             process = kind(self.T, self.beta_start, self.beta_end, device)
         process.spacing, process.guided_channels = self.spacing, self.guided_channels
+        process.guidance_high = self.guidance_high
         process.bound = process.bound if self.clamp else math.inf
         return process
 

@@ -14,11 +14,18 @@ class Official:
 
     spacing: which steps the samplers take: "trailing", or "linspace", evenly spaced and ending at step 0.
     guided_channels: how many channels, the first ones, are guided; 0 = all of x. The others follow the label.
+    guidance_high: the share of the T steps that is guided, the least noisy ones (2404.07724); the others follow the
+        label.
     answers: how many times as many channels as x the network answers with. What it says beside its first answer is not
         guided.
     """
 
-    spacing, guided_channels, answers = "trailing", 0, 1
+    spacing, guided_channels, guidance_high, answers = "trailing", 0, 1.0, 1
+
+    def denoise(self, model, x, t, y, guidance, bound=None):
+        if t + 1 > self.guidance_high * self.T:
+            guidance = min(guidance, 1)
+        return super().denoise(model, x, t, y, guidance, bound)
 
     def guide(self, cond, uncond, guidance):
         n = self.guided_channels or cond.shape[1] // self.answers

@@ -462,7 +462,7 @@ def test_every_flag_of_weights_to_share(saved, call, tmp_path):
     """Each changes its setting, and no other."""
     path, _ = saved
     values = {"sampler": "ddim", "sample_steps": 3, "guidance": 2.5, "eta": 0.25, "spacing": "linspace",
-              "guided_channels": 1, "clamp": False}
+              "guided_channels": 1, "guidance_high": 0.6, "clamp": False}
     assert set(values) == set(ClipConfig.SAMPLING) - {"seed", "precision", "vae"}
     config = LatentConfig(**vars(CONFIG))
     change(path, kind="latents", config=vars(config))

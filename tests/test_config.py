@@ -40,7 +40,8 @@ def test_defaults_are_those_that_were_measured():
         checkpoint_every=1000, sampler="dpm", sample_steps=6, guidance=1.4, eta=0.0)
     latents = images | dict(
         dataset="sprites", flips=False, vae="", latents="latents", vae_hash="", latent_shape=(), latent_mean=(),
-        latent_std=(), gelu="none", variance="fixed", clamp=True, spacing="trailing", guided_channels=0)
+        latent_std=(), gelu="none", variance="fixed", clamp=True, spacing="trailing", guided_channels=0,
+        guidance_high=1.0)
     clips = latents | dict(dataset="moving", digits=1, speeds=False, sizes=(), rope=False, qk_norm=False,
                            motion=0.0, given=0.0)
     for of, expected in zip(ANY, (images, latents, clips), strict=True):

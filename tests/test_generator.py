@@ -282,8 +282,9 @@ def test_each_flag_reaches_the_drawing(call, unequal, tmp_path, monkeypatch, of)
     seen = []
     content = load_checkpoint(unequal, ANY)
     save_checkpoint(unequal, of(**vars(content["config"])), 0, 0.0, content["ema"])
-    more = [] if of is Config else ["--spacing", "linspace", "--guided-channels", 1, "--no-clamp"]
-    changed = {} if of is Config else dict(spacing="linspace", guided_channels=1, clamp=False)
+    more = [] if of is Config else ["--spacing", "linspace", "--guided-channels", 1, "--guidance-high", 0.6,
+                                       "--no-clamp"]
+    changed = {} if of is Config else dict(spacing="linspace", guided_channels=1, guidance_high=0.6, clamp=False)
 
     def watched(model, config, labels, indices, way):
         seen.append((config, next(model.parameters()).dtype))

@@ -190,13 +190,25 @@ def test_guidance_of_some_channels(process, network):
             assert row[4:] in ([], [label * 10**c for c in range(4)])
 
 
+def test_guidance_of_the_less_noisy_steps():
+    """Of 50 steps, 30 is the last of the 62 % that are guided; above it the label is followed, or, at 0, none."""
+    process, seen = OfficialFlow(50), []
+    process.guidance_high = 0.62
+    process.to_x_0 = lambda output, x, t: seen.append(output[0, 0, 0, 0].item()) or output
+    for scale, t, expected in ((2.5, 0, -10), (2.5, 30, -10), (2.5, 31, 2), (2.5, 49, 2), (0.5, 49, 6), (0, 49, 10),
+                               (-1, 49, 18)):
+        process.denoise(LabelEcho(), torch.randn(2, 4, 3, 3), t, torch.tensor([2, 7]), scale, math.inf)
+        assert seen.pop() == pytest.approx(expected), (scale, t)
+
+
 @pytest.mark.parametrize(("settings", "kind"), [
     (dict(process="ddpm"), OfficialDDPM), (dict(process="ddpm", variance="learned"), LearnedVarianceDDPM),
     (dict(process="flow"), OfficialFlow), (dict(process="sit"), SiT)])
 def test_settings_reach_the_process(settings, kind):
     """The habits that the settings name, and which sampler draws from a learned variance."""
-    config = LatentConfig(T=50, sampler="ddpm", spacing="linspace", guided_channels=3, **settings)
+    config = LatentConfig(T=50, sampler="ddpm", spacing="linspace", guided_channels=3, guidance_high=0.7, **settings)
     process = config.build_process()
+    assert process.guidance_high == 0.7
     assert (type(process), process.T, process.spacing, process.guided_channels) == (kind, 50, "linspace", 3)
     assert process.bound == 1 and LatentConfig(clamp=False, **settings).build_process().bound == math.inf
     assert [t for t, *_ in process.descending_steps(2)] == [49, 0]

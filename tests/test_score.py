@@ -751,13 +751,14 @@ def test_each_flag_reaches_the_drawing(call, mnist, monkeypatch, parts, tmp_path
 
     monkeypatch.setattr(measure.score, "draw_fakes", watched)
     flags = ["--count", 33, "--sampler", "ddim", "--sample-steps", 4, "--guidance", 3, "--eta", 0.5, "--spacing",
-             "linspace", "--guided-channels", 1, "--no-clamp", "--seed", 7, "--precision", "bf16", "--device", "cpu"]
+             "linspace", "--guided-channels", 1, "--guidance-high", 0.6, "--no-clamp",
+             "--seed", 7, "--precision", "bf16", "--device", "cpu"]
     code, out, err = call(measure.score, "--checkpoint", path, *flags)
     assert code == 0, err
     drawn, dtype, labels = seen[0]
     assert drawn == dataclasses.replace(
         config, sampler="ddim", sample_steps=4, guidance=3.0, eta=0.5, spacing="linspace", guided_channels=1,
-        clamp=False, seed=7, precision="bf16") and dtype == torch.bfloat16
+        guidance_high=0.6, clamp=False, seed=7, precision="bf16") and dtype == torch.bfloat16
     assert labels.tolist() == [*range(10), *range(10), *range(10), 0, 1, 2]
     assert f"{path}: ddim, 4 steps, guidance 3, seed 7" in out and "33 images" in out
     assert_refused(call(measure.score, "--checkpoint", SHIPPED, *flags), "--spacing")  # which its kind does not have

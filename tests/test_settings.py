@@ -42,7 +42,7 @@ EMBEDDING, LAST = "patch_embedding.linear.weight", "final_layer.linear.weight"
 # Written out, so that a setting that wrongly became changeable is noticed
 CHANGEABLE = dict(steps=4, data_dir=f"{SMALL}/MNIST/raw", log_every=1, sample_every=1, checkpoint_every=1,
                   sampler="ddim", sample_steps=2, guidance=0.0, eta=0.5, spacing="linspace", guided_channels=1,
-                  clamp=False, compile=True, recompute=True, latents="elsewhere")
+                  guidance_high=0.6, clamp=False, compile=True, recompute=True, latents="elsewhere")
 NOT_CHANGEABLE = dict(
     dataset="folder", ground="white", digits=2, speeds=True, sizes=((1, 16, 16),), given=0.5, motion=1.0,
     image_size=16, channels=3, flips=True, num_classes=11, classes=("cat",), patch_size=4, hidden_size=64, depth=2,
@@ -814,6 +814,20 @@ def test_guided_channels(call, go, own, tmp_path):
         for i in range(3):
             pixels = torch.from_numpy(drawn[:, 2 + 58 * i:58 + 58 * i:7]).permute(2, 0, 1)
             assert ((expected[i].clamp(-1, 1) + 1) * 127.5 - pixels).abs().max() < 0.6, n
+
+
+def test_guidance_high(call, taught, draw, tmp_path):
+    """Of four steps two are guided, for which the network sees twice as many images."""
+    as_latents(taught)
+    draw = functools.partial(draw, command=latent.draw, guidance=5, sample_steps=4)
+    some, images, forward = draw(), [], DiT.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dit.DiT.forward", lambda *args: (images.append(len(args[1])), forward(*args))[1])
+        drawn = draw("--count", 6, guidance_high=0.6)
+    assert images == [64, 64, 128, 128]
+    assert np.abs(drawn - draw("--count", 6)).max() > 8 and np.abs(some - draw(guidance_high=1.0)).max() == 0
+    grid = further(call, taught, tmp_path / "run", latent.train_dit, guidance=5, sample_steps=4, guidance_high=0.6)
+    assert np.abs(grid - drawn).max() <= 1
 
 
 def test_clamp(call, taught, draw, tmp_path):
