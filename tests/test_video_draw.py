@@ -114,7 +114,7 @@ def test_what_the_network_is_shown(call, tmp_path, monkeypatch, shown, flags, wi
         assert seen.way is complete and seen.indices == [window * 2**32, window * 2**32 + 1]
         known = seen.known.expand(8, 1, 1).flatten().tolist()
         assert known == [True] * len(before) + [False] * missing + [True] * len(after)
-        assert seen.picture.shape == (16, 1, 8, 8, 12)  # as many as `sample` fills a batch up to
+        assert seen.picture.shape == (2, 1, 8, 8, 12)
         for k in range(2):
             frames = to_uint8(seen.picture[k, 0]).numpy().astype(int)
             assert greys_of(frames[known]) == expected([*before, *after], k)

@@ -265,8 +265,8 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
             return
         asked = torch.arange(140)[indices] % 20
         assert labels.tolist() == torch.tensor(ASKED)[asked].tolist()
-        assert way.func is complete and which == 0 and len(way.keywords["picture"]) % 16 == 0
-        picture, known = way.keywords["picture"][:B], way.keywords["known"]
+        assert way.func is complete and which == 0 and len(way.keywords["picture"]) == B
+        picture, known = way.keywords["picture"], way.keywords["known"]
         assert torch.equal(to_uint8(picture), real[asked]) and known.flatten().tolist() == [True] * 3 + [False] * 5
         continued.extend(indices)
         yield torch.where(known, picture, picture.roll(1, -1))  # a pixel from where it is

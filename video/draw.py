@@ -17,7 +17,6 @@ from tqdm import tqdm
 import inference
 from dataset import to_float
 from inference import (
-    FULL_BATCH,
     check_out,
     draw_states,
     drawing_parser,
@@ -67,11 +66,6 @@ def read_given(path, config, still=False):
     return to_float(clip.movedim(0, 1))[None], size
 
 
-def fill_batch(x):
-    """x (B, ...) as `sample` fills its batch up."""
-    return torch.cat([x, x[:1].expand(-len(x) % FULL_BATCH, *x.shape[1:])])
-
-
 def draw_window(model, config, y, before, after, number=0):
     """The frames between the last frames `before` and the first frames `after`, both (B, C, t, H, W). The model sees at
     most half of its frames given, so it draws (B, C, T / 2, H, W), or more if fewer are given.
@@ -85,7 +79,7 @@ def draw_window(model, config, y, before, after, number=0):
     new = torch.zeros(len(y), start.shape[1], missing, *start.shape[3:], device=start.device)
     known = torch.ones(T, 1, 1, dtype=torch.bool, device=start.device)
     known[start.shape[2]:T - end.shape[2]] = False
-    way = functools.partial(complete, picture=fill_batch(torch.cat([start, new, end], 2)), known=known)
+    way = functools.partial(complete, picture=torch.cat([start, new, end], 2), known=known)
     *_, x = sample(model, config, y, [k + number * 2**32 for k in range(len(y))], way)
     return x[:, :, start.shape[2]:T - end.shape[2]]
 

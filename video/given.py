@@ -38,12 +38,17 @@ def losses(process, model, x_0, t, y, noise, known, loss="l2", motion=0.0):
 
 
 def complete(process, sampler, denoise, noise, count, picture, known):
-    """Draws what `picture`, like x or (1, C, *size), is not `known` to be, with a network that has learned to (RaMViD,
-    2206.07696): it sees what is known without noise. known: bool, broadcasts over x. x ends with just that."""
+    """Draws the part of `picture` that is not `known`, with a network that has learned to (RaMViD, 2206.07696): it sees
+    what is known without noise. x ends with exactly what is known.
+
+    picture: one for each x, (B, C, *size), but not for those that fill the batch up; or one for all. known: bool,
+    broadcasts over x.
+    """
     def put_in(x):
         return torch.where(known, picture, x)
 
     x = noise()
+    picture = torch.cat([picture, picture[:1].expand(len(x) - len(picture), *picture.shape[1:])])
     yield put_in(x)
     steps = process.descending_steps(count)
     yield from map(put_in, sampler(lambda x, t: denoise(put_in(x), t), x, steps, noise))

@@ -25,7 +25,7 @@ from measure.classifier import load_classifier
 from measure.results import check_alike
 from measure.score import nearest, share
 from video.config import ClipConfig
-from video.draw import FRAME, fill_batch
+from video.draw import FRAME
 from video.given import complete
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
 from video.sprites import SpriteJudge
@@ -174,7 +174,7 @@ def draw(model, config, labels, pictures=None, known=None):
     def way_of(rows):
         if pictures is None:
             return from_noise
-        return functools.partial(complete, known=known.to(device), picture=fill_batch(pictures[rows].to(device)))
+        return functools.partial(complete, known=known.to(device), picture=pictures[rows].to(device))
 
     batches = draw_batches(model, config, labels, way_of=way_of, what="clips")
     return torch.cat([clips for _, clips in batches])
