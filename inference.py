@@ -207,13 +207,14 @@ def drawing_parser(description, of=Config, count="8; with --strip 1",
 
 
 def check_out(args, config, labels, views, animated, inputs=(), size=(), grid=None):
-    """Finds out before the work whether `--out` may be written, and whether its format holds a picture as large as that
-    of so many views: else `UserError`.
+    """Names the picture to write where `--out` does not. Finds out before the work whether it may be written, and
+    whether its format holds a picture as large as that of so many views: else `UserError`.
 
     inputs: files that are read. size: of an image, instead of the model's own. grid: (columns, rows), instead of those
     of `save_views`.
     """
     check_count(args.count, labels)
+    args.out = args.out or ("strip.png" if args.strip else "samples.gif" if animated else "samples.png")
     columns, rows = grid or ((views, len(labels) * args.count) if args.strip else (len(labels), args.count))
     size, _ = grid_size(columns * rows, *(size or config.image_size)[-2:], columns,
                         captions=() if are_numbers(config.class_names) else config.class_names)
@@ -236,8 +237,6 @@ def main(of=Config):
     args = drawing_parser("Draws images with a trained model. Settings that are not given here are the model's own.",
                           of).parse_args()
     args.count = (1 if args.strip else 8) if args.count is None else args.count
-    if args.out is None:
-        args.out = "strip.png" if args.strip else "samples.gif" if args.gif else "samples.png"
     model, config = load_for_sampling(args, (of,))
     labels, shown = parse_labels(args.labels, config.class_names), STRIP if args.strip else ANIMATION if args.gif else 1
     check_out(args, config, labels, shown, args.gif)

@@ -362,7 +362,7 @@ def test_training_on_clips_and_drawing_them(call, folder, tmp_path, monkeypatch)
     code, out, _ = call(draw, "--checkpoint", "whole", "--labels", "right", "--count", 1)
     assert code == 0 and out.startswith("samples.gif: 1 clips of 4 frames")
     code, out, _ = call(draw, "--checkpoint", "whole", "--labels", "right", "--count", 2, "--size", "1x8x8")
-    assert code == 0 and out.startswith("samples.png: 2 clips of 1 frames")  # a still is a clip of one frame
+    assert code == 0 and out.startswith("samples.png: 2 images")  # a still is a clip of one frame
     for size in ("5x8x8", "4x8x16", "8x8", "x", "abc", "0x8x8"):
         assert_refused(call(draw, "--checkpoint", "whole", "--size", size), "--size", "at most 4x8x8")
     assert_refused(call(draw, "--checkpoint", "whole", "--size", "2x8x8", "--extend", "samples.gif"), "--extend")

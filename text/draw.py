@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inference import check_out, draw_states, load_for_sampling, sampling_parser, save_views, say_default, say_drawn
+from inference import check_out, draw_states, load_for_sampling, sampling_parser, say_default
 from text.config import TextConfig
 from text.words import read_prompt
-from video.draw import FRAME
+from video.draw import save_clips
 
 # The model just trained, else the weights that come with the repository
 CHECKPOINTS = (Path("run_text/model.pth"), Path(__file__).parents[1] / "weights" / "text.pth")
@@ -61,16 +61,11 @@ def main():
         if config.guidance in (0, 1):
             raise UserError(f"--negative does nothing at guidance {config.guidance:g}: add --guidance 2")
         model = Against(model, read_prompt(args.negative, config))
-    moves = frames > 1 and not args.strip
-    if args.out is None:
-        args.out = "strip.png" if args.strip else "samples.gif" if moves else "samples.png"
-    check_out(args, config, prompts, frames, moves)
+    check_out(args, config, prompts, frames, frames > 1 and not args.strip)
     clips = draw_states(model, config, prompts, args.count)[-1]
     for number, prompt in enumerate(args.prompts, 1):
         print(f"{'row' if args.strip else 'column'} {number}: {prompt}")
-    views = clips.movedim(2, 0)
-    save_views(args, views, config, prompts, [FRAME] * len(views))
-    say_drawn(args, config, f"{len(clips)} clips of {frames} frames" if frames > 1 else f"{len(clips)} images")
+    save_clips(args, clips, config, prompts)
 
 
 if __name__ == "__main__":

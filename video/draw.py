@@ -16,18 +16,7 @@ from tqdm import tqdm
 
 import inference
 from dataset import to_float
-from inference import (
-    check_out,
-    draw_states,
-    drawing_parser,
-    generate,
-    load_for_sampling,
-    noise_source,
-    sample,
-    save_views,
-    say_drawn,
-    strips,
-)
+from inference import check_out, draw_states, drawing_parser, generate, load_for_sampling, sample
 from video.config import ClipConfig
 from video.given import complete
 
@@ -36,75 +25,71 @@ LONGER = ("extend", "before", "between", "loop", "frames")  # the flags that mak
 
 
 def check_flags(config, args):
-    """Raises `UserError` unless the flags go together, and the model can do what they ask for."""
+    """Raises `UserError` unless the flags go together, and the model can do what they ask for. Returns which of
+    `LONGER` are given."""
     longer = [name for name in LONGER if getattr(args, name) is not None]
     if len(longer) > 1 and (longer[-1] != "frames" or longer[0] in ("between", "loop")):
         raise UserError(f"--{longer[0]} and --{longer[1]} do not go together: do one after the other")
     if longer and not config.given:
         raise UserError(f"--{longer[0]} needs a model that was trained with frames given: "
                         "python -m video.train_dit --given 0.3")
-    if not args.size:
-        return
-    if longer:
+    if args.frames not in (None, *range(1, 10_001)):
+        raise UserError(f"--frames {args.frames}: draw between 1 and 10,000 frames")
+    if args.size and longer:
         raise UserError("--size is for clips drawn from noise, and not for given ones")
-    if config.latent_shape:
+    if args.size and config.latent_shape:
         raise UserError(f"--size {show_size(args.size)}: this model draws only {show_size(config.image_size)}")
-    if type(args.size) is not tuple or len(args.size) != 3 or any(
-            not 0 < side <= most for side, most in zip(args.size, config.largest, strict=True)):
+    if args.size and (type(args.size) is not tuple or len(args.size) != 3 or any(
+            not 0 < side <= most for side, most in zip(args.size, config.largest, strict=True))):
         raise UserError(f"--size {show_size(args.size)}: this model draws clips of at most "
                         f"{show_size(config.largest)}, frames x height x width")
+    return longer
 
 
 def read_given(path, config, still=False):
-    """All frames of a clip, or of a picture its one, as the model of `config` sees images, (1, C, T, H, W), and the
-    first one's size in the file, (width, height); still: the first frame alone. Raises `UserError`."""
+    """All frames of a clip, or the one of a picture, in the size and the channels of the model of `config`, floats
+    (1, C, T, H, W); and the size of the first frame in the file, (width, height). still: the first frame alone. Raises
+    `UserError`."""
     if config.channels not in (1, 3):
         raise UserError(f"{name_of(path)} cannot be brought to a model that draws {config.channels} channels, which "
                         "are no picture")
-    mode = "L" if config.channels == 1 else "RGB"
-    clip, size = read_clip(path, config.image_size[-2:], mode, config.ground, still)
+    clip, size = read_clip(path, config.image_size[-2:], {1: "L", 3: "RGB"}[config.channels], config.ground, still)
     return to_float(clip.movedim(0, 1))[None], size
 
 
 def draw_window(model, config, y, before, after, number=0):
-    """The frames between the last frames `before` and the first frames `after`, both (B, C, t, H, W). The model sees at
-    most half of its frames given, so it draws (B, C, T / 2, H, W), or more if fewer are given.
+    """Draws the frames that lie between the clips `before` and `after`, both (B, C, t, H, W). The model is shown the
+    nearest frames of both, at most half of its own: it draws (B, C, T / 2, H, W), or more if fewer are given.
 
-    y: labels (B,). number: of the window, each of which has noise of its own.
+    y: labels (B,). number: of the window, each of which has its own noise.
     """
     T = config.input_shape[1]
     most = T // 2 if min(before.shape[2], after.shape[2]) == 0 else T // 4
-    start, end = before[:, :, max(0, before.shape[2] - most):], after[:, :, :most]
-    missing = T - start.shape[2] - end.shape[2]
-    new = torch.zeros(len(y), start.shape[1], missing, *start.shape[3:], device=start.device)
-    known = torch.ones(T, 1, 1, dtype=torch.bool, device=start.device)
-    known[start.shape[2]:T - end.shape[2]] = False
-    way = functools.partial(complete, picture=torch.cat([start, new, end], 2), known=known)
+    before, after = before[:, :, max(0, before.shape[2] - most):], after[:, :, :most]
+    new = slice(before.shape[2], T - after.shape[2])
+    picture = torch.zeros(len(y), *config.input_shape, device=y.device)
+    picture[:, :, :new.start], picture[:, :, new.stop:] = before, after
+    known = torch.ones(T, 1, 1, dtype=torch.bool, device=y.device)
+    known[new] = False
+    way = functools.partial(complete, picture=picture, known=known)
     *_, x = sample(model, config, y, [k + number * 2**32 for k in range(len(y))], way)
-    return x[:, :, start.shape[2]:T - end.shape[2]]
+    return x[:, :, new]
 
 
 def draw_longer(model, config, labels, count, args):
-    """Draws `count` rows of `labels` as the flags `LONGER` ask for: clips uint8 (B, C, frames, H, W), on the CPU. The
-    frames that are given are in them as the model sees them."""
-    device = next(model.parameters()).device
-    y = torch.tensor(labels * count, device=device)
-    if args.frames not in (None, *range(1, 10_001)):
-        raise UserError(f"--frames {args.frames}: draw between 1 and 10,000 frames")
-
-    def ask(frames):
-        demand_memory(len(y) * frames, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
-
-    ask(args.frames or config.image_size[0])
-    paths = [args.extend, args.before, *(args.between or ()), args.loop]
-    clips = [config.from_images(read_given(path, config)[0].to(device)).expand(len(y), -1, -1, -1, -1)
-             for path in paths if path is not None] or [generate(model, config, y)]
-    ask(sum(clip.shape[2] for clip in clips) + config.image_size[0])
-    x, none = clips[0], clips[0][:, :, :0]
+    """Draws `count` rows of `labels` as the flags `LONGER` ask for: clips uint8 (B, C, frames, H, W), on the CPU. They
+    contain the given frames, in the size of the model."""
+    y, T = torch.tensor(labels * count, device=next(model.parameters()).device), config.image_size[0]
+    given = [read_given(path, config)[0] for path in (args.extend, args.before, *(args.between or ()), args.loop)
+             if path is not None]
+    most = max(args.frames or 0, T + sum(clip.shape[2] for clip in given))
+    demand_memory(len(y) * most, 4 * config.channels, config.image_size[1:], "lower --count or --frames")
+    clips = [config.from_images(clip.to(y.device)).expand(len(y), -1, -1, -1, -1) for clip in given]
+    x, *more = clips or [generate(model, config, y)]
+    none, total, number = x[:, :, :0], args.frames or x.shape[2] + T // 2, 0
     if args.between or args.loop:
-        middle = draw_window(model, config, y, x, clips[-1])
-        x = torch.cat([x, middle, *clips[1:]], dim=2)
-    total, number = args.frames or x.shape[2] + (0 if args.between or args.loop else config.image_size[0] // 2), 0
+        x = torch.cat([x, draw_window(model, config, y, x, (more or [x])[0]), *more], dim=2)
+        total = x.shape[2]
     with tqdm(total=total, initial=x.shape[2], desc=f"drawing {len(y)} clips", unit=" frames", leave=False,
               disable=None) as bar:
         while x.shape[2] < total:
@@ -114,17 +99,16 @@ def draw_longer(model, config, labels, count, args):
             else:
                 x = torch.cat([x, draw_window(model, config, y, x, none, number)], dim=2)
             bar.update(x.shape[2] - bar.n)
-    x = x[:, :, -total:] if args.before is not None else x[:, :, :total]
-    return config.to_images(x).cpu()
+    return config.to_images(x[:, :, -total:] if args.before is not None else x[:, :, :total]).cpu()
 
 
 def sized_noise(size, seed, indices, shape, *rest):
-    """`noise_source` for clips of another `size`, (T, H, W)."""
-    return noise_source(seed, indices, (shape[0], *size), *rest)
+    """`inference.noise_source` for clips of another `size`, (T, H, W)."""
+    return inference.noise_source(seed, indices, (shape[0], *size), *rest)
 
 
 # For a notebook: the frames of each clip side by side
-draw = functools.partial(inference.draw, of=ClipConfig, show=lambda clips, *_: strips(clips.movedim(2, 0)))
+draw = functools.partial(inference.draw, of=ClipConfig, show=lambda clips, *_: inference.strips(clips.movedim(2, 0)))
 
 
 def parse_args():
@@ -145,23 +129,22 @@ def parse_args():
 
 
 def save_clips(args, clips, config, labels):
-    """Writes clips uint8 (B, C, T, H, W) as `--out`, an animation, or with --strip their frames side by side."""
+    """Writes clips uint8 (B, C, T, H, W) to `--out`, as an animation, or with --strip their frames side by side."""
     views = clips.movedim(2, 0)
-    save_views(args, views, config, labels, [FRAME] * len(views))
-    say_drawn(args, config, f"{len(clips)} clips of {len(views)} frames")
+    inference.save_views(args, views, config, labels, [FRAME] * len(views))
+    what = f"{len(clips)} clips of {len(views)} frames" if len(views) > 1 else f"{len(clips)} images"
+    inference.say_drawn(args, config, what)
 
 
 def main():
     args = parse_args()
     model, config = load_for_sampling(args, (ClipConfig,))
-    check_flags(config, args)
+    longer = check_flags(config, args)
     args.count, labels = 1 if args.count is None else args.count, parse_labels(args.labels, config.class_names)
     frames = args.frames or (args.size or config.image_size)[0]
-    inputs, moves = [args.extend, args.before, *(args.between or ()), args.loop], frames > 1 and not args.strip
-    if args.out is None:
-        args.out = "strip.png" if args.strip else "samples.gif" if moves else "samples.png"
-    check_out(args, config, labels, frames, moves, inputs, args.size)
-    if any(getattr(args, name) is not None for name in LONGER):
+    inputs = [args.extend, args.before, *(args.between or ()), args.loop]
+    check_out(args, config, labels, frames, frames > 1 and not args.strip, inputs, args.size)
+    if longer:
         clips = draw_longer(model, config, labels, args.count, args)
     else:
         options = {"source": functools.partial(sized_noise, args.size)} if args.size else {}
