@@ -8,38 +8,27 @@
 from support.commands import UserError, run, some_path
 from support.image_files import fit, name_of, read_image, to_tensor
 from support.labels import parse_labels, parse_morph
-from support.pictures import frames_of, grid, save_animation
+from support.pictures import frames_of
 from support.settings import check_names
 
 import argparse
 import dataclasses
 import functools
-import inspect
 import math
 
 import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
+import inference
 from edit.ways import between, edit, inpaint
-from inference import (
-    ANIMATION,
-    STRIP,
-    check_out,
-    draw_states,
-    drawing_parser,
-    label_grid,
-    load_for_sampling,
-    noise_source,
-    save_views,
-    say_drawn,
-    strips,
-)
+from inference import ANIMATION, STRIP, check_out, draw_states, drawing_parser, load_for_sampling, noise_source
 from latent.vae import each_frame
 from video.config import ANY, ClipConfig
 from video.draw import read_given, save_clips
 
-STRENGTH = 0.7  # of a 3, enough is left for a 7 in its place and slant, and no more
+STRENGTH = 0.7  # it leaves enough of a 3 for a 7 in its place and slant, and no more
+CHANGES = ("edit", "strength", "inpaint", "mask", "morph", "to_seed")  # the flags that only this command has
 
 
 def check_changes(args):
@@ -65,10 +54,8 @@ def check_changes(args):
 
 
 def prepare(model, config, args, frames):
-    """What the flags ask for, as arguments of `draw_states`: the configuration, the labels of a row, and a dict of the
-    options.
-
-    A morph has `frames` images in a row. Reads the pictures; gives the model the labels of a morph.
+    """What the flags ask for, as arguments of `draw_states`: the configuration, the labels of a row, and a dict of
+    options. Reads the pictures. A morph has `frames` images in a row; the model gets their labels.
     """
     if args.morph is not None:
         ends = parse_morph(args.morph, config.class_names)
@@ -84,8 +71,8 @@ def prepare(model, config, args, frames):
         steps = len(config.build_process().descending_steps(config.sample_steps, strength))
         return dataclasses.replace(config, sample_steps=steps), labels, dict(
             way=functools.partial(edit, picture=config.from_images(picture.to(device)), strength=strength))
-    picture, known = read_picture(args.inpaint, config, args.mask)
-    picture, known = config.from_images(picture.to(device)), known.to(device)
+    picture, known = (part.to(device) for part in read_picture(args.inpaint, config, args.mask))
+    picture = config.from_images(picture)
     if known.shape[-2:] != picture.shape[-2:]:  # a latent is known if all of its pixels are
         known = each_frame(lambda part: adaptive_avg_pool2d(part.float(), picture.shape[-2:]) == 1, known)
     return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known))
@@ -139,22 +126,20 @@ def morphing_noise(count, to_seed, seed, indices, *rest):
     return noise
 
 
-def draw(labels=None, count=1, checkpoint=None, device=None, edit=None, strength=None, inpaint=None, mask=None,
-         morph=None, to_seed=None, **settings):
+def draw(labels=None, count=1, **settings):
     """A changed picture for a notebook, a PIL image: draw("7", edit="three.png", strength=0.5), draw(morph="3:8"). The
     frames of a clip stand side by side.
 
-    labels, count and settings: as for `inference.draw`. edit, inpaint, mask: files, PIL images, or arrays uint8 (H, W)
-    or (H, W, 3). The others: as the flags of these names. Raises `UserError`.
+    labels, count: as for `inference.draw`. settings: as the flags of these names; edit, inpaint and mask may also be
+    PIL images, or arrays uint8 (H, W) or (H, W, 3). Raises `UserError`.
     """
-    check_names(settings, [*ClipConfig.SAMPLING, *inspect.signature(draw).parameters][:-1])  # the last: `settings`
-    args = argparse.Namespace(checkpoint=checkpoint, device=device, labels=labels, edit=edit, strength=strength,
-                              inpaint=inpaint, mask=mask, morph=morph, to_seed=to_seed, **settings)
+    check_names(settings, [*ClipConfig.SAMPLING, "labels", "count", "checkpoint", "device", *CHANGES])
+    args = argparse.Namespace(labels=labels, **dict.fromkeys(("checkpoint", "device", *CHANGES)) | settings)
     check_changes(args)
     model, config = load_for_sampling(args, ANY)
     config, labels, options = prepare(model, config, args, STRIP)
-    frames = frames_of(draw_states(model, config, labels, count, **options)[-1])
-    return strips(torch.stack(frames)) if len(frames) > 1 else label_grid(frames[0], config, labels)
+    frames = torch.stack(frames_of(draw_states(model, config, labels, count, **options)[-1]))
+    return inference.strips(frames) if len(frames) > 1 else inference.label_grid(frames[0], config, labels)
 
 
 def parse_args():
@@ -177,14 +162,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def there_and_back(images, count, columns):
-    """`count` morphs as an animation: grids of so many columns, PIL images, and how long each is shown, milliseconds.
-    images: uint8 (count * steps, C, H, W)."""
-    there = [grid(step, columns) for step in images.unflatten(0, (count, -1)).unbind(1)]
-    way = [60] * (len(there) - 2)
-    return there + there[-2:0:-1], [1000, *way, 1000, *way]
-
-
 def main():
     args = parse_args()
     check_changes(args)
@@ -192,25 +169,24 @@ def main():
     frames, morph = math.prod(config.image_size[:-2]), args.morph is not None
     if args.count is None:
         args.count = 1 if not morph and (args.strip or frames > 1) else 8
-    animated = args.gif or (frames > 1 and not args.strip)
-    if args.out is None:
-        args.out = "samples.gif" if animated else "strip.png" if args.strip or morph else "samples.png"
     config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
-    if morph and frames == 1:
-        args.strip = False  # its grid is one
+    if morph and frames == 1:  # its grid is a strip already
+        args.out, args.strip = args.out or ("samples.gif" if args.gif else "strip.png"), False
     back, columns = morph and frames == 1 and args.gif, max(1, min(args.count, 10))
     shown = 1 if morph or frames > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
-    check_out(args, config, labels, shown * frames, animated, [args.edit, args.inpaint, args.mask],
-              grid=(columns, -(-args.count // columns)) if back else None)
+    check_out(args, config, labels, shown * frames, args.gif or (frames > 1 and not args.strip),
+              [args.edit, args.inpaint, args.mask], grid=(columns, -(-args.count // columns)) if back else None)
     states = draw_states(model, config, labels, args.count, shown, **options)
-    if back:
-        save_animation(args.out, *there_and_back(states[-1], args.count, columns))
-        say_drawn(args, config, f"{states.shape[1]} images")
-    elif frames == 1:
-        save_views(args, states, config, labels, [1500 // len(states)] * (len(states) - 1) + [2000])
-        say_drawn(args, config, f"{states.shape[1]} images")
-    else:
+    if frames > 1:
         save_clips(args, states[-1], config, labels)
+        return
+    what, durations = f"{states.shape[1]} images", [1500 // len(states)] * (len(states) - 1) + [2000]
+    if back:  # a step of every morph after the other, there and back
+        there = states[-1].unflatten(0, (args.count, -1)).transpose(0, 1)              # (steps, count, C, H, W)
+        states, labels = torch.cat([there, there[1:-1].flip(0)]), range(columns)
+        durations = [1000, *[60] * (len(there) - 2)] * 2                               # milliseconds
+    inference.save_views(args, states, config, labels, durations)
+    inference.say_drawn(args, config, what)
 
 
 if __name__ == "__main__":
