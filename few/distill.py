@@ -1,5 +1,6 @@
-"""Distills a model that takes many network calls into one that draws in one, or a few. It learns from the teacher's
-answers to noise: no data are needed. All that step i draws is a function of (seed, i): a resumed run is the same run.
+"""Distills a model that takes many network calls into one that draws in one call, or a few. It learns from the
+teacher's answers to noise: no data are needed. All that step i draws is a function of (seed, i): a resumed run is the
+same run.
 
 Distribution matching (DMD, 2311.18828; DMD2, 2405.14867, algorithm 1 without its GAN). Three networks begin alike: the
 student draws images; the fake learns, as train.py does, to denoise what the student draws; and the student moves its
@@ -21,26 +22,14 @@ from pathlib import Path
 
 import torch
 
+import train
 from diffusion import SAMPLERS, per_image
 from inference import load_for_sampling, sampling_parser, say_default
 from record.checkpoint import load_checkpoint
 from record.resume import load_to_resume, open_run
-from train import (
-    announce,
-    descend,
-    loop,
-    round_weights,
-    save,
-    say_end,
-    show,
-    start_run,
-    step_generator,
-    take_step,
-)
 from video.config import ANY, ClipConfig
 from video.train_dit import show as show_clips
 
-SCRIPT = ("-m", "few.distill")  # of python
 STEPS = 4000
 SLOWER = 0.3  # the student's learning rate over the fake's, which has to keep up
 TRAINING = ("steps", "batch_size", "lr", "ema_decay", "recompute", "log_every", "sample_every", "checkpoint_every")
@@ -54,14 +43,14 @@ def student_of(config):
 
 
 def matching_losses(process, x_0, t, y, noise, teacher, fake, guidance):
-    """What a student minimises that draws x_0 (B, C, *size) with a gradient, for labels y (B,), so that what it
-    draws spreads as what its teacher draws: a loss of each image (B,), whose gradient is
+    """The loss of each image (B,) that a student has drawn: x_0 (B, C, *size) with a gradient, for labels y (B,). It
+    makes the student's images spread as the teacher's do. Its gradient is
 
     (fake(x_t) - teacher(x_t)) / mean |x_0 - teacher(x_t)|      (DMD, 2311.18828, equations 7 and 8)
 
-    over the number of an image's values; half the mean of its squares is the loss's value. Each network knows the
-    score of a distribution at noise of t (B,): the guided teacher that of the target, and `fake`, which is trained
-    on x_0 meanwhile (2405.14867), that of the student. If the two are equal, the gradient is 0 on average.
+    divided by the number of an image's values; its value is half the mean of the squares of that. Each network knows
+    the score of a distribution at noise of t (B,): the guided teacher the target's, and `fake`, which is trained on x_0
+    meanwhile (2405.14867), the student's. Where the two are equal, the gradient is 0 on average.
     """
     with torch.no_grad():
         x_t, _ = process.forward_add_noise(x_0, t, noise)
@@ -72,8 +61,8 @@ def matching_losses(process, x_0, t, y, noise, teacher, fake, guidance):
 
 
 def draw(run, y, step, noise):
-    """What the student draws for labels y (B,): x_0 (B, C, *size), with a gradient. Step i of the training is about its
-    network call number i modulo their number; those before it have none.
+    """Draws with the student for labels y (B,): x_0 (B, C, *size), with a gradient. Step i of the training is about
+    the student's network call number i modulo the number of its calls; the calls before that one have no gradient.
 
     noise(): fresh noise like x_0.
     """
@@ -89,7 +78,7 @@ def draw(run, y, step, noise):
 def distill_step(student, fake, teacher, step):
     """One optimizer step of the fake and one of the student. Returns the student's losses (B,) at times t (B,)."""
     config, process, device = fake.config, fake.process, next(fake.model.parameters()).device
-    B, generator = config.batch_size, step_generator(config.seed, step, device)
+    B, generator = config.batch_size, train.step_generator(config.seed, step, device)
 
     def noise():
         return torch.randn(B, *config.input_shape, generator=generator, device=device)
@@ -97,20 +86,20 @@ def distill_step(student, fake, teacher, step):
     def times():
         return process.random_t(torch.rand(B, generator=generator, device=device))
 
-    def learn_fake(fake):
-        round_weights(fake)
-        return descend(fake, process.losses(fake.worker, x_0.detach(), times(), y, noise(), config.loss))
-
-    def learn_student(student):
-        round_weights(fake)
-        return descend(student, matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance))
-
     y = torch.randint(config.num_classes, (B,), generator=generator, device=device)
-    round_weights(student)
+    train.round_weights(student)
+    train.round_weights(fake)
     x_0 = draw(student, y, step, noise)
-    take_step(fake, step, learn_fake)
+
+    # The fake learns to denoise the student's images.
+    losses = process.losses(fake.worker, x_0.detach(), times(), y, noise(), config.loss)
+    train.take_step(fake, step, train.descend, losses)
+    train.round_weights(fake)
+
+    # The student moves its images.
     t = times()
-    return take_step(student, step, learn_student), t
+    losses = matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance)
+    return train.take_step(student, step, train.descend, losses), t
 
 
 def fake_path(run_dir, step):
@@ -118,8 +107,7 @@ def fake_path(run_dir, step):
 
 
 def find_fakes(run_dir, data):
-    """The files that the fake of this run, or of another of its teacher, was saved in. data: the fingerprint of the
-    teacher."""
+    """The files of the fakes of a teacher in this folder, a list. data: the fingerprint of the teacher."""
     found = []
     for path in run_dir.glob("fake_*.pth"):
         with contextlib.suppress(UserError):
@@ -130,15 +118,14 @@ def find_fakes(run_dir, data):
 
 
 def saver(fake):
-    """`train.save` for the student, which saves the fake first: beside any checkpoint lies the fake of its step,
-    whenever the process is killed."""
+    """`train.save` for the student. It saves the fake first: whenever the process is killed, the fake of the same step
+    lies beside the checkpoint."""
     def save_both(run, path, step, seconds, data, window):
         own = fake_path(path.parent, step)
-        save(fake, own, step, seconds, data, window)
-        save(run, path, step, seconds, data, window)
-        for old in find_fakes(path.parent, data):
-            if old != own:
-                old.unlink()
+        train.save(fake, own, step, seconds, data, window)
+        train.save(run, path, step, seconds, data, window)
+        for old in {*find_fakes(path.parent, data)} - {own}:
+            old.unlink()
 
     return save_both
 
@@ -146,12 +133,12 @@ def saver(fake):
 def start(config, settings, data, run_dir, resume):
     """The configuration of the fake, and the checkpoints that student and fake go on from, or None and None.
 
-    config: the teacher's. settings: a dict of what the user asks for. data: the fingerprint of the teacher.
+    config: the teacher's. settings: what the user asks for, a dict. data: the fingerprint of the teacher.
     """
     path = run_dir / "model.pth"
     if not resume:
         open_run(run_dir)
-        for other in set(run_dir.glob("fake_*.pth")) - set(find_fakes(run_dir, data)):
+        for other in {*run_dir.glob("fake_*.pth")} - {*find_fakes(run_dir, data)}:
             raise UserError(f"{other} is no fake of this teacher's: choose another --run-dir, or remove it")
         unset = dict(steps=STEPS, sample_steps=1, lr=config.lr / 2, precision="auto")
         of_clips = dict(given=0.0, sizes=()) if isinstance(config, ClipConfig) else {}
@@ -166,36 +153,6 @@ def start(config, settings, data, run_dir, resume):
     if not student.get("data") == fake["data"] == data or student["config"] != student_of(fake["config"]):
         raise UserError(f"{path} was not made of this teacher: name the one that it was made of with --checkpoint")
     return config, student, fake
-
-
-def distill(args):
-    """Makes the student of `args.checkpoint` in the folder `args.run_dir`, which gets all that `train.train` leaves,
-    and the fake; see `parse_args`. Raises `UserError`."""
-    if parallel.WORLD > 1:
-        raise UserError("few.distill is work for one process: start it without torchrun")
-    settings, args.precision = given_flags(args, ClipConfig), "fp32"  # in which the weights are as they were saved
-    teacher, config = load_for_sampling(args, ANY)
-    if config.process != "flow":
-        raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
-                        "to nothing about the image; a model of --process flow can learn to draw in one call")
-    device, run_dir = next(teacher.parameters()).device, args.run_dir
-    data = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    make_dir(run_dir)
-    with lock_dir(run_dir):
-        config, *saved = start(config, settings, data, run_dir, args.resume)
-        config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
-        weights = teacher.state_dict()
-        first = {"model": weights, "ema": weights, "optimizers": ()}
-        student, fake = (start_run(of, device, content or first)
-                         for of, content in zip((student_of(config), config), saved, strict=True))
-        student.replay = fake.replay = directly  # what a step takes is not the same at each
-        teacher.to(dtype_of(config.precision, device))
-        announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
-                 saved[0]["step"] if saved[0] else 0, run_dir)
-        done, stopped = loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0], run_dir,
-                             config.steps, show_clips if config.kind == "clips" else show, saver(fake),
-                             shlex.join([*SCRIPT, *flag_words("--checkpoint", args.checkpoint)]))
-    say_end(done, stopped, run_dir, config.drawn_by, SCRIPT)
 
 
 def parse_args():
@@ -213,7 +170,33 @@ def parse_args():
 
 
 def main():
-    distill(parse_args())
+    args = parse_args()
+    if parallel.WORLD > 1:
+        raise UserError("few.distill is work for one process: start it without torchrun")
+    settings, args.precision = given_flags(args, ClipConfig), "fp32"  # in which the weights are as they were saved
+    teacher, config = load_for_sampling(args, ANY)
+    if config.process != "flow":
+        raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
+                        "to nothing about the image; a model of --process flow can learn to draw in one call")
+    device, run_dir = next(teacher.parameters()).device, args.run_dir
+    data = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    make_dir(run_dir)
+    with lock_dir(run_dir):
+        config, *saved = start(config, settings, data, run_dir, args.resume)
+        config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+        weights = teacher.state_dict()
+        first = {"model": weights, "ema": weights, "optimizers": ()}
+        student, fake = (train.start_run(of, device, content or first)
+                         for of, content in zip((student_of(config), config), saved, strict=True))
+        student.replay = fake.replay = directly  # a step's functions differ from step to step
+        teacher.to(dtype_of(config.precision, device))
+        train.announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
+                       saved[0]["step"] if saved[0] else 0, run_dir)
+        show = show_clips if config.kind == "clips" else train.show
+        script = shlex.join(["-m", "few.distill", *flag_words("--checkpoint", args.checkpoint)])
+        done, stopped = train.loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0],
+                                   run_dir, config.steps, show, saver(fake), script)
+    train.say_end(done, stopped, run_dir, config.drawn_by, ("-m", "few.distill"))
 
 
 if __name__ == "__main__":

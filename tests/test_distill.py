@@ -224,7 +224,7 @@ def test_a_run_that_is_killed_between_two_files_is_the_same_run(trained, student
             raise KeyboardInterrupt
         original(run, path, step, *rest)
 
-    with mock.patch.object(distill, "save", killed), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(train, "save", killed), pytest.raises(KeyboardInterrupt):
         run(trained, folder, "--checkpoint-every", 2)
     assert load_checkpoint(folder / "model.pth", ANY)["step"] == 2
     assert run(trained, folder, "--resume", "--checkpoint-every", 1000) == 0
@@ -294,11 +294,11 @@ def test_each_flag_reaches_the_training(call, trained, tmp_path, monkeypatch):
                  checkpoint_every=4, sample_steps=2, guidance=2.5, seed=7, precision="bf16")
     assert flags_of(distill) == {*asked, "checkpoint", "run_dir", "resume", "device", "vae"}
     started, steps, seeds = [], [], []
-    begin, step = distill.start_run, distill.distill_step
-    monkeypatch.setattr(distill, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
+    begin, step = train.start_run, distill.distill_step
+    monkeypatch.setattr(train, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
     monkeypatch.setattr(distill, "distill_step", lambda *args: steps.append(args) or step(*args))
-    generator = distill.step_generator
-    monkeypatch.setattr(distill, "step_generator", lambda *args: seeds.append(args[:2]) or generator(*args))
+    generator = train.step_generator
+    monkeypatch.setattr(train, "step_generator", lambda *args: seeds.append(args[:2]) or generator(*args))
     labels, original = set(), distill.matching_losses
     monkeypatch.setattr(distill, "matching_losses", lambda *args: (labels.update(args[3].tolist()), original(*args))[1])
     words = [word for name, value in asked.items() for word in (
@@ -332,10 +332,10 @@ def test_a_fake_of_another_student_is_refused(call, trained, student, tmp_path):
 
 def test_what_is_not_asked_for_is_as_the_teacher_has_it(trained, tmp_path, monkeypatch):
     """But for the precision, which the machine chooses anew."""
-    started, begin, asked = [], distill.start_run, []
+    started, begin, asked = [], train.start_run, []
     monkeypatch.setattr(distill, "resolve_precision", lambda name, device: asked.append(name) or "bf16")
-    monkeypatch.setattr(distill, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
-    with mock.patch.object(distill, "loop", return_value=(0, 0)), mock.patch(
+    monkeypatch.setattr(train, "start_run", lambda *args: started.append(begin(*args)) or started[-1])
+    with mock.patch.object(train, "loop", return_value=(0, 0)), mock.patch(
             "sys.argv", ["few/distill.py", "--checkpoint", str(trained), "--run-dir", str(tmp_path / "run")]):
         distill.main()
     teacher = load_checkpoint(trained / "model.pth", ANY)["config"]
