@@ -24,11 +24,13 @@ from edit.ways import edit, inpaint
 from inference import find_checkpoint
 from record.checkpoint import averaged_model, load_checkpoint
 
-LARGEST = 6_000_000  # bytes of the page: what a phone loads in a few seconds
+LARGEST = 6_000_000  # bytes of the page, which a phone loads in a few seconds
 MOST_STEPS = 100  # of the page's slider
-NOISES = 7  # of the reference: what a completion in 2 steps of 2 rounds asks for
+NOISES = 7  # of the reference: a completion in 2 steps of 2 rounds asks for so many
 GUIDANCE = 2.0  # the least that a page with guidance opens with: at 1.1 one date of eight digits in ten has a bad one
-KNOWN = 9.8528  # what `probe` makes of the network that dit.js computes
+KNOWN = 9.8528  # `probe` of the network that dit.js computes
+SETTINGS = ("image_size", "patch_size", "channels", "num_classes", "hidden_size", "depth", "num_heads", "T",
+            "time_spacing", "process", "beta_start", "beta_end", "shift", "sampler", "sample_steps", "guidance")
 HERE = Path(__file__).parent
 
 
@@ -39,8 +41,8 @@ def pack(tensor, dtype):
 
 @torch.no_grad()
 def probe():
-    """What a small `DiT` makes of weights that follow from their names and shapes: a number that tells whether dit.py
-    still computes what dit.js does."""
+    """The output of a small `DiT` as one number. Its weights follow from their names and shapes. It tells whether
+    dit.py still computes what dit.js does."""
     model = DiT((4, 2), (2, 1), 1, 2, 8, 1, 2)
     for name, weight in model.named_parameters():
         weight.copy_((torch.arange(weight.numel()) + zlib.crc32(name.encode()) % 1000).sin().view_as(weight))
@@ -49,8 +51,9 @@ def probe():
 
 @torch.no_grad()
 def reference(content):
-    """What the page must compute too (`check` of worker.js), from the same weights in float32: the network's output at
-    one step, and the images that the samplers, an edit and a completion make of the same noise. A dict for JSON."""
+    """What the page must compute as well (`check` of worker.js), from the same weights in float32: the network's output
+    at one step, and the images that the samplers, an edit and a completion draw from the same noise. A dict for JSON.
+    """
     model, config = averaged_model(content, precision="fp32"), content["config"]
     process, label, t = config.build_process(), torch.tensor([config.num_classes // 2]), config.T // 2
     noise = torch.randn(NOISES, 1, config.channels, *config.image_size, generator=torch.Generator().manual_seed(0))
@@ -73,8 +76,8 @@ def reference(content):
 
 
 def export(path):
-    """The page of a checkpoint, a string. Raises `UserError` when the page cannot show what the network draws, or would
-    be too large."""
+    """The page of a checkpoint, a string. Raises `UserError` when the page could not draw what the network draws, or
+    would be too large."""
     if not math.isclose(probe(), KNOWN, rel_tol=1e-3):
         raise UserError("the network of dit.py is no longer the one that demo/dit.js computes, and the page would draw "
                         "something else: change demo/dit.js too, then KNOWN in demo/export.py")
@@ -88,30 +91,25 @@ def export(path):
     halves = {name: weight.half() for name, weight in content["ema"].items()}
     if not all(weight.isfinite().all() for weight in halves.values()):
         raise UserError(f"{path} has weights that half precision cannot hold")
+    parts = {file.name: file.read_text(encoding="utf-8") for file in HERE.iterdir()
+             if file.suffix in (".css", ".html", ".js")}
     count = sum(weight.numel() for weight in halves.values())
-    parts = {path.name: path.read_text(encoding="utf-8") for path in HERE.iterdir() if path.suffix in (".css", ".js")}
     size = 4 * -(-2 * count // 3) + sum(len(part.encode()) for part in parts.values())
-    if size <= LARGEST:
-        content["ema"] = {name: weight.float() for name, weight in halves.items()}
-        names = ("image_size", "patch_size", "channels", "num_classes", "hidden_size", "depth", "num_heads", "T",
-                 "time_spacing", "process", "beta_start", "beta_end", "shift", "sampler", "sample_steps", "guidance")
-        settings = {name: getattr(config, name) for name in names}
-        # Bytes of a folder's name that are no text are shown as their numbers.
-        settings["class_names"] = [name.encode(errors="backslashreplace").decode() for name in config.class_names]
-        if config.guidance > 1:
-            settings["guidance"] = max(GUIDANCE, config.guidance)
-        model = {"config": settings, "most_steps": min(MOST_STEPS, config.T), "count": count,
-                 "weights": [[name, list(weight.shape)] for name, weight in halves.items()],
-                 "reference": reference(content)}
-        parts["model"] = json.dumps(model, ensure_ascii=False).replace("<", "\\u003c")  # a name may be </script>
-        parts["numbers"] = pack(torch.cat([weight.flatten() for weight in halves.values()]), torch.float16)
-        page = re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]],
-                      (HERE / "page.html").read_text(encoding="utf-8"))
-        size = len(page.encode())
     if size > LARGEST:
         raise UserError(f"{path} has {count:,} weights, a page of {size / 1e6:.1f} MB; {LARGEST / 1e6:.0f} MB is the "
                         "most: train a smaller network (--hidden-size, --depth)")
-    return page
+    content["ema"] = {name: weight.float() for name, weight in halves.items()}
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    # Bytes of a folder's name that are no text are shown as their numbers.
+    settings["class_names"] = [name.encode(errors="backslashreplace").decode() for name in config.class_names]
+    if config.guidance > 1:
+        settings["guidance"] = max(GUIDANCE, config.guidance)
+    model = {"config": settings, "most_steps": min(MOST_STEPS, config.T), "count": count,
+             "weights": [[name, list(weight.shape)] for name, weight in halves.items()],
+             "reference": reference(content)}
+    parts["model"] = json.dumps(model, ensure_ascii=False).replace("<", "\\u003c")  # a name may be </script>
+    parts["numbers"] = pack(torch.cat([weight.flatten() for weight in halves.values()]), torch.float16)
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["page.html"])
 
 
 def main():

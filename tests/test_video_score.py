@@ -139,11 +139,11 @@ def test_elastic_paths_are_found():
     generator = torch.Generator().manual_seed(0)
     way, speed = torch.rand(200, generator=generator) * 22, torch.rand(200, generator=generator) * 2.5
     x = bounce(way[:, None] + speed[:, None] * torch.arange(16), 11)
-    _, found, errors = fit_bounces(x, 11, 4.0)
+    found, errors = fit_bounces(x, 11, 4.0)
     assert errors.mean(1).sqrt().max() < 0.05
     assert (found - speed).abs().quantile(0.95) < 0.02
     noise = torch.randn(200, 16, generator=generator)
-    *_, errors = fit_bounces(x + 0.5 * noise, 11, 4.0)
+    _, errors = fit_bounces(x + 0.5 * noise, 11, 4.0)
     assert errors.mean().sqrt().item() == pytest.approx(0.5, abs=0.06)
     places = torch.stack([10 + x, 10 + x.roll(1, 0)], dim=2)
     speeds, _, residual = fit_paths(places, (32, 32))
@@ -267,7 +267,7 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
         assert labels.tolist() == torch.tensor(ASKED)[asked].tolist()
         assert way.func is complete and which == 0 and len(way.keywords["picture"]) == B
         picture, known = way.keywords["picture"], way.keywords["known"]
-        assert torch.equal(to_uint8(picture), real[asked]) and known.flatten().tolist() == [True] * 3 + [False] * 5
+        assert torch.equal(to_uint8(picture), real[asked]) and known.flatten().tolist() == [True] * 4 + [False] * 4
         continued.extend(indices)
         yield torch.where(known, picture, picture.roll(1, -1))  # a pixel from where it is
 
@@ -279,7 +279,7 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "batch_that_fits", lambda *_: 40)
     settings = dict(image_size=(T, H, W), num_classes=20, classes=tuple(LABELS), speeds=True)
     paths = [make_checkpoint(tmp_path / f"{name}.pth", given=of, **settings) for name, of in (("a", 0.5), ("b", 0))]
-    code, out, err = call(score, "--checkpoint", paths[0], "--beside", paths[1], "--count", 140, "--shown", 3,
+    code, out, err = call(score, "--checkpoint", paths[0], "--beside", paths[1], "--count", 140,
                           "--device", "cpu", "--out", tmp_path / "side.png")
     assert code == 0, err
     lines = out.splitlines()
@@ -296,10 +296,10 @@ def test_every_figure_of_the_command(call, tmp_path, monkeypatch):
             near = 0.15 if "degrees" in title else 0.02
             assert list(map(float, rows[title])) == pytest.approx(expected, abs=near), title
     title, *rows = lines[5 + len(TABLE):-1]
-    assert title == "3 frames given, the others drawn: pixels from the real place, median of 128 clips"
+    assert title == "4 frames given, the others drawn: pixels from the real place, median of 128 clips"
     assert {row[:18].strip(): row[18:].split() for row in rows} == {
-        "frame": ["4", "5", "6", "7", "8"], "a": ["1.00"] * 5,
-        "as the last given": ["2.00", "4.00", "6.00", "8.00", "10.00"]}
+        "frame": ["5", "6", "7", "8"], "a": ["1.00"] * 4,
+        "as the last given": ["2.00", "4.00", "6.00", "8.00"]}
     assert continued == [*range(128)]
     with Image.open(tmp_path / "side.png") as picture:
         assert picture.n_frames == T
@@ -346,8 +346,7 @@ def test_models_side_by_side(call, tmp_path):
     (dict(dataset="sprites"), [], ["8x64x64"]), (dict(image_size=(2, 32, 32)), [], ["moving of 2x32x32"]),
     (dict(of=Config, dataset="folder", image_size=(32, 48), patch_size=(16, 16)), [],
      ["is a model of images", "python inference.py"]),
-    ({}, ["--count", 5], ["--count 5"]), ({}, ["--shown", 6], ["--shown 6", "6 frames"]),
-    ({}, ["--shown", 0], ["--shown 0"]), ({}, ["--beside", "c.pth"], ["two models are called c"]),
+    ({}, ["--count", 5], ["--count 5"]), ({}, ["--beside", "c.pth"], ["two models are called c"]),
     ({}, ["--out", "a.jpg"], ["a.jpg"]), ({}, ["--labels", 3], ["--labels"])])
 def test_bad_flags(call, tmp_path, monkeypatch, settings, flags, words):
     monkeypatch.chdir(tmp_path)

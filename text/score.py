@@ -16,14 +16,16 @@ import time
 
 import torch
 
-from dataset import resize, to_float
-from inference import draw_batches, load_for_sampling
+from dataset import resize
+from inference import load_for_sampling
 from latent.sprites import FRAMES, load_images, split_characters
 from measure.score import nearest
 from text.captions import KINDS, LOOKS, look_of, pair_caption, sprite_caption
 from text.config import TextConfig
 from text.draw import text_parser
 from text.words import read_prompt
+from video.score import draw as draw_words
+from video.score import shown_by_vae
 from video.sprites import PARTS, SIDE, SpriteJudge, as_pixels, parts_of
 
 Z = 1.96  # of a 95 % interval
@@ -100,11 +102,6 @@ def ask_swapped(characters, count, draw):
     return looks, swapped, parts
 
 
-def draw_words(model, config, words):
-    """The clips of captions (N, L), uint8 (N, C, T, H, W) on the CPU: the same noise at each call."""
-    return torch.cat([clips for _, clips in draw_batches(model, config, words, what="clips")])
-
-
 def real_clips(config, count, draw, device):
     """`count` clips of held-out characters, or frames of them as clips of one, as the model's VAE shows them: uint8
     (N, C, T, H, W) on the CPU, their looks (N, 4) and kinds (N,)."""
@@ -113,9 +110,8 @@ def real_clips(config, count, draw, device):
     index = torch.tensor([draw.randrange(len(frames)) for _ in range(count)])
     first = torch.tensor([draw.randrange(FRAMES - T + 1) for _ in range(count)])
     clips = frames[index[:, None], first[:, None] + torch.arange(T)].movedim(1, 2)
-    shown = [config.to_images(config.from_images(to_float(part.to(device)))).cpu() for part in clips.split(16)]
     numbers = torch.from_numpy(split_characters(False))[index // len(KINDS)]
-    return torch.cat(shown), parts_of(numbers), index % len(KINDS)
+    return shown_by_vae(config, clips, device), parts_of(numbers), index % len(KINDS)
 
 
 def score_pairs(model, config, reader, count, seed=0):

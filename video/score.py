@@ -1,5 +1,5 @@
-"""How good are clips of one moving digit, or of sprites? Are they what was asked for, do they stay the same, and do
-they move as they should? Each figure stands beside the same figure of real clips of test digits or characters.
+"""Scores clips of one moving digit, or of sprites. Do they show what was asked for, do they stay the same, and do they
+move as they should? Beside each figure stands the same figure of real clips of test digits or characters.
 
     python -m video.score --checkpoint run                              draws clips and scores them
     python -m video.score --checkpoint run_1x --beside run_4x run_16x   the same noise and labels, drawn by other models
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from dataset import to_float, to_uint8
-from diffusion import from_noise
 from inference import draw_batches, load_for_sampling, sampling_parser
 from latent.sprites import FRAMES
 from measure.classifier import load_classifier
@@ -30,10 +29,11 @@ from video.given import complete
 from video.moving import MARGIN, SPEEDS, bounce, centres, load_moving
 from video.sprites import SpriteJudge
 
-CROP = 28   # pixels: what the classifier reads
-FAINT = 25  # of 255: what is darker is background
+CROP = 28   # pixels, the sides of what the classifier reads
+FAINT = 25  # of 255; darker pixels are background
 SHOWN = 5   # clips of each model in an animation
-FIGURES = {  # what is measured: how it is written
+GIVEN = 4   # frames of a real clip that a model continues
+FIGURES = {  # {name: (title, format)}
     "frames": ("digit as asked, of all frames", "{:.1%}"),
     "clips": ("digit as asked in every frame, of all clips", "{:.1%}"),
     "constant": ("the same digit in every frame, of all clips", "{:.1%}"),
@@ -42,7 +42,7 @@ FIGURES = {  # what is measured: how it is written
     "residual_90": ("the same, 90th percentile", "{:.3f}"),
     "speed": ("speeds: Wasserstein-1 to real ones, pixels a frame", "{:.3f}"),
     "direction": ("directions: Wasserstein-1 to real ones, degrees", "{:.1f}"),
-    "pace": ("slow or fast as asked, of all clips", "{:.1%}"),  # where that can be asked for
+    "pace": ("slow or fast as asked, of all clips", "{:.1%}"),  # only of labels that say it
     "vanished": ("frames with less than half of the clip's ink", "{:.1%}"),
     "appeared": ("frames with more than 1.5 times the clip's ink", "{:.1%}"),
     "copies": ("nearer to a training digit than 95 % of real ones", "{:.1%}"),
@@ -56,49 +56,43 @@ def track(clips):
 
 
 def crop(clips, middles):
-    """CROP x CROP pixels of each frame of clips uint8 (N, 1, T, H, W) around `middles` (N, T, 2), as in MNIST: (N, T,
-    CROP, CROP)."""
-    (N, _, T), half = clips.shape[:3], CROP // 2
-    padded = F.pad(clips[:, 0], [half] * 4)
-    rows, columns = (middles.round().long()[..., None] + torch.arange(CROP)).unbind(2)             # (N, T, CROP) each
-    n, t = torch.arange(N)[:, None, None, None], torch.arange(T)[:, None, None]
-    return padded[n, t, rows[..., None], columns[:, :, None]]
+    """Cuts CROP x CROP pixels around `middles` (N, T, 2) out of each frame of clips uint8 (N, 1, T, H, W), as in MNIST:
+    (N, T, CROP, CROP)."""
+    N, _, T = clips.shape[:3]
+    windows = F.pad(clips[:, 0], [CROP // 2] * 4).unfold(2, CROP, 1).unfold(3, CROP, 1)  # (N, T, rows, columns, *)
+    return windows[torch.arange(N)[:, None], torch.arange(T), *middles.round().long().unbind(2)]
 
 
 def fit_bounces(x, length, fastest):
-    """The nearest to each path x (N, T) of a point that goes to and fro between 0 and `length` at a constant speed.
+    """Fits to each path x (N, T) a point that goes to and fro between 0 and `length` at a constant speed.
 
-    Returns its way at the start (N,), below `length` on the way up and above on the way down, its speed (N,), at most
-    `fastest`, and its squared distances from x, (N, T).
+    Returns its speed (N,), at most `fastest`, and its squared distances from x, (N, T).
     """
     t = torch.arange(x.shape[1])
     step, pace = length / 44, fastest / 64  # of the coarse search
-    grid = torch.meshgrid(torch.arange(88) * step, torch.arange(65) * pace, indexing="ij")
-    way, speed = (part.flatten() for part in grid)                                                 # (K,)
+    way, speed = torch.cartesian_prod(torch.arange(88) * step, torch.arange(65) * pace).T          # (K,) each
     paths = bounce(way[:, None] + speed[:, None] * t, length)                                      # (K, T)
     best = (paths.square().sum(1) - 2 * x @ paths.T).topk(8, largest=False).indices                # (N, 8)
     way, speed, around = way[best], speed[best], torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
     for i in range(8):  # each time at half the step
-        ways, speeds = torch.broadcast_tensors(way[..., None, None] + around[:, None] * step / 2**i,
-                                               (speed[..., None, None] + around * pace / 2**i).clamp(0, fastest))
-        ways, speeds = ways.flatten(2), speeds.flatten(2)                                          # (N, 8, 25)
+        near_way, near_speed = torch.cartesian_prod(around * step / 2**i, around * pace / 2**i).T  # (25,) each
+        ways, speeds = way[..., None] + near_way, (speed[..., None] + near_speed).clamp(0, fastest)  # (N, 8, 25)
         errors = (bounce(ways[..., None] + speeds[..., None] * t, length) - x[:, None, None]).square().sum(-1)
         errors, best = errors.min(-1, keepdim=True)
         way, speed = ways.gather(-1, best)[..., 0], speeds.gather(-1, best)[..., 0]                # (N, 8)
-    best = errors.argmin(1)                                                                        # (N, 1)
-    way, speed = way.gather(1, best), speed.gather(1, best)
-    return way[:, 0].remainder(2 * length), speed[:, 0], (bounce(way + speed * t, length) - x).square()
+    way, speed = (part.gather(1, errors[..., 0].argmin(1, keepdim=True)) for part in (way, speed))  # (N, 1) each
+    return speed[:, 0], (bounce(way + speed * t, length) - x).square()
 
 
 def fit_paths(places, size):
-    """The straight path with elastic bounces nearest to each path (N, T, 2) of a digit in frames of `size` (H, W).
+    """Fits a straight path with elastic bounces to each path (N, T, 2) of a digit in frames of `size` (H, W).
 
-    Returns its speed (N,), pixels a frame, the angle (N,) of its steepness, 0 to 90 degrees, and its distance from the
-    places, the root of the mean square (N,), pixels.
+    Returns its speed (N,), pixels a frame, its steepness (N,), an angle of 0 to 90 degrees, and the root of its mean
+    squared distance from the places (N,), pixels.
     """
-    fits = [fit_bounces(places[..., axis] - MARGIN, side - 1 - 2 * MARGIN, 1.6 * SPEEDS["fast"][1] * min(size))
-            for axis, side in enumerate(size)]
-    (_, down, error_down), (_, right, error_right) = fits
+    (down, error_down), (right, error_right) = (
+        fit_bounces(places[..., axis] - MARGIN, side - 1 - 2 * MARGIN, 1.6 * SPEEDS["fast"][1] * min(size))
+        for axis, side in enumerate(size))
     return torch.hypot(down, right), torch.atan2(down, right).rad2deg(), (error_down + error_right).mean(1).sqrt()
 
 
@@ -116,9 +110,9 @@ def make_real(data, count, seed):
 
 
 class Judge:
-    """Real clips for drawn ones to be held against, and a network that reads their digits.
+    """Scores clips of one moving digit against real ones, with a network that reads digits.
 
-    train, test: of each part of the digits, a `Moving` of one digit a clip. classifier: a `DigitClassifier`. count: how
+    train, test: the `Moving` of one digit a clip of both parts of MNIST. classifier: a `DigitClassifier`. count: how
     many real clips to look at.
     """
 
@@ -132,7 +126,7 @@ class Judge:
         self.limits = torch.stack([near[reads == digit].quantile(0.05) for digit in range(10)])
 
     def real_clips(self, count, size):
-        """`count` real clips, and their labels, others than those that it holds clips against."""
+        """`count` real clips, and their labels. They are not those that clips are scored against."""
         return make_real(self.test, count, 1)
 
     @torch.inference_mode()
@@ -148,7 +142,7 @@ class Judge:
                     residual=residual, ink=ink)
 
     def score(self, clips, labels):
-        """The `FIGURES` of clips uint8 (N, 1, T, H, W) that were asked to show `labels`, a dict of floats."""
+        """The `FIGURES` of clips uint8 (N, 1, T, H, W) that should show `labels`, a dict of floats."""
         seen = self.look(clips)
         reads, places, residual = seen["reads"], seen["places"], seen["residual"]
         right, digit = reads == self.digits[labels][:, None], reads.mode().values
@@ -165,47 +159,46 @@ class Judge:
 
 
 def draw(model, config, labels, pictures=None, known=None):
-    """Clips of `labels`, those number 0, 1, ... of the configuration's seed, uint8 (N, 1, T, H, W) on the CPU.
+    """Draws the clips number 0, 1, ... of the configuration's seed for `labels`: uint8 (N, C, T, H, W), on the CPU.
 
-    pictures: clips in [-1, 1] (N, 1, T, H, W) to complete: their frames `known`, bool (T, 1, 1), are kept.
+    pictures: clips in [-1, 1] (N, C, T, H, W) to complete; their frames `known`, bool (T, 1, 1), are kept.
     """
     device = next(model.parameters()).device
+    ways = {} if pictures is None else {"way_of": lambda rows: functools.partial(
+        complete, picture=pictures[rows].to(device), known=known.to(device))}
+    return torch.cat([clips for _, clips in draw_batches(model, config, labels, what="clips", **ways)])
 
-    def way_of(rows):
-        if pictures is None:
-            return from_noise
-        return functools.partial(complete, known=known.to(device), picture=pictures[rows].to(device))
 
-    batches = draw_batches(model, config, labels, way_of=way_of, what="clips")
-    return torch.cat([clips for _, clips in batches])
+def shown_by_vae(config, clips, device):
+    """Real clips uint8 (N, C, T, H, W) as a model of latents would draw them; those of pixels stay as they are."""
+    parts = (config.from_images(to_float(part.to(device))) for part in clips.split(16))
+    return torch.cat([config.to_images(part).cpu() for part in parts])
 
 
 def follow(model, config, clips, labels, given):
-    """How far from the real place the digit is in each frame of a continuation of the first `given` frames of real
-    clips uint8 (N, 1, T, H, W), pixels: medians (T,), and those of staying where it was last."""
+    """Continues the first `given` frames of real clips uint8 (N, 1, T, H, W). Returns the median distance of the digit
+    from its real place in each frame (T,), pixels, and the same of a digit that stays where it was last."""
     known = (torch.arange(clips.shape[2]) < given)[:, None, None]
     places, drawn = track(clips), track(draw(model, config, labels, to_float(clips), known))
     return [(places - other).norm(dim=2).median(0).values for other in (drawn, places[:, given - 1:given])]
 
 
 def report(figures, columns):
-    """Dicts of `figures` side by side, as a table to print. columns: {title: dict}."""
-    widths = [max(9, len(name)) for name in columns]
-    lines = [" " * 56 + "".join(f"  {name:>{width}}" for name, width in zip(columns, widths, strict=True))]
+    """The table of `figures` to print. columns: {heading: what `Judge.score` returns}."""
+    lines = [" " * 56 + "".join(f"  {heading:>9}" for heading in columns)]
     for name, (title, form) in figures.items():
-        cells = (form.format(column[name]) for column in columns.values())
-        lines.append(f"{title:56}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        cells = (f"  {form.format(column[name]):>{max(9, len(heading))}}" for heading, column in columns.items())
+        lines.append(f"{title:56}" + "".join(cells))
     return "\n".join(lines)
 
 
 def report_continuations(errors, count, given):
-    """What `follow` says of `count` real clips, as a table to print. errors: {title: (T,)}."""
-    width = max(18, *map(len, errors))
-    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {count} clips"]
-    frames = torch.arange(1, len(next(iter(errors.values()))) + 1)
-    for title, row, form in (("frame", frames, "6d"), *((title, row, "6.2f") for title, row in errors.items())):
-        lines.append(f"{title:{width}}" + "".join(format(value, form) for value in row[given:].tolist()))
-    return "\n".join(lines)
+    """The table to print of what `follow` returns for `count` real clips. errors: {title: (T,)}."""
+    width, T = max(18, *map(len, errors)), len(next(iter(errors.values())))
+    lines = [f"\n{given} frames given, the others drawn: pixels from the real place, median of {count} clips",
+             f"{'frame':{width}}" + "".join(f"{frame:6d}" for frame in range(given + 1, T + 1))]
+    return "\n".join(lines + [f"{title:{width}}" + "".join(f"{error:6.2f}" for error in row[given:].tolist())
+                              for title, row in errors.items()])
 
 
 def load_models(args):
@@ -214,24 +207,19 @@ def load_models(args):
     models = {}
     for path in (args.checkpoint, *args.beside):
         one = argparse.Namespace(**vars(args) | {"checkpoint": path})
-        model, config = load_for_sampling(one, (ClipConfig,))
-        path = Path(one.checkpoint)
-        name = path.parent.name if path.name == "model.pth" and path.parent.name else path.stem
+        found = load_for_sampling(one, (ClipConfig,))
+        path = Path(one.checkpoint).absolute()
+        name = path.parent.name if path.name == "model.pth" else path.stem
         if name in models:
             raise UserError(f"two models are called {name}: name each once, or another folder")
-        models[name] = model, config
+        models[name] = found
     check_alike([config for _, config in models.values()])
     return models
 
 
-def open_judge(config, given):
-    """The judge of the clips of a configuration; their continuations start from `given` frames. Raises `UserError` for
-    clips that cannot be scored."""
-    frames = config.image_size[0]
-    if config.dataset == "moving" and config.digits == 1 and frames > 2:
-        if not 0 < given < frames:
-            raise UserError(f"--shown {given}: must lie between 1 and {frames - 1}, since the clips have {frames} "
-                            "frames")
+def open_judge(config):
+    """What scores the clips of a configuration. Raises `UserError` for clips that cannot be scored."""
+    if config.dataset == "moving" and config.digits == 1 and config.image_size[0] > 2:
         return Judge(*(load_moving(config, train) for train in (True, False)), load_classifier())
     if config.dataset == "sprites" and config.image_size[:-2] == (FRAMES,):
         return SpriteJudge(config.data_dir, config.channels)
@@ -242,15 +230,11 @@ def open_judge(config, given):
 
 def main():
     parser = sampling_parser("Draws clips of one moving digit, or of sprites, and scores them beside real clips of "
-                             "test digits or characters: are they what was asked for, in all frames, and do they move "
-                             "as they should?", ClipConfig)
-    parser.add_argument("--count", type=int, default=500, help="clips to draw, equally many of each label (default: "
-                        "500)")
-    parser.add_argument("--shown", type=int, default=4, help="frames of real clips of moving digits that the "
-                        "model is given, to continue "
-                        "(default: 4)")
+                             "test digits or characters: do they show what was asked for in all frames, and do they "
+                             "move as they should?", ClipConfig)
+    parser.add_argument("--count", type=int, default=500, help="clips to draw, as many of each label (default: 500)")
     parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="more models, run folders or files, "
-                        "that draw the same noise and labels")
+                        "which draw from the same noise and labels")
     parser.add_argument("--out", type=some_path,
                         help=f"write an animation of the first {SHOWN} clips, a column for each model")
     parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
@@ -261,13 +245,10 @@ def main():
     if args.out is not None:
         check_picture(args.out, animated=True)
     models = load_models(args)
-    config = next(iter(models.values()))[1]
-    judge = open_judge(config, args.shown)
+    model, config = next(iter(models.values()))
+    judge, given = open_judge(config), min(GIVEN, config.image_size[0] - 1)
     real, asked = judge.real_clips(args.count, config.image_size[1:])
-    if config.latent_shape:  # as the VAE shows them
-        device = next(next(iter(models.values()))[0].parameters()).device
-        real = torch.cat([config.to_images(config.from_images(to_float(part.to(device)))).cpu()
-                          for part in real.split(16)])
+    real = shown_by_vae(config, real, next(model.parameters()).device)
     labels, columns, errors, first = torch.arange(args.count) % config.num_classes, {}, {}, []
     for name, (model, config) in models.items():
         began = time.monotonic()
@@ -282,10 +263,10 @@ def main():
             print(f"{name} continues no clips: it was trained without frames given (python -m video.train_dit --given "
                   "0.3)")
         elif config.dataset == "moving":
-            errors[title], stays = follow(model, config, real[:128], asked[:128], args.shown)
+            errors[title], stays = follow(model, config, real[:128], asked[:128], given)
     print(report(judge.figures, columns | {"real": judge.score(real, asked)}))
     if errors:
-        print(report_continuations(errors | {"as the last given": stays}, min(128, args.count), args.shown))
+        print(report_continuations(errors | {"as the last given": stays}, min(128, args.count), given))
     if args.out is not None:
         views = frames_of(torch.stack(first, dim=1).flatten(0, 1))
         save_animation(args.out, [grid(view, len(models), captions=[*models]) for view in views], FRAME)
