@@ -60,7 +60,8 @@ def crop(clips, middles):
     (N, T, CROP, CROP)."""
     N, _, T = clips.shape[:3]
     windows = F.pad(clips[:, 0], [CROP // 2] * 4).unfold(2, CROP, 1).unfold(3, CROP, 1)  # (N, T, rows, columns, *)
-    return windows[torch.arange(N)[:, None], torch.arange(T), *middles.round().long().unbind(2)]
+    rows, columns = middles.round().long().unbind(2)
+    return windows[torch.arange(N)[:, None], torch.arange(T), rows, columns]
 
 
 def fit_bounces(x, length, fastest):
