@@ -88,41 +88,37 @@ def load_checkpoint(path, kinds):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: {kinds[0].trained_by.removeprefix('-m ')} makes one") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
-        raise UserError(f"{path} is not a checkpoint, or is cut short "
-                        f"({first_line(error)})") from None
-    if isinstance(content, dict) and content.get("format") in OLDER:
+        raise UserError(f"{path} is not a checkpoint, or is cut short ({first_line(error)})") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found in OLDER:
         raise UserError(f"{path} was made by an older version of this code, and can be used with that one")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if found != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (no format {FORMAT!r} in it)")
     kind = content.get("kind")
     of = next((of for of in kinds if of.kind == kind), None)
+    if not isinstance(kind, str) or kind not in COMMANDS:
+        raise UserError(f"{path} is a damaged checkpoint: its kind is {kind!r:.20}")
     if of is None:
-        if not isinstance(kind, str) or kind not in COMMANDS:
-            raise UserError(f"{path} is a damaged checkpoint: its kind is {kind!r:.20}")
-        raise UserError("{} is a model of {}: draw with it by python {}, train it by python {}".format(
-            path, kind, *COMMANDS[kind]))
-    names = ["config", "step", "seconds", "ema"]
-    if any(name in content for name in TO_RESUME):
-        names += TO_RESUME
-    different = ""
-    try:
-        content = {name: content[name] for name in names}
-        settings = {name: tuple(value) if isinstance(value, list) else value
-                    for name, value in content["config"].items()}
-        strange = sorted(settings.keys() - of.__dataclass_fields__.keys())
-        if not strange:
-            content["config"] = of(**settings)
-            with torch.device("meta"):  # shapes without memory, however large a size the file claims
-                network = content["config"].build_model()
-            shapes = {name: weight.shape for name, weight in network.state_dict().items()}
-            different = misfit(content["ema"], shapes)
-        if not strange and not different:
-            check_content(content, network, shapes, os.path.getsize(path))
-    except Exception as error:
-        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error, 150)}") from None
+        drawn, trained = COMMANDS[kind]
+        raise UserError(f"{path} is a model of {kind}: draw with it by python {drawn}, train it by python {trained}")
+    settings = content.get("config")
+    strange = [name for name in settings if name not in of.__dataclass_fields__] if isinstance(settings, dict) else []
     if strange:
         raise UserError(f"{path} was made by another version of this code, and can be used with that one: its setting "
                         f"{strange[0]!r:.50} is not known here")
+    names = ("config", "step", "seconds", "ema", *(TO_RESUME if any(name in content for name in TO_RESUME) else ()))
+    try:
+        content = {name: content[name] for name in names}
+        content["config"] = of(**{name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in settings.items()})
+        with torch.device("meta"):  # shapes without memory, however large a size the file claims
+            network = content["config"].build_model()
+        shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+        different = misfit(content["ema"], shapes)
+        if not different:
+            check_content(content, network, shapes, os.path.getsize(path))
+    except Exception as error:
+        raise UserError(f"{path} is a damaged checkpoint: {type(error).__name__} {first_line(error)}") from None
     if different:
         raise UserError(f"{path} holds the weights of another network than dit.py makes ({different}): use it with the "
                         "code that made it, or train anew")

@@ -1,7 +1,7 @@
 """How a run begins in its folder, or goes on there."""
 
 from support.commands import UserError
-from support.files import MARK, check_output
+from support.files import check_output
 from support.settings import plain
 
 import dataclasses
@@ -13,18 +13,6 @@ AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
 
-def change_settings(config, settings, path, changeable):
-    """The configuration of the run saved at `path`, with those of `settings` (a dict) that are `changeable`. Raises
-    `UserError` when others contradict it; "auto", 0 or nothing for those that are `AUTOMATIC` contradicts nothing."""
-    fields = config.__dataclass_fields__
-    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
-                   if name not in changeable and plain(fields[name], value) != getattr(config, name)
-                   and not (name in AUTOMATIC and value in ("auto", 0, (), ""))]
-    if differences:
-        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
-    return dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
-
-
 def open_run(run_dir):
     """Makes a folder ready for a new run. Raises `UserError` when a run has left a checkpoint there, or another program
     a file where the run will write. The grids of an earlier run without a checkpoint go: a page shows one run's."""
@@ -32,9 +20,9 @@ def open_run(run_dir):
     grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
     if path.exists():
         raise UserError(f"{path} exists: go on with it (--resume), choose another folder, or remove it")
-    for file, own in ((run_dir / "log.csv", LOG), *((file, MARK) for file in (
-            run_dir / "loss.png", run_dir / "index.html", *grids))):
-        check_output(file, own)
+    check_output(run_dir / "log.csv", LOG)
+    for file in (run_dir / "loss.png", run_dir / "index.html", *grids):
+        check_output(file)
     if grids:
         print(f"{len(grids)} sample grids of an earlier run, whose checkpoint is gone, are removed from {run_dir}")
     for file in grids:
@@ -43,11 +31,18 @@ def open_run(run_dir):
 
 def load_to_resume(path, settings, of, changeable=None):
     """The configuration of the run saved at `path`, of the class `of`, changed as `settings` (a dict) say, and its
-    checkpoint. changeable: the names of the settings that may change, if not those of the class. Raises `UserError`."""
+    checkpoint. changeable: the names of the settings that may change, if not those of the class. Raises `UserError`
+    when others differ; "auto", 0 or nothing for those that are `AUTOMATIC` is no difference."""
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
-    config = change_settings(saved["config"], settings, path, changeable or saved["config"].CHANGEABLE)
+    config, changeable = saved["config"], changeable or of.CHANGEABLE
+    differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
+                   if name not in changeable and plain(of.__dataclass_fields__[name], value) != getattr(config, name)
+                   and not (name in AUTOMATIC and value in ("auto", 0, (), ""))]
+    if differences:
+        raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
+    config = dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
     return config, saved
