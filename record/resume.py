@@ -36,7 +36,8 @@ def load_to_resume(path, settings, of, changeable=None):
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
-    config, changeable = saved["config"], changeable or of.CHANGEABLE
+    config = saved["config"]
+    changeable = changeable or config.CHANGEABLE
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
                    if name not in changeable and plain(of.__dataclass_fields__[name], value) != getattr(config, name)
                    and not (name in AUTOMATIC and value in ("auto", 0, (), ""))]

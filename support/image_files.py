@@ -7,6 +7,7 @@ from support.sizes import demand_memory
 import collections
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageOps
 
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 TINT = 1  # level by which the channels of a grey pixel may differ: lossy formats round them
 LONGEST = 10_000  # frames of a clip
 SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing, and what is taken of a video
@@ -54,20 +54,18 @@ def natural(path):
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))], path.name
 
 
-def visible(folder):
-    """What lies in `folder`, in natural order, but for what systems and tools hide there. Raises `UserError`."""
-    try:
-        return sorted((path for path in Path(folder).iterdir()
-                       if not path.name.startswith(".") and path.name.lower() not in UNSAID), key=natural)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-
-
 def list_files(folder, wanted, left_out):
     """The files directly in `folder` that are `wanted` (a function of a path), and the folders: two lists in natural
-    order. The other files are counted by kind in the Counter `left_out`. None is opened."""
+    order, without what systems and tools hide. The other files are counted by kind in the Counter `left_out`. Raises
+    `UserError`."""
     files, folders = [], []
-    for path in visible(folder):
+    try:
+        found = sorted(Path(folder).iterdir(), key=natural)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    for path in found:
+        if path.name.startswith(".") or path.name.lower() in UNSAID:
+            continue
         if path.is_file() and wanted(path):
             files.append(path)
         elif path.is_dir():
@@ -164,7 +162,7 @@ def is_grey(path, ground="black"):
     """Whether an image file is of greys: its header says so, or the channels of no pixel differ by more than `TINT`.
     Raises `UserError` as `opened` does."""
     with opened(path) as image:
-        if image.mode in GREY_MODES:
+        if Image.getmodebase(image.mode) == "L":
             return True
     red, green, blue = read_image(path, "RGB", ground).split()
     return all(ImageChops.difference(*pair).getextrema()[1] <= TINT
@@ -187,7 +185,7 @@ def read_image(path, mode=None, ground="black"):
 def convert(image, mode, ground):
     """What `read_image` makes of an open image, or of the frame of it that was sought."""
     image.load()
-    mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+    mode = mode or ("L" if Image.getmodebase(image.mode) == "L" else "RGB")
     with contextlib.suppress(Exception):  # damaged EXIF data are no damaged image
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these at 255 instead of scaling them
@@ -206,25 +204,22 @@ def convert(image, mode, ground):
 
 
 def read_clip(source, size=(), mode="RGB", ground="black", still=False, held=0):
-    """The frames of a clip, uint8 (T, C, H, W), each read as by `read_image`, brought to `size` (H, W; (): a square,
-    the first one's shorter side) and cropped at its centre; and the first one's size in the file, (width, height).
+    """The frames of a clip, uint8 (T, C, H, W), each read as by `read_image` and cropped at its centre to `size` (H, W;
+    (): a square, the first one's shorter side); and the first one's size in the file, (width, height).
 
     source: a video; a GIF, a WebP or an APNG; a picture, which is a clip of one frame, or one from Python; a folder of
-    images, or a list of them. still: reads the first frame alone. held: frames of this size that are in memory already.
+    images, or a list of them. still: read the first frame alone. held: frames of this size that are in memory already.
 
-    A video is read at ten frames a second. An animation may show its frames for different times, as GIFs do that show a
-    frame longer instead of twice. Each is repeated as often as the shortest of these times goes into its own; what is
-    shown for longer than `SLOWEST` milliseconds is taken for several frames, and 10 milliseconds or less are `SLOWEST`,
-    as in browsers. Raises `UserError` that names the file, or says that the frames do not fit into memory.
+    A video is read at ten frames a second. The frames of an animation may be shown for different times: each is
+    repeated as often as the shortest of these times goes into its own. A time longer than `SLOWEST` milliseconds counts
+    as several frames, and 10 milliseconds or less as `SLOWEST`, as in browsers.
+    Raises `UserError` that names the file, or says that the frames do not fit into memory.
     """
-    frames, times, name = [], [], name_of(source)
-    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        source = list_images(source)
-        if not source:
-            raise UserError(f"{name} holds no images")
+    frames, times, name, is_path = [], [], name_of(source), isinstance(source, (str, os.PathLike))
+    read = read_video if is_path and is_video(source) else read_animation
+    if isinstance(source, list) or (is_path and os.path.isdir(source)):
+        read, source = read_stills, source if isinstance(source, list) else list_images(source)
     channels = 1 if mode == "L" else 3
-    read = read_stills if isinstance(source, list) else read_video if (
-        isinstance(source, (str, os.PathLike)) and is_video(source)) else read_animation
     with contextlib.closing(read(source, mode, ground)) as found:
         for image, time, count in found:
             if not frames:
@@ -235,15 +230,13 @@ def read_clip(source, size=(), mode="RGB", ground="black", still=False, held=0):
             if still:
                 break
     if not frames:
-        raise UserError(f"{name} holds no frames")
+        raise UserError(f"{name} holds no images")
     shortest = min(*times, SLOWEST)
-    total = len(frames) if still else sum(round(time / shortest) for time in times)
-    if total > LONGEST:
+    counts = [1] if still else [round(time / shortest) for time in times]
+    if sum(counts) > LONGEST:
         raise UserError(f"{name} is longer than {LONGEST:,} frames, {shortest:g} milliseconds each: cut it into parts")
-    demand_memory(held + total, channels, size)
-    if not still:
-        frames = [frame for frame, time in zip(frames, times, strict=True) for _ in range(round(time / shortest))]
-    return torch.stack(frames), own
+    demand_memory(held + sum(counts), channels, size)
+    return torch.stack([frame for frame, count in zip(frames, counts, strict=True) for _ in range(count)]), own
 
 
 def frame_count(image):
@@ -287,26 +280,18 @@ def read_video(path, mode, ground):
 
     with named(path, "a video"), open(path, "rb") as file, av.open(
             file, options={"format_whitelist": VIDEO_FORMATS}) as video:
-        stream, first, shown, done = video.streams.video[0], None, None, 0
+        stream, first, done = video.streams.video[0], None, 0
         count = max(1, math.ceil((video.duration or 0) / 1000 / SLOWEST))  # as its header says, microseconds
         if count > LONGEST:
             raise ValueError(f"it is longer than {LONGEST:,} frames, ten a second: cut it into parts")
-        ends = 1000 / float(stream.average_rate or 10)
-        for frame in video.decode(stream):
+        for frame, after in itertools.pairwise(itertools.chain(video.decode(stream), [None])):
             first = frame.time if first is None else first
-            while shown and done * SLOWEST < (frame.time - first) * 1000 - 0.5:
-                yield video_frame(shown, mode), SLOWEST, count
+            end = after.time if after else frame.time + 1 / float(stream.average_rate or 10)
+            while done * SLOWEST < (end - first) * 1000 - 0.5:
+                image = frame.to_image()
+                image = image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                yield image.convert(mode), SLOWEST, count
                 done += 1
-            shown = frame
-        while shown and done * SLOWEST < (shown.time - first) * 1000 + ends - 0.5:
-            yield video_frame(shown, mode), SLOWEST, count
-            done += 1
-
-
-def video_frame(frame, mode):
-    """A frame of PyAV's as a PIL image, upright."""
-    image = frame.to_image()
-    return (image.rotate(frame.rotation, expand=True) if frame.rotation else image).convert(mode)
 
 
 def fit(image, size, resample=Image.Resampling.BICUBIC):
