@@ -1,7 +1,7 @@
 """A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
 
 from support.commands import UserError, first_line
-from support.folders import Folder, Images, find_classes, training_part
+from support.folders import Folder, Images, find_classes, parts_of
 from support.image_files import recolour, resize
 from support.sizes import as_size, demand_memory, pick, where_it_fits
 from support.torchvision_data import TORCHVISION, read_torchvision
@@ -121,7 +121,7 @@ def find_idx(root, name):
             raise UserError(f"{root} holds no MNIST, but {other}: --dataset {other} trains on that")
     classes = []
     with contextlib.suppress(UserError):
-        classes = list(find_classes(training_part(root))[0])
+        classes = list(find_classes(parts_of(root)[0])[0])
     if classes:
         raise UserError(f"{root} holds no MNIST, but folders of images ({', '.join(classes[:3])}"
                         f"{' ...' if len(classes) > 3 else ''}): --dataset folder trains on those")

@@ -2,18 +2,7 @@
 
 from support import parallel
 from support.commands import UserError
-from support.image_files import (
-    fit,
-    is_grey,
-    is_image,
-    list_files,
-    opened,
-    read_image,
-    say_left_out,
-    show_left_out,
-    to_tensor,
-    walk,
-)
+from support.image_files import is_grey, is_image, list_files, opened, read_tensor, say_left_out, show_left_out, walk
 from support.sizes import as_size, demand_memory
 
 import collections
@@ -98,7 +87,7 @@ class Folder(Images):
     def fingerprint(self):
         """A hash (16 hexadecimal digits) of the files' names, sizes and times, and of the images' shape."""
         digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
-        digest.update(b"" if self.ground == "black" else self.ground.encode())
+        digest.update(self.ground.removeprefix("black").encode())
         for file in self.files:
             state = file.stat()
             digest.update(repr((file.relative_to(self.root).as_posix(), state.st_size, state.st_mtime_ns)).encode())
@@ -108,8 +97,8 @@ class Folder(Images):
         """The images in this slice, uint8 (n, C, H, W)."""
         C, *size = self.shape
         with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-            return torch.stack(list(pool.map(lambda file: to_tensor(fit(
-                read_image(file, "L" if C == 1 else "RGB", self.ground), size)), self.files[rows])))
+            return torch.stack(list(pool.map(lambda file: read_tensor(
+                file, size, "L" if C == 1 else "RGB", self.ground), self.files[rows])))
 
     def check(self):
         """Warns when the images are nothing to learn from; see `warn_of_alike`."""
@@ -152,19 +141,16 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
     alone, which are then of one class; or in its folders train and test (`TESTS`) what it would hold itself.
     wanted, whole: as of `walk`.
     """
-    part = training_part(root, wanted)
-    found, *rest = find_classes(part, wanted, whole)
+    part, tests = parts_of(root, wanted)
+    found, left_out, empty = find_classes(part, wanted, whole)
     names = list(found)
-    if not train and part != root:
-        parts = [root / name for name in TESTS if (root / name).is_dir()]
-        for part in parts:
-            found, *rest = find_classes(part, wanted, whole)
-            if found.keys() <= set(names):
-                break
-        else:
-            raise UserError(f"{part / next(name for name in found if name not in names)} has no counterpart in "
-                            f"{root / 'train'}: both need the same classes; or move {part} away")
-    left_out, empty = rest
+    for part in [] if train else tests:
+        found, left_out, empty = find_classes(part, wanted, whole)
+        if found.keys() <= {*names}:
+            break
+    if strange := found.keys() - {*names}:
+        raise UserError(f"{part / min(strange)} has no counterpart in {root / 'train'}: both need the same classes; or "
+                        f"move {part} away")
     if part != root:
         left_out["classless file"] += len(list_files(root, wanted, left_out)[0])
     say_left_out(part, +left_out, empty)
@@ -191,24 +177,24 @@ def folder_of_classes(data_dir):
 
 def has_test_part(name, data_dir):
     """Whether the data set called `name` has images to test on: all have, but folders without train/ and test/."""
-    root = Path(data_dir)
-    return name != "folder" or (training_part(root) != root and any((root / part).is_dir() for part in TESTS))
+    return name != "folder" or bool(parts_of(Path(data_dir))[1])
 
 
-def training_part(root, wanted=is_image):
-    """What holds the folders of the classes to learn from: `root`, or its train/. Raises `UserError`.
+def parts_of(root, wanted=is_image):
+    """The folder in which the classes to learn from lie, `root` or its train/; and a list of those to test on, none if
+    it is `root`. Raises `UserError`.
 
-    A class may be called train: train/ is a part where no other folder of `root` but those of `TESTS` holds any file
+    A class may be called train: train/ is a part only if no other folder of `root` but those of `TESTS` holds a file
     that is `wanted`.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
-    if not (root / "train").is_dir():
-        return root
-    others = [folder for folder in list_files(root, wanted, collections.Counter())[1]
-              if folder.name not in ("train", *TESTS)]
+    folders = list_files(root, wanted, collections.Counter())[1]
+    others = [folder for folder in folders if folder.name not in ("train", *TESTS)]
     taken = (walk(folder, wanted, collections.Counter(), above=[os.path.realpath(root)]) for folder in others)
-    return root if any(next(files, None) for files in taken) else root / "train"
+    if not (root / "train").is_dir() or any(next(files, None) for files in taken):
+        return root, []
+    return root / "train", [root / name for name in TESTS if (root / name).is_dir()]
 
 
 def find_classes(folder, wanted=is_image, whole=None):

@@ -307,6 +307,11 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
+def read_tensor(path, size, mode, ground):
+    """One image file as uint8 (C, H, W), as `read_image` and `fit` make it. Raises `UserError`."""
+    return to_tensor(fit(read_image(path, mode, ground), size))
+
+
 def recolour(images, channels):
     """Images uint8 (N, C, H, W) with 1 channel, which weighs colours as Pillow does, or 3."""
     if images.shape[1] > channels:

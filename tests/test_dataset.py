@@ -601,7 +601,7 @@ def test_images_that_do_not_fit(mnist, tmp_path, monkeypatch):
         load_dataset("folder", folder, **flags)
         monkeypatch.setattr(sizes, "available_memory", lambda needed=needed: 2 * needed - 1)
         with monkeypatch.context() as patch, pytest.raises(UserError, match=words) as caught:
-            patch.setattr(folders, "read_image", None)
+            patch.setattr(folders, "read_tensor", None)
             load_dataset("folder", folder, **flags)
         assert "more than half of the" in str(caught.value)
     monkeypatch.setattr(sizes, "available_memory", lambda: 1.1e9)
