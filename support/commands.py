@@ -184,9 +184,9 @@ def run(main, memory="--batch-size", alone=False):
     Exit codes: 1 for bad input, for a file or a folder that the system refuses, and when memory runs out; 130 after
     Ctrl-C; 141 when nobody reads the output any more (`| head`).
     """
-    if alone and "TORCHELASTIC_RUN_ID" in os.environ:
-        if os.environ.pop("RANK", "0") != "0":
-            return  # without RANK, what it starts waits for no others; nor may what it calls: they have left
+    if alone and os.environ.pop("TORCHELASTIC_RUN_ID", None):  # what it starts waits for no others
+        if os.environ["RANK"] != "0":
+            return
         parallel = sys.modules.get("support.parallel")
         if parallel:
             parallel.RANK, parallel.WORLD = 0, 1

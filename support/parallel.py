@@ -14,21 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-
-def read_environment(environ):
-    """This process's rank and the number of processes. A RANK or WORLD_SIZE that some other program left there is not
-    torchrun's: that sets all four, and there is nobody to talk to without the last two."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(environ.get(name, "").strip() for name in names):
-        return 0, 1
-    try:
-        rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    except ValueError:
-        return 0, 1
-    return (rank, world) if 0 <= rank < world else (0, 1)
-
-
-RANK, WORLD = read_environment(os.environ)
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else a RANK there is some other program's
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 
 def join(device_name=None):
@@ -51,11 +38,6 @@ def join(device_name=None):
     return device
 
 
-def joined():
-    """Whether this process has joined others."""
-    return dist.is_available() and dist.is_initialized()
-
-
 @contextlib.contextmanager
 def one_for_all():
     """Wraps all that the processes do together, as a decorator or a block: when one dies, the others end with one clear
@@ -64,7 +46,7 @@ def one_for_all():
     try:
         yield
     except SystemExit as end:
-        if not joined():
+        if WORLD == 1 or not dist.is_initialized():
             raise
         code = end.code
     except RuntimeError as error:
@@ -74,10 +56,9 @@ def one_for_all():
             raise
         what = f"another of the {WORLD} processes is gone" if lost else f"the {WORLD} processes cannot work together"
         raise UserError(f"{what}: {first_line(error):.150}") from None
-    if joined():
+    if WORLD > 1 and dist.is_initialized():
         dist.destroy_process_group()
-        # DDP keeps gloo's threads alive. One that lets go of a tensor while Python takes itself down aborts the
-        # process: so that part is left out.
+        # DDP keeps gloo's threads alive. One that lets go of a tensor while Python ends would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

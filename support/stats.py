@@ -3,26 +3,18 @@
 from support.commands import UserError
 from support.files import write_atomically
 
-import zipfile
-
 import numpy as np
-
-LARGEST = 2048**2 * 16 + 1000  # bytes that a covariance takes at most, in the widest floats there are
 
 
 def read_stats(file, dims):
     """Mean (dims,), covariance (dims, dims) and number of images (None: not known) from a file of `save_stats` or of
     pytorch-fid, which calls them mu and sigma. Raises `UserError` when the file is neither, or of other dims."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
-        names = ("mu", "sigma") if "mu" in sizes else ("mean", "cov")
-        if not sizes.keys() >= {*names}:
-            raise UserError(f"{file} holds {', '.join(sizes) or 'nothing':.80}, but no mean and cov, or mu and sigma: "
-                            "perhaps features or pixels, and no statistics of images; give the folder of the images")
-        if any(sizes.get(name, 0) > LARGEST for name in (*names, "count", "dims")):
-            raise ValueError  # before it is unpacked, which a small file may be to any size
         with np.load(file, allow_pickle=False) as data:
+            names = ("mu", "sigma") if "mu" in data else ("mean", "cov")
+            if not {*data} >= {*names}:
+                raise UserError(f"{file} holds {', '.join(data) or 'nothing':.80}, but no mean and cov, or mu and "
+                                "sigma: perhaps features or pixels; give the folder of the images")
             mean, cov = (np.asarray(data[name], dtype=np.float64) for name in names)
             count = int(data["count"]) if "count" in data else None
             size = int(data["dims"]) if "dims" in data else len(mean)

@@ -414,16 +414,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 # What torchrun leaves, and what it does not
 
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-
-def test_the_environment_of_torchrun_and_what_is_none():
-    assert parallel.read_environment(TORCHRUN) == (1, 2)
-    assert parallel.read_environment({}) == (0, 1)
-    for name in TORCHRUN:
-        assert parallel.read_environment({key: value for key, value in TORCHRUN.items() if key != name}) == (0, 1)
-    for changes in ({"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "-1"}):
-        assert parallel.read_environment(TORCHRUN | changes) == (0, 1)
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+            "TORCHELASTIC_RUN_ID": "none"}
 
 
 @pytest.mark.parametrize(("name", "processes", "gpus", "wanted"), [
@@ -451,7 +443,7 @@ def test_each_process_has_a_gpu_of_its_own(name, processes, gpus, wanted, monkey
 
 def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
     process = command("train.py", *TINY, "--steps", 2, "--run-dir", tmp_path / "run", env=os.environ | {
-        "RANK": "1", "WORLD_SIZE": "4"})
+        name: value for name, value in TORCHRUN.items() if name != "TORCHELASTIC_RUN_ID"})
     assert process.returncode == 0 and "trained in" in process.stdout, process.stderr
     assert (tmp_path / "run" / "model.pth").exists()
 
@@ -459,7 +451,7 @@ def test_a_rank_left_in_the_environment_is_not_torchruns(command, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_work_for_one_process_is_done_once(rank, command, trained, tmp_path):
     """Two that write one file at the same time would get into each other's way."""
-    environment = os.environ | TORCHRUN | {"RANK": str(rank), "TORCHELASTIC_RUN_ID": "none"}
+    environment = os.environ | TORCHRUN | {"RANK": str(rank)}
     for name, *flags in (["demo.share", str(trained), str(tmp_path / "a.pth")],
                          ["inference", "--checkpoint", str(trained), "--out", str(tmp_path / "a.png")]):
         process = command(name, *flags, env=environment)
@@ -469,12 +461,12 @@ def test_work_for_one_process_is_done_once(rank, command, trained, tmp_path):
 
 def test_work_for_one_process_waits_for_no_others(monkeypatch):
     """The others have left: neither it nor what it starts may take torchrun's word that they are there."""
-    for name, value in {**TORCHRUN, "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+    for name, value in {**TORCHRUN, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(parallel, "WORLD", 2)
     seen = []
-    run(lambda: seen.append((parallel.RANK, parallel.WORLD, parallel.read_environment(os.environ))), alone=True)
-    assert seen == [(0, 1, (0, 1))]
+    run(lambda: seen.append((parallel.RANK, parallel.WORLD, "TORCHELASTIC_RUN_ID" in os.environ)), alone=True)
+    assert seen == [(0, 1, False)]
 
 
 def test_shares_cover_everything_once(monkeypatch):
