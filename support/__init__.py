@@ -1,7 +1,6 @@
 """What every command needs and no reader of the article looks for.
 
-Each command imports this package first. Importing it prepares the process for what must be settled before torch is
-imported, which takes a second or two, and imports that.
+Each command imports this package first. It prepares the process for torch, and imports it: that takes a second or two.
 """
 
 import atexit
@@ -14,8 +13,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 -- older Pythons can read this fil
     sys.exit(f"error: this needs Python 3.11 or newer, and this Python is {sys.version_info[0]}.{sys.version_info[1]}: "
              "make the environment with a newer one, such as python3.12 -m venv .venv")
 
-# Threads that wait for work spin at first: another program's thread waits for them, and they for it. This is the
-# shortest spin that costs nothing where the machine is ours alone (EXPERIMENTS.md). OpenMP reads it as torch loads it.
+# Threads that wait for work spin at first, which holds up other programs. This is the shortest spin that costs nothing
+# on a machine of our own (EXPERIMENTS.md). OpenMP reads it as torch loads it.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
@@ -29,8 +28,8 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
 
 
 def report(kind, error, traceback, report_other=sys.excepthook):
-    """Ctrl-C while the modules are still being imported, and a library that is not there, in one line instead of a
-    traceback. See `sys.excepthook`."""
+    """Says in one line, without a traceback, that Ctrl-C was pressed during the imports, or that a library is missing.
+    See `sys.excepthook`."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -43,27 +42,26 @@ def report(kind, error, traceback, report_other=sys.excepthook):
 
 sys.excepthook = report
 
-DONE = []  # of a command that has come to its end, a word
+DONE = []  # gets the name of a command that has succeeded
 
 
 @atexit.register
 def leave():
-    """Ends a command that has succeeded, after all that others have registered: without taking torch's libraries down,
-    for which the system would read 120 MB of them, and take a fifth of a second."""
+    """Ends a command that has succeeded at once, after all that others have registered: to unload torch's libraries
+    takes a fifth of a second."""
     if DONE:
-        with contextlib.suppress(Exception):  # where that fails, Python says so
+        with contextlib.suppress(Exception):  # if that fails, Python says so
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
 
 
-# Python searches hundreds of times for garbage while torch is imported, and later, and at the end, among all that torch
-# is made of, none of which is any: a fifth of the time to the first picture.
-if "torch" not in sys.modules and gc.isenabled():
+# Nothing that torch is made of becomes garbage. Without this, Python looks through it hundreds of times: a fifth of the
+# time to the first picture.
+if "torch" not in sys.modules:
     gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        gc.collect()  # frames that errors within it were raised in, and all that these hold
-        gc.freeze()
-        gc.enable()
+    import torch  # noqa: F401
+
+    gc.collect()  # what errors during the import have left
+    gc.freeze()
+    gc.enable()

@@ -21,18 +21,18 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake as a `UserError`, in one line, instead of printing its usage."""
 
-    def __init__(self, prog=None, **options):
-        name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of `python -m measure.score`
-        ours = name.startswith(("demo.", "edit.", "few.", "latent.", "measure.", "text.", "video."))
-        super().__init__(prog=prog or (f"python -m {name}" if ours else None), **options)
+    def __init__(self, **options):
+        name = getattr(sys.modules["__main__"].__spec__, "name", "")  # such as measure.score, with python -m
+        if name.startswith(("demo.", "edit.", "few.", "latent.", "measure.", "text.", "video.")):
+            options = {"prog": f"python -m {name}"} | options
+        super().__init__(**options)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
 def some_path(word):
-    """The type of a flag that names a file or a folder. An empty word, which an unset variable leaves, is not the
-    current folder, but a mistake."""
+    """The type of a flag that names a file or a folder. An empty word is a mistake: an unset variable leaves it."""
     if not word:
         raise argparse.ArgumentTypeError("is empty: name something, or leave it out")
     return Path(word)
@@ -91,8 +91,8 @@ def dtype_of(precision, device):
 
 @contextlib.contextmanager
 def in_full_precision():
-    """Within the block, or the function that it decorates, no gradients are kept, and cuDNN convolves float32 as such.
-    By default it rounds to TF32 where the GPU can, and what is measured would depend on the GPU."""
+    """Within the block, or the function that it decorates, no gradients are kept, and cuDNN convolves in float32. By
+    default it rounds to TF32 if the GPU can: a measurement would depend on the GPU."""
     import torch
 
     conv = torch.backends.cudnn.conv
@@ -105,9 +105,8 @@ def in_full_precision():
 
 
 def keep_memory():
-    """Makes the C library keep the memory that tensors of up to 32 MB free. Otherwise it returns it to the system and
-    gets it back page by page, which costs a quarter of a training step on CPUs, and half of sampling. Does nothing
-    without glibc."""
+    """Makes glibc keep the memory that tensors of up to 32 MB free. Otherwise it gets it back from the system page by
+    page, which takes a quarter of a training step on CPUs, and half of sampling."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks above get pages of their own; this is its upper limit
@@ -115,8 +114,7 @@ def keep_memory():
 
 
 def silence(*streams):
-    """From now on, what is written to these streams (1 standard output, 2 standard error) is lost without an error,
-    what waits to be flushed as well."""
+    """From now on, what is written to these streams (1 standard output, 2 standard error) is lost without an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in streams:
         os.dup2(nowhere, number)
@@ -125,14 +123,14 @@ def silence(*streams):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the block, Ctrl-C, SIGTERM and SIGHUP (a lost terminal) do not end the process: each is appended to the
-    list that this yields. A second one ends the process at once."""
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP (a lost terminal) do not end the process. Yields a list that gets
+    each. A second one ends the process at once."""
     received = []
 
     def note(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if number == HANGUP:  # nobody is there to read, and to write to a lost terminal is an error
+        if number == HANGUP:  # to write to a lost terminal is an error
             silence(1, 2)
             return
         with contextlib.suppress(OSError):
@@ -153,7 +151,7 @@ def catch_signals():
 def end_stopped(done, number, *script):
     """Ends a command that signal `number` stopped after `done` steps: says how to go on, and exits with 128 + number.
 
-    script: what stands between "python" and the flags; if nothing, how the command was called.
+    script: what stands between "python" and the flags; default: how the command was called.
     """
     words = [*(script or sys.argv[:1]), *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
     print(f"stopped after step {done:,}; go on with: {shlex.join(['python', *words])}")
@@ -161,15 +159,14 @@ def end_stopped(done, number, *script):
 
 
 def first_line(error, most=150):
-    """The first line of an exception's message, or its type if it has none; cut between two words if it is longer than
-    `most` characters."""
+    """The first line of an exception's message, or its type if it has none; at most `most` characters, cut between two
+    words."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= most else line[:most - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory ran out: numpy's, torch's on a GPU, CUDA's own and cuBLAS's, which torch
-    hands on, or torch's on the CPU."""
+    """Whether an exception of numpy, torch, CUDA or cuBLAS says that memory ran out."""
     signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
@@ -178,13 +175,12 @@ def is_out_of_memory(error):
 def run(main, memory="--batch-size", alone=False):
     """Calls `main()` as a command. Every end but success is at most one line on standard error, without a traceback.
 
-    memory: the flags that need less memory when they are lowered.
-    alone: it is work for one process; of those that torchrun started, the first does it.
-
+    memory: the flags to lower when memory runs out. alone: of several processes that torchrun started, the first does
+    the work.
     Exit codes: 1 for bad input, for a file or a folder that the system refuses, and when memory runs out; 130 after
     Ctrl-C; 141 when nobody reads the output any more (`| head`).
     """
-    if alone and os.environ.pop("TORCHELASTIC_RUN_ID", None):  # what it starts waits for no others
+    if alone and os.environ.pop("TORCHELASTIC_RUN_ID", None):  # nor does what it calls or starts wait for others
         if os.environ["RANK"] != "0":
             return
         parallel = sys.modules.get("support.parallel")
