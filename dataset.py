@@ -1,6 +1,7 @@
 """A data set as two tensors: every image as uint8 (N, C, H, W) and every label as int64 (N,), held in memory."""
 
 from support.commands import UserError, first_line
+from support.files import fingerprint
 from support.folders import Folder, Images, find_classes, parts_of
 from support.image_files import recolour, resize
 from support.sizes import as_size, demand_memory, pick, where_it_fits
@@ -9,7 +10,6 @@ from support.torchvision_data import TORCHVISION, read_torchvision
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import itertools
 import math
 import struct
@@ -43,10 +43,7 @@ class Dataset(Images):
     @property
     def fingerprint(self):
         """A hash (16 hexadecimal digits) of the classes' names, the labels and every pixel."""
-        digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
-        for tensor in (self.labels, self.images):
-            digest.update(tensor.contiguous().numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(repr((self.classes, self.images.shape)), self.labels, self.images)
 
     def load(self):
         return self

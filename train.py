@@ -298,7 +298,7 @@ def train(config, run_dir="run", resume=False, device=None, until=None, log=None
     if saved and len(saved["data"]) > 16:  # a hash of its teacher, and not a fingerprint of images
         raise UserError(f"{path} is a student: go on with it by python -m few.distill --resume")
     make_dir(run_dir)
-    with lock_dir(run_dir) if parallel.RANK == 0 else contextlib.nullcontext():
+    with lock_dir(run_dir):
         if not resume:
             open_run(run_dir)
         data = config.open_data(device)

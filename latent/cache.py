@@ -11,7 +11,7 @@ on from there.
 
 from support import parallel
 from support.commands import UserError, first_line
-from support.files import lock_dir, make_dir, write_atomically
+from support.files import fingerprint, lock_dir, make_dir, write_atomically
 from support.folders import Folder
 from support.pictures import psnr
 from support.sizes import pick, where_it_fits
@@ -90,7 +90,8 @@ class Latents:
         size = (len(images.labels), 2 if self.flips else 1, 2, *self.shape)
         identity = dict(format=FORMAT, vae=self.settings["vae_hash"], images=images.fingerprint, size=list(size),
                         image_shape=list(images.shape))
-        path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{hash_of(identity)[:12]}"
+        which = fingerprint(json.dumps(identity, sort_keys=True))[:12]
+        path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{which}"
         note = read_note(path, identity) or encode(images, vae, path, identity)
         self.rows, self.fingerprint = torch.from_numpy(open_array(path, size)), note["fingerprint"]
         check = check_of(self.rows)
@@ -127,14 +128,6 @@ def kept_distance(name, vae, images):
         if (kept["vae_hash"], kept["data"]) == (vae.hash_of(), images.fingerprint):
             return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
     return ""
-
-
-def hash_of(value, *others):
-    """A hash, 16 hexadecimal digits, of plain values and bytes."""
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
-    for other in others:
-        digest.update(other)
-    return digest.hexdigest()[:16]
 
 
 def read_note(path, identity):
@@ -174,7 +167,7 @@ def check_of(rows):
     """A hash of the latents, or of as many of them, evenly spaced, as `LOOKED_AT` allows."""
     count = max(1, min(len(rows), LOOKED_AT // rows[0].nbytes))
     picked = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
-    return hash_of(count, *(rows[i].numpy() for i in picked.tolist()))
+    return fingerprint(str(count), *(rows[i] for i in picked.tolist()))
 
 
 def encode(images, vae, path, identity):
@@ -185,7 +178,7 @@ def encode(images, vae, path, identity):
     with parallel.rank_0_first():
         if not parallel.RANK:
             make_dir(path)
-    with lock_dir(path) if parallel.RANK == 0 else contextlib.nullcontext():
+    with lock_dir(path):
         with parallel.rank_0_first():
             if not parallel.RANK:
                 reserve(path, size, blocks)
@@ -203,8 +196,8 @@ def encode(images, vae, path, identity):
         parallel.wait()
         if not parallel.RANK:
             rows = torch.from_numpy(open_array(path, size))
-            content = identity | {"fingerprint": hash_of([identity["vae"], images.classes, identity["size"]],
-                                                         images.labels.numpy(), *read_marks(path, blocks)),
+            what = json.dumps([identity["vae"], images.classes, identity["size"]])
+            content = identity | {"fingerprint": fingerprint(what, images.labels, *read_marks(path, blocks)),
                                   "psnr": round_trip(images, vae, rows), "check": check_of(rows)}
             write_atomically(path / "latents.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
             (path / "encoded").unlink()

@@ -9,13 +9,13 @@ The letters: B batch, C channels, H W pixels, h w latents, f = H / h.
 """
 
 from support.commands import UserError, first_line, in_full_precision
-from support.files import make_dir, write_atomically
+from support.files import fingerprint, make_dir, write_atomically
 from support.tensors import misfit, read_tensors
 
 import contextlib
 import functools
-import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -249,12 +249,9 @@ class VAE(nn.Module):
 
     def hash_of(self, *parts):
         """A hash (16 hexadecimal digits) of the settings and the weights of these children (default: all)."""
-        digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
-        for name, weight in sorted(self.state_dict().items()):
-            if not parts or name.partition(".")[0] in parts:
-                digest.update(name.encode())
-                digest.update(weight.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        weights = [(name, weight.cpu()) for name, weight in sorted(self.state_dict().items())
+                   if not parts or name.partition(".")[0] in parts]
+        return fingerprint(repr(sorted(self.settings.items())), *itertools.chain(*weights))
 
 
 def each_frame(function, x):

@@ -1,12 +1,16 @@
 """Folders and files on disk: checked before the work, locked, and written whole or not at all."""
 
+from support import parallel
 from support.commands import UserError, first_line
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 MARK = b"A Diffusion Transformer, from nothing"  # in each picture and page that this project writes
 
@@ -16,6 +20,14 @@ except ImportError:
     fcntl = None
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems say that have none, some network ones
+
+
+def fingerprint(*parts):
+    """A hash, 16 hexadecimal digits, of strings and of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
 
 
 def make_dir(path):
@@ -70,26 +82,23 @@ def check_output(path, own=MARK, inputs=()):
 
 @contextlib.contextmanager
 def lock_dir(path):
-    """Within the block the folder `path` is this process's: another that asks for it gets a `UserError`. The system
-    takes the lock away when the process ends, however it ends. Does nothing without flock: on Windows, and on
+    """Within the block the folder `path` is that of rank 0: another process that asks for it gets a `UserError`. The
+    system takes the lock away when the process ends, however it ends. Does nothing without flock: on Windows, and on
     file systems without it."""
-    if not fcntl:
+    if parallel.RANK or not fcntl:
         yield
         return
     lock = Path(path) / ".lock"
     try:
         file = lock.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             raise BlockingIOError  # whoever had it has just removed it, and another has made it anew
     except (BlockingIOError, FileNotFoundError):
         raise UserError(f"{path} is in use by another process: wait for it, or choose another folder") from None
     except OSError as error:
-        raise UserError(f"{lock} cannot be written: {error.strerror}") from None
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"{lock} cannot be written: {error.strerror}") from None
     with file:
         try:
             yield

@@ -2,13 +2,12 @@
 
 from support import parallel
 from support.commands import UserError
+from support.files import fingerprint
 from support.image_files import is_grey, is_image, list_files, opened, read_tensor, say_left_out, show_left_out, walk
 from support.sizes import as_size, demand_memory
 
 import collections
-import hashlib
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,12 +85,9 @@ class Folder(Images):
     @property
     def fingerprint(self):
         """A hash (16 hexadecimal digits) of the files' names, sizes and times, and of the images' shape."""
-        digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
-        digest.update(self.ground.removeprefix("black").encode())
-        for file in self.files:
-            state = file.stat()
-            digest.update(repr((file.relative_to(self.root).as_posix(), state.st_size, state.st_mtime_ns)).encode())
-        return digest.hexdigest()[:16]
+        states = [(file.relative_to(self.root).as_posix(), file.stat()) for file in self.files]
+        return fingerprint(repr((self.classes, self.shape)), self.ground.removeprefix("black"),
+                           *(repr((name, state.st_size, state.st_mtime_ns)) for name, state in states))
 
     def read(self, rows):
         """The images in this slice, uint8 (n, C, H, W)."""
@@ -129,8 +125,7 @@ def warn_of_alike(images, root):
         trouble = "are all the same"
     else:
         return
-    if not parallel.RANK:
-        print(f"warning: {len(images):,} of the images of {root}, spread over all, {trouble}", file=sys.stderr)
+    parallel.say(f"warning: {len(images):,} of the images of {root}, spread over all, {trouble}")
 
 
 def list_classes(root, train=True, wanted=is_image, whole=None):
@@ -156,9 +151,9 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
     say_left_out(part, +left_out, empty)
     for name, files in found.items():
         places = {place(file).parent for file in files}
-        if len(places) > 1 and not parallel.RANK:
-            print(f"{part / name}: what lies in its {len(places):,} folders, such as {max(places)}, is all of class "
-                  f"{name}", file=sys.stderr)
+        if len(places) > 1:
+            parallel.say(f"{part / name}: what lies in its {len(places):,} folders, such as {max(places)}, is all of "
+                         f"class {name}")
             break
     return found, names
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import stat
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +110,8 @@ def say_left_out(where, left_out, folders=()):
     if folders:
         parts.append(f"{len(folders):,} folder{'s' if len(folders) > 1 else ''}, in which it found nothing to read: "
                      f"{', '.join(folders[:8])}{' ...' if len(folders) > 8 else ''}")
-    if parts and not parallel.RANK:
-        print(f"{where}: left out {'; and '.join(parts)}", file=sys.stderr)
+    if parts:
+        parallel.say(f"{where}: left out {'; and '.join(parts)}")
 
 
 def list_images(folder):

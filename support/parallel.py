@@ -64,6 +64,12 @@ def one_for_all():
         os._exit(code)
 
 
+def say(text):
+    """Prints on standard error, by rank 0."""
+    if not RANK:
+        print(text, file=sys.stderr)
+
+
 def share(n):
     """This process's shard of n items, a slice."""
     return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)

@@ -2,16 +2,15 @@
 
 from support import parallel
 from support.commands import UserError
+from support.files import fingerprint
 from support.folders import ONE, Folder, folder_of_classes
 from support.image_files import is_image, say_left_out, walk
 from support.sizes import show_size
 
 import collections
 import dataclasses
-import hashlib
 import json
 import random
-import sys
 
 import torch
 
@@ -52,7 +51,7 @@ class Captioned(Clips):
     @property
     def fingerprint(self):
         found = f"{super().fingerprint} {self.captions.fingerprint} {self.captions.vocabulary} {self.captions.length}"
-        return hashlib.sha256(found.encode()).hexdigest()[:16]
+        return fingerprint(found)
 
     def to(self, device):
         return type(self)(super().to(device), self.captions)
@@ -93,7 +92,7 @@ class FileCaptions:
         self.vocabulary = {word: number for number, word in enumerate(found)}
         self.length, self.example = max(map(len, words)), next(filter(split_words, texts))
         self.numbers = [number_words(each, self.vocabulary, self.length) for each in words]
-        self.fingerprint = hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint(repr(texts))
 
     def __len__(self):
         return len(self.numbers)
@@ -174,9 +173,9 @@ def read_captions(root, files, left_out):
         raise UserError(f"no image in {root} has a caption: write each one's into a .txt of the same name, or all into "
                         f"{table}, a line like {SHAPE} for each")
     for which, what in ((missing, "no caption"), (empty, "an empty caption")):
-        if which and not parallel.RANK:
-            print(f"{len(which):,} of {len(files):,} images have {what}, such as {which[0]}: they are learned without",
-                  file=sys.stderr)
+        if which:
+            parallel.say(f"{len(which):,} of {len(files):,} images have {what}, such as {which[0]}: they are learned "
+                         "without")
     return [captions.get(file, "") for file in files]
 
 

@@ -2,13 +2,12 @@
 
 from support import parallel
 from support.commands import UserError
+from support.files import fingerprint
 from support.folders import LOOKED_AT, folder_of_classes, list_classes, place, warn_of_alike
 from support.image_files import SLOWEST, TINT, is_animation, is_image, is_video, list_files, read_clip
 from support.sizes import show_size
 
 import collections
-import hashlib
-import sys
 
 import torch
 from tqdm import tqdm
@@ -57,10 +56,7 @@ class Clips:
     @property
     def fingerprint(self):
         """As of a `Dataset`: of other clips, another."""
-        digest = hashlib.sha256(f"{self.frames.fingerprint} {self.T}".encode())
-        for tensor in (self.starts, self.lengths, self.labels):
-            digest.update(tensor.numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(f"{self.frames.fingerprint} {self.T}", self.starts, self.lengths, self.labels)
 
     def load(self):
         self.frames = self.frames.load()
@@ -117,9 +113,8 @@ def read_clips(config):
     size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
     videos = sum(is_video(path) for path, _ in listed if not isinstance(path, list))
-    if videos and not parallel.RANK:
-        print(f"{config.data_dir}: {1000 // SLOWEST} frames a second are taken of the {videos:,} videos",
-              file=sys.stderr)
+    if videos:
+        parallel.say(f"{config.data_dir}: {1000 // SLOWEST} frames a second are taken of the {videos:,} videos")
     for path, label in tqdm(listed, desc=f"reading {config.data_dir}", leave=False, disable=None):
         clip, _ = read_clip(path, size, mode, config.ground, held=held)
         if config.channels == 0 and (clip.amax(1) - clip.amin(1)).max() <= TINT:
@@ -133,8 +128,8 @@ def read_clips(config):
     T = config.image_size[0] if config.image_size else min(MOST, *(len(clip) for clip, *_ in clips))
     short = [path for clip, _, path in clips if len(clip) < T]
     if short:
-        print(f"{len(short):,} of {len(clips):,} clips have fewer than {T} frames and are left out, such as {short[0]}",
-              file=sys.stderr)
+        parallel.say(f"{len(short):,} of {len(clips):,} clips have fewer than {T} frames and are left out, such as "
+                     f"{short[0]}")
     kept = [(clip, label) for clip, label, _ in clips if len(clip) >= T]
     for label, name in enumerate(names):
         if not any(label == other for _, other in kept):

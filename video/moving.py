@@ -1,11 +1,11 @@
 """Clips of handwritten digits that move in straight lines and bounce off the walls, made anew at every step."""
 
 from support.commands import UserError
+from support.files import fingerprint
 from support.folders import Images
 from support.sizes import demand_memory, show_size
 
 import dataclasses
-import hashlib
 import math
 
 import torch
@@ -75,10 +75,8 @@ class Moving(Images):
     @property
     def fingerprint(self):
         """A hash of all that decides the clips; see `Dataset.fingerprint`."""
-        digest = hashlib.sha256(repr((self.classes, self.shape, MARGIN, SPEEDS)).encode())
-        for tensor in (self.images, self.shown, self.paces, self.labels):
-            digest.update(tensor.contiguous().numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(repr((self.classes, self.shape, MARGIN, SPEEDS)), self.images, self.shown, self.paces,
+                           self.labels)
 
     def load(self):
         return self
