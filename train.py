@@ -412,11 +412,11 @@ def say_end(done, stopped, run_dir, drawn_by="inference.py", script=()):
 
 
 @parallel.one_for_all()
-def main():
-    args = train_parser("Trains a diffusion transformer on images: MNIST unless told otherwise.").parse_args()
-    settings = PRESETS[args.preset or "default"] | given_flags(args, Config)
+def main(what="images: MNIST", of=Config, presets=PRESETS, train=train, script=()):
+    args = train_parser(f"Trains a diffusion transformer on {what} unless told otherwise.", of, presets).parse_args()
+    settings = presets[args.preset or "default"] | given_flags(args, of)
     done, stopped = train(settings, args.run_dir, args.resume, args.device)
-    say_end(done, stopped, args.run_dir)
+    say_end(done, stopped, args.run_dir, of.drawn_by, script)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,11 @@ def main():
     args.checkpoint = checkpoint_file(args.checkpoint)
     check_out(args.out, args.checkpoint)
     content = load_checkpoint(args.checkpoint, (*ANY, TextConfig))
-    ema, wide = {}, 0
-    for name, weight in content["ema"].items():
-        half = weight.half()
-        fits = bool(half.isfinite().all())
-        ema[name], wide = (half, wide) if fits else (weight, wide + 1)
-    config = content["config"]
+    halves, config = {name: weight.half() for name, weight in content["ema"].items()}, content["config"]
+    wide = [name for name, weight in halves.items() if not weight.isfinite().all()]
+    ema = halves | {name: content["ema"][name] for name in wide}
     changes, folder = {"data_dir": Config.data_dir}, None
-    if getattr(config, "vae", ""):  # a path of this machine concerns nobody; a VAE is looked for beside its checkpoint
+    if getattr(config, "vae", ""):  # without the path on this machine: a model looks for its VAE beside itself
         places = (Path(config.vae), Path(args.checkpoint).parent / config.vae)
         folder = next((place.resolve() for place in places if place.is_dir()), None)
         changes |= {"vae": folder.name if folder else config.vae, "latents": LatentConfig.latents}
@@ -45,9 +42,9 @@ def main():
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")
     if wide:
-        print(f"{wide} of {len(ema)} tensors hold numbers that half precision cannot, and stay as they are")
+        print(f"{len(wide)} of {len(ema)} tensors hold numbers that half precision cannot, and stay as they are")
     if folder and folder.parent != Path(args.out).resolve().parent:
-        print(f"it draws with its VAE, which is looked for beside it: cp -r {shlex.quote(str(folder))} "
+        print(f"it draws with its VAE, and looks for it beside itself: cp -r {shlex.quote(str(folder))} "
               f"{shlex.quote(str(Path(args.out).parent))}/")
 
 

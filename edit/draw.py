@@ -32,7 +32,7 @@ CHANGES = ("edit", "strength", "inpaint", "mask", "morph", "to_seed")  # the fla
 
 
 def check_changes(args):
-    """Raises `UserError` unless the flags that change a picture, complete one or morph go together."""
+    """Raises `UserError` unless the flags `CHANGES` go together."""
     kinds = [name for name in ("edit", "inpaint", "morph") if getattr(args, name) is not None]
     if len(kinds) > 1:
         raise UserError(f"--{kinds[0]} and --{kinds[1]} are two things: do one after the other")
@@ -42,8 +42,8 @@ def check_changes(args):
     if not kinds:
         raise UserError("say what to do: --edit PICTURE, --inpaint PICTURE --mask PICTURE, or --morph A:B")
     if args.inpaint is not None and args.mask is None:
-        raise UserError("--inpaint needs --mask: a picture that is black where --inpaint's is kept, and white where it "
-                        "is drawn anew")
+        raise UserError("--inpaint needs --mask, a picture: black where --inpaint's is kept, and white where it is "
+                        "drawn anew")
     if args.strength is not None and not 0 < args.strength <= 1:
         raise UserError(f"--strength {args.strength:g}: must lie between 0, which would change nothing, and 1, which "
                         "keeps nothing")
@@ -79,11 +79,11 @@ def prepare(model, config, args, frames):
 
 
 def read_picture(path, config, mask=None):
-    """A picture, or the first frames of a clip, as the model of `config` sees images, (1, C, *size), and which of it is
-    known by the picture `mask`, bool (1, 1, *size): what is black there, in every frame. Without a mask None.
+    """A picture, or the first frames of a clip, in the size and the channels of the model of `config`, floats (1, C,
+    *size); and what of it is known, bool (1, 1, *size), or None without a mask. It is known where the picture `mask` is
+    black, in every frame.
 
-    Both are brought to the model's size from the centre; a mask of another size is first stretched over the picture.
-    Raises `UserError`.
+    Both are cropped at the centre. A mask of another size is first stretched over the picture. Raises `UserError`.
     """
     *frames, height, width = config.image_size
     (clip, size), count = read_given(path, config, still=not frames), math.prod(frames)
@@ -97,13 +97,13 @@ def read_picture(path, config, mask=None):
     known = known.view(1, 1, *[1] * len(frames), height, width)
     if known.all() or not known.any():
         raise UserError(f"{name_of(mask)} is {'black' if known.all() else 'white'} all over the part that the model "
-                        "sees: let it be black where the picture is kept, and white where it is drawn anew")
+                        "sees: make it black where the picture is kept, and white where it is drawn anew")
     return picture, known
 
 
 def add_labels_between(model, first, last, count):
-    """Gives a `DiT`, in place, other labels: 0..count-1, which lead from its label `first` to its label `last`. Their
-    embeddings lie on a straight line."""
+    """Replaces the labels of a `DiT`, in place, by 0..count-1. Their embeddings lie on a straight line from that of its
+    label `first` to that of its label `last`."""
     table = model.label_embedding.weight
     rows = torch.stack([torch.lerp(table[first].float(), table[last].float(), i / (count - 1)) for i in range(count)])
     rows = torch.cat([rows.to(table.dtype), table[model.null_label, None]])
@@ -111,19 +111,14 @@ def add_labels_between(model, first, last, count):
 
 
 def morphing_noise(count, to_seed, seed, indices, *rest):
-    """`noise_source` for rows of `count` images: in row k all have the noise of image k of `seed`, or lead from there
-    to that of `to_seed`."""
-    rows, places = [i // count for i in indices], [i % count / (count - 1) for i in indices]
+    """`noise_source` for rows of `count` images. All images of row k have the noise of image k of `seed`, or lead from
+    it to the noise of image k of `to_seed`."""
+    rows, shares = [i // count for i in indices], [i % count / (count - 1) for i in indices]
     here = noise_source(seed, rows, *rest)
     if to_seed is None:
         return here
     there = noise_source(to_seed, rows, *rest)
-
-    def noise():
-        a, b = here(), there()
-        return between(a, b, torch.tensor(places, device=a.device))
-
-    return noise
+    return lambda: between(here(), there(), shares)
 
 
 def draw(labels=None, count=1, **settings):
@@ -147,14 +142,14 @@ def parse_args():
                             ClipConfig, "8; with --strip, and of clips, 1",
                             "draw the denoising of each image, or the frames of each clip, from left to right",
                             "animate the denoising of the grid; clips are animated anyway")
-    parser.add_argument("--edit", type=some_path, metavar="PICTURE", help="draw the labels onto this picture: noise "
-                        "it, and denoise it as what they ask for (SDEdit, 2108.01073)")
+    parser.add_argument("--edit", type=some_path, metavar="PICTURE", help="change this picture into the labels: noise "
+                        "it, and denoise it towards them (SDEdit, 2108.01073)")
     parser.add_argument("--strength", type=float, help="how much of --edit's picture is drawn anew, above 0 and at "
                         f"most 1, all of it (default: {STRENGTH})")
     parser.add_argument("--inpaint", type=some_path, metavar="PICTURE", help="complete this picture where --mask is "
                         "white; the rest of it stays as it is (RePaint, 2201.09865; four times the network calls)")
-    parser.add_argument("--mask", type=some_path, metavar="PICTURE",
-                        help="picture that is black where --inpaint's is known")
+    parser.add_argument("--mask", type=some_path, metavar="PICTURE", help="picture that is black where --inpaint's is "
+                        "kept")
     parser.add_argument("--morph", metavar="A:B", help="draw the way from one label to another, 3:8 or cat:dog, as a "
                         "strip, or with --gif there and back")
     parser.add_argument("--to-seed", type=int, metavar="SEED", help="end of --morph: go from --seed to this seed as "

@@ -3,12 +3,9 @@
     python -m latent.train_dit --vae vae_sprites --hidden-size 80 --steps 12000 --run-dir run_sprites
 """
 
-from support import parallel
 from support.commands import run
-from support.settings import given_flags
 
 import train as root
-from config import PRESETS
 from latent.config import LatentConfig
 
 
@@ -17,13 +14,9 @@ def train(config, *args, **options):
     return root.train(config, *args, of=LatentConfig, **options)
 
 
-@parallel.one_for_all()
 def main():
-    args = root.train_parser("Trains a diffusion transformer on latents, or on images in colour: the sprites unless "
-                             "told otherwise.", LatentConfig).parse_args()
-    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, LatentConfig), args.run_dir,
-                          args.resume, args.device)
-    root.say_end(done, stopped, args.run_dir, LatentConfig.drawn_by, ("-m", "latent.train_dit"))
+    root.main("latents, or on images in colour: the sprites", LatentConfig, train=train,
+              script=("-m", "latent.train_dit"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clips in the place of images: which data sets have any, and those in files."""
+"""Data sets of clips: moving digits, sprites in motion, and the clips in a user's files."""
 
 from support import parallel
 from support.commands import UserError
@@ -17,14 +17,14 @@ from latent.cache import open_data
 from latent.sprites import CELL, FRAMES, load_images
 from video.moving import load_moving
 
-MOST = 16  # frames of a clip, where the user says nothing and none is shorter
+MOST = 16  # frames that are learned from at once, unless the user says otherwise or a clip is shorter
 
 
 class Clips:
-    """In the place of a `Dataset`: clips, each a run of consecutive images of another data set.
+    """Takes the place of a `Dataset`: each clip is a run of consecutive images of another data set.
 
-    frames: a `Dataset` of all frames, or their `Latents`. starts, lengths: int64 (N,), where clip k begins among them,
-    and how many it has. labels: int64 (N,). T: how many are learned from at once, anywhere in the clip.
+    frames: a `Dataset` of all frames, or their `Latents`. starts, lengths: int64 (N,), the first frame of each clip and
+    the number of its frames. labels: int64 (N,). T: how many frames are learned from at once, anywhere in the clip.
     """
 
     def __init__(self, name, frames, starts, lengths, labels, T):
@@ -42,20 +42,19 @@ class Clips:
 
     @property
     def settings(self):
-        """As of a `Dataset`, with frames wherever there is a size."""
+        """Those of a `Dataset`, with the frames in each size."""
         found = dict(self.frames.settings)
         latent = dict(latent_shape=self.shape) if "latent_shape" in found else {}
         return found | dict(dataset=self.name, image_size=(self.T, *found["image_size"])) | latent
 
     @property
     def summary(self):
-        least, most = self.lengths.min(), self.lengths.max()
-        lengths = f"{most}" if least == most else f"{least} to {most}"
+        lengths = " to ".join(map(str, sorted({self.lengths.min().item(), self.lengths.max().item()})))
         return f"{len(self.labels):,} clips of {lengths} frames, {self.T} at a time; {self.frames.summary}"
 
     @property
     def fingerprint(self):
-        """As of a `Dataset`: of other clips, another."""
+        """A hash of all that decides the clips; see `Dataset.fingerprint`."""
         return fingerprint(f"{self.frames.fingerprint} {self.T}", self.starts, self.lengths, self.labels)
 
     def load(self):
@@ -67,7 +66,7 @@ class Clips:
         return Clips(self.name, self.frames.to(device), *numbers, self.T)
 
     def at(self, size):
-        """The same in another size (T, H, W): with fewer frames."""
+        """The same clips in another size (T, H, W), with fewer frames. Raises `UserError`."""
         T, *rest = size
         if tuple(rest) != self.frames.shape[1:] or self.lengths.min() < T:
             raise UserError(f"sizes hold {show_size(size)}, but the frames of these clips are "
@@ -75,8 +74,7 @@ class Clips:
         return Clips(self.name, self.frames, self.starts, self.lengths, self.labels, T)
 
     def x_0(self, index, part, generator):
-        """What a network learns from: of clips `index`[`part`] T frames each, floats (b, C, T, H, W), or their latents;
-        see `Dataset.x_0`."""
+        """T frames of each clip of `index`[`part`], floats (b, C, T, H, W), or latents; see `Dataset.x_0`."""
         late = torch.rand(len(index), generator=generator, device=index.device) * (self.lengths[index] - self.T + 1)
         first = self.starts[index] + late.long()                                                       # (B,)
         frames = (first[:, None] + torch.arange(self.T, device=index.device)).flatten()                # (B T,)
@@ -86,12 +84,12 @@ class Clips:
 
 
 def is_clip(path):
-    """Whether a file's name ends as those of clips do: images and videos."""
+    """Whether a file's name ends as an image's or a video's."""
     return is_image(path) or is_video(path)
 
 
 def find_frames(folder, left_out):
-    """The images in a folder that is a clip, a list; None if the folder is no clip: it holds no image, or clips."""
+    """The images in a folder that is a clip, a list; None if it is no clip, since it holds no image, or clips."""
     counted = collections.Counter()
     files, folders = list_files(folder, is_image, counted)
     if not files or is_animation(files[0]):
@@ -101,13 +99,12 @@ def find_frames(folder, left_out):
 
 
 def read_clips(config):
-    """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the starts, the lengths and the
-    labels of `Clips`, and T.
+    """The clips in the files of `config.data_dir`: all their frames, a `Dataset`, and the other arguments of `Clips`.
 
     The clips lie in the folders of their classes, see `list_classes`: videos, animations and folders of images. T and
     the frames' size are those of `config.image_size`; (): as many frames as the shortest clip has, but at most MOST,
-    and the first clip's shorter side. A clip with fewer frames than T is left out, after saying so on standard error.
-    All are grey if each is, unless `config.channels` says otherwise. Raises `UserError`.
+    and the first clip's shorter side. Shorter clips than T are left out, which is said on standard error. The frames
+    are grey if all clips are, unless `config.channels` says otherwise. Raises `UserError`.
     """
     found, names = list_classes(folder_of_classes(config.data_dir), wanted=is_clip, whole=find_frames)
     size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0

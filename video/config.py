@@ -1,4 +1,4 @@
-"""The settings of a run on clips: those of `LatentConfig`, and what only moves."""
+"""The settings of a run on clips: those of `LatentConfig`, and those that only clips have."""
 
 from support.commands import UserError
 from support.settings import flag
@@ -25,7 +25,7 @@ class ClipConfig(LatentConfig):
     image_size: tuple = flag((), "frames, height and width of the clips: 16x32x32; 0 = as the data set has them", 1,
                              LARGEST, read=as_size)
     digits: int = flag(1, "digits per clip of --dataset moving: 1, or 2 (half of the clips then still show one)", 1, 2)
-    speeds: bool = flag(False, "labels of --dataset moving also say slow or fast")
+    speeds: bool = flag(False, "the labels of --dataset moving also say slow or fast")
     sizes: tuple = flag((), "more sizes to learn, such as 1x32x32,16x32x64: each batch has one of these or image_size",
                         1, LARGEST, read=as_sizes)
 
@@ -33,12 +33,10 @@ class ClipConfig(LatentConfig):
     patch_size: tuple = flag((), "frames, height and width of a patch: 2x8x8; 0 = a quarter of each", 1, LARGEST,
                              read=as_size)
     rope: bool = flag(False, "rotary positions (2104.09864) as well: attention sees how far apart two patches are")
-
     qk_norm: bool = flag(False, "normalise the queries and keys of attention (2302.05442)")
 
     # Training
-    motion: float = flag(0.0, "weight in the loss of how the error changes from frame to frame, for even motion", 0,
-                         1000)
+    motion: float = flag(0.0, "weight of the error's change from frame to frame in the loss, for even motion", 0, 1000)
     given: float = flag(0.0, "share of clips in which some frames are shown clean (needed for --extend)", 0, 1)
 
     def check(self):
@@ -46,20 +44,20 @@ class ClipConfig(LatentConfig):
         for size in self.sizes if type(self.sizes) is tuple else [self.sizes]:
             self.check_size("sizes", size)
         if self.sizes and self.latent_shape:
-            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels have several")
+            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels can have several sizes")
         if self.sizes and self.patch_size and self.image_size and any(
                 n % p for n, p in zip(self.largest, self.patch_size, strict=True)):
             raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {show_size(self.largest)}, the "
                             "largest of the sizes along each axis")
         if (self.given or self.motion) and self.variance == "learned":
-            raise UserError("--given and --motion go only with a fixed variance: leave them or --variance out")
+            raise UserError("--given and --motion need a fixed variance: leave them or --variance out")
         if self.rope and self.hidden_size // self.num_heads % 2:
             raise UserError(f"rope turns pairs of channels, but a head has {self.hidden_size // self.num_heads}: set "
                             "hidden_size or num_heads, or --no-rope")
 
     @property
     def largest(self):
-        """The largest number along each axis of all the sizes that the network sees."""
+        """The largest frames, height and width of all the sizes that the network sees."""
         return tuple(map(max, zip(self.input_shape[1:], *self.sizes, strict=True)))
 
     def network_options(self):
@@ -81,18 +79,18 @@ class ClipConfig(LatentConfig):
         return CLIPS[self.dataset](self, device)
 
 
-# More noise, since 16 frames tell more of a digit than one
+# The shift makes more noise: 16 frames show more of a digit than one does.
 MOVING = dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.0, batch_size=32, given=0.3,
               sample_steps=8, guidance=2.0)
 PRESETS = {
     "default": {},
     "moving": MOVING,
-    # What made weights/moving.pth, on a GPU
+    # weights/moving.pth was made with these, on a GPU.
     "moving-large": MOVING | dict(hidden_size=256, batch_size=64, lr=3e-3, qk_norm=True, motion=2.0, sample_steps=6),
-    # As large as the standard benchmark's (1502.04681), with one or two digits: for a GPU.
+    # Clips as large as the standard benchmark's (1502.04681), with one or two digits: for a GPU
     "moving-64": dict(dataset="moving", image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
                       num_heads=6, rope=True, shift=9.0, given=0.3, sample_steps=16, guidance=2.0, steps=20_000,
                       lr=2e-3),
 }
-# All kinds of models, for the rulers that score any
+# The kinds of models that a command takes which is for images and clips
 ANY = (Config, LatentConfig, ClipConfig)

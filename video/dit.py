@@ -19,9 +19,9 @@ def fill_patches(x, patch):
 
 
 def rotations(grid, head_size, base=100.0):
-    """By what rotary positions turn the queries and keys of a grid's patches (`rotate`): cosines and sines of
-    (2, *grid, head_size / 2) angles: each axis has an equal share, and the first axis also the rest. The
-    base is small, as for images (2403.13298), since there are few patches along an axis."""
+    """The angles by which `rotate` turns the queries and keys of a grid's patches, as cosines and sines (2, *grid,
+    head_size / 2). Each axis has an equal share of the angles, and the first axis also the rest. The base is small, as
+    for images (2403.13298), since there are few patches along an axis."""
     half, axes = head_size // 2, len(grid)
     shares = [half - (axes - 1) * (half // axes), *[half // axes] * (axes - 1)]
     places = torch.meshgrid(*map(count_to, grid), indexing="ij")                                     # each (*grid)
@@ -31,17 +31,17 @@ def rotations(grid, head_size, base=100.0):
 
 
 def rotate(x, rotation):
-    """Queries or keys x (B, h, N, D/h) with each pair of channels (i, i + D/2h) turned by an angle that their token's
-    place says (RoFormer, 2104.09864, equation 34): the product of the two then knows how far apart these tokens are.
-    rotation: cosines and sines of the angles, (2, N, D/2h)."""
+    """Turns each pair of channels (i, i + D/2h) of queries or keys x (B, h, N, D/h) by an angle that depends on the
+    token's place (RoFormer, 2104.09864, equation 34). The product of a query and a key then depends on how far apart
+    their tokens are. rotation: cosines and sines of the angles, (2, N, D/2h)."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class RotaryAttention(Attention):
-    """`Attention` whose queries and keys are turned by their places, where these are given. forward: x (B, N, D),
-    rotation (2, N, D/2h), see `rotate` -> (B, N, D)
+    """`Attention` with queries and keys that are turned by their places, if it is given a rotation. forward: x (B, N,
+    D), rotation (2, N, D/2h), see `rotate` -> (B, N, D)
 
     qk_norm: divides each query and key by its root mean square first (2302.05442), and learns the scale of the queries.
     """
@@ -63,11 +63,11 @@ class RotaryAttention(Attention):
 
 
 class ClipDiT(DiT):
-    """A `DiT` of clips. forward: as `DiT`, for an x (B, C, T, H, W) of any size up to `input_size`: a shorter clip, one
-    frame. Raises ValueError when it is larger.
+    """A `DiT` of clips. forward: as `DiT`, for an x (B, C, T, H, W) of any size up to `input_size`, such as a shorter
+    clip or one frame. Raises ValueError when x is larger.
 
     rope: rotary positions (2104.09864) in attention, beside those of the patch embedding. qk_norm: see
-    `RotaryAttention`. attention: instead of that.
+    `RotaryAttention`. attention: another class in its place.
     """
 
     def __init__(self, *args, rope=False, qk_norm=False, attention=None, **options):
@@ -97,5 +97,5 @@ class ClipDiT(DiT):
         return unpatchify(x, self.patch, grid).to(dtype)[(..., *map(slice, size))]  # (B, C, *size)
 
     def condition(self, t, y, *rotation):
-        """What the blocks see beside the tokens: c (B, D), and what their attention takes."""
+        """What the blocks get beside the tokens: c (B, D), and the further arguments of their attention."""
         return self.time_embedding(t) + self.label_embedding(y), *rotation

@@ -21,12 +21,12 @@ from video.config import ClipConfig
 from video.given import complete
 
 FRAME = 100  # milliseconds that a clip shows each of its frames
-LONGER = ("extend", "before", "between", "loop", "frames")  # the flags that make clips longer
+LONGER = ("extend", "before", "between", "loop", "frames")  # flags that make clips longer
 
 
 def check_flags(config, args):
-    """Raises `UserError` unless the flags go together, and the model can do what they ask for. Returns which of
-    `LONGER` are given."""
+    """Returns the names of the `LONGER` flags that are given. Raises `UserError` unless all flags go together, and the
+    model can do what they ask for."""
     longer = [name for name in LONGER if getattr(args, name) is not None]
     if len(longer) > 1 and (longer[-1] != "frames" or longer[0] in ("between", "loop")):
         raise UserError(f"--{longer[0]} and --{longer[1]} do not go together: do one after the other")
@@ -58,10 +58,10 @@ def read_given(path, config, still=False):
 
 
 def draw_window(model, config, y, before, after, number=0):
-    """Draws the frames that lie between the clips `before` and `after`, both (B, C, t, H, W). The model is shown the
-    nearest frames of both, at most half of its own: it draws (B, C, T / 2, H, W), or more if fewer are given.
+    """Draws the frames between the clips `before` and `after`, both (B, C, t, H, W), for labels y (B,). The model is
+    shown their nearest frames, at most half of its T: it draws (B, C, T / 2, H, W), or more if fewer are given.
 
-    y: labels (B,). number: of the window, each of which has its own noise.
+    number: of the window; each window has its own noise.
     """
     T = config.input_shape[1]
     most = T // 2 if min(before.shape[2], after.shape[2]) == 0 else T // 4
@@ -116,13 +116,13 @@ def parse_args():
                             "here are the model's own.", ClipConfig, "1",
                             "draw the frames of each clip, from left to right",
                             "animate the clips, as without this flag")
-    parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="draw clips of another size that the "
-                        "model has learned (video.train_dit --sizes)")
+    parser.add_argument("--size", type=as_size, default=(), metavar="TxHxW", help="draw clips of another size, which "
+                        "the model has learned (video.train_dit --sizes)")
     for name, count, metavar, text in (
             ("extend", None, "CLIP", "draw how this clip, or picture, goes on"),
-            ("before", None, "CLIP", "draw what leads to this clip"),
-            ("between", 2, ("CLIP", "CLIP"), "draw what leads from the first clip to the second"),
-            ("loop", None, "CLIP", "draw what leads from the end of this clip to its beginning")):
+            ("before", None, "CLIP", "draw what happens before this clip"),
+            ("between", 2, ("CLIP", "CLIP"), "draw the way from the first clip to the second"),
+            ("loop", None, "CLIP", "draw the way from the end of this clip to its beginning")):
         parser.add_argument(f"--{name}", type=some_path, nargs=count, metavar=metavar, help=text)
     parser.add_argument("--frames", type=int, help="length of the clips, frames; it may exceed the length trained on")
     return parser.parse_args()

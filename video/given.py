@@ -1,4 +1,4 @@
-"""Frames that are given: which ones a network is shown clean, its loss, and how the rest is drawn."""
+"""Frames that are given: a network is shown them clean in training, and draws the other frames of a clip."""
 
 import torch
 
@@ -20,11 +20,11 @@ def given_frames(B, T, share, generator):
 
 
 def losses(process, model, x_0, t, y, noise, known, loss="l2", motion=0.0):
-    """`Process.losses` of a network that sees what is `known`, bool (broadcasts over x_0), without noise and need not
-    predict it (RaMViD, 2206.07696); not all of a clip.
+    """`Process.losses` of a network that is shown what is `known` without noise, and need not predict it (RaMViD,
+    2206.07696). known: bool, broadcasts over x_0; some of each clip is not known.
 
-    motion: the weight of the squares (l1: sizes) of that error's differences from frame to frame: what errs alike in
-        all frames moves evenly (as in the gradient difference loss of 1511.05440, in time).
+    motion: the weight of a second term, the squares (l1: sizes) of the error's differences from frame to frame. With it
+        errors become alike in all frames, and motion even (the gradient difference loss of 1511.05440, in time).
     """
     x_t, _ = process.forward_add_noise(x_0, t, noise)
     output = model(torch.where(known, x_0, x_t), t, y)

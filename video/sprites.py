@@ -1,4 +1,4 @@
-"""How good are clips of sprites? All real clips are known: a drawn one is compared with the nearest of them."""
+"""Scores clips of sprites. All real clips are known: each drawn clip is compared with the nearest one."""
 
 import torch
 
@@ -7,10 +7,10 @@ from dataset import resize
 from latent.sprites import CHARACTERS, FRAMES, TRAINING_CHARACTERS, load_images, split_characters
 from measure.score import nearest, share
 
-SIDE = 16  # pixels: clips are compared in this size
+SIDE = 16  # pixels, the sides of the frames that are compared
 CHOICES = 6  # of each part
-PARTS = ("body", "trousers", "top", "hair")  # of a character, in the order that its number is made of
-FIGURES = {  # what is measured: how it is written
+PARTS = ("body", "trousers", "top", "hair")  # the digits of a character's number, in base `CHOICES`
+FIGURES = {  # {name: (title, format)}
     "action": ("action and direction as asked, of all clips", "{:.1%}"),
     **{part: (f"the same {part} in every frame, of all clips", "{:.1%}") for part in PARTS},
     "character": ("all four the same in every frame, of all clips", "{:.1%}"),
@@ -22,7 +22,7 @@ FIGURES = {  # what is measured: how it is written
 
 
 def parts_of(characters):
-    """Which body, trousers, top and hair characters of these numbers have, int64 (..., 4)."""
+    """The choices of body, trousers, top and hair of the characters of these numbers, int64 (..., 4)."""
     powers = CHOICES ** torch.arange(len(PARTS) - 1, -1, -1)
     return characters[..., None] // powers % CHOICES
 
@@ -33,7 +33,8 @@ def as_pixels(values):
 
 
 class SpriteJudge:
-    """All clips of all characters, for drawn ones to be held against: uint8 in `data_dir`, with this many channels."""
+    """Scores clips of sprites against all clips of all characters, which are read from `data_dir` with this many
+    channels."""
 
     figures = FIGURES
 
@@ -48,21 +49,21 @@ class SpriteJudge:
             self.gallery[order] = data.images.view(len(order), *self.gallery.shape[1:])
             self.training[order] = train
 
-    def real_clips(self, count, size, seed=0):
+    def real_clips(self, count, size):
         """`count` clips of test characters, uint8 (N, C, 8, H, W) of `size` (H, W), and their labels."""
         data = load_images("sprites", self.data_dir, False, size, self.channels)
         clips = data.images.unflatten(0, (-1, FRAMES))
-        index = torch.randint(len(clips), (count,), generator=torch.Generator().manual_seed(seed))
+        index = torch.randint(len(clips), (count,), generator=torch.Generator().manual_seed(0))
         return clips[index].movedim(1, 2), data.labels[::FRAMES][index]
 
     def find(self, frames):
-        """The nearest of all clips to each of `frames`, uint8 (N, 8, D): its character and its kind, each (N,)."""
+        """The character and the kind (N,) of the real clip that is nearest to each of `frames`, uint8 (N, 8, D)."""
         _, index = nearest(as_pixels(frames.flatten(1)), as_pixels(self.gallery.flatten(0, 1).flatten(1)))
         return index // self.kinds, index % self.kinds
 
     def characters(self, frames, labels):
-        """The number (N, 8) of the character that is nearest to each of `frames`, uint8 (N, 8, D), among all that do
-        what the `labels` (N,) ask for at that time."""
+        """The number (N, 8) of the character that is nearest to each of `frames`, uint8 (N, 8, D), among all characters
+        that do what the `labels` (N,) ask for, at the same time."""
         numbers = torch.empty(frames.shape[:2], dtype=torch.int64)
         for label in labels.unique().tolist():
             rows = labels == label
@@ -71,7 +72,7 @@ class SpriteJudge:
         return numbers
 
     def score(self, clips, labels):
-        """The `FIGURES` of clips uint8 (N, C, 8, H, W) that were asked to show `labels`, a dict of floats."""
+        """The `FIGURES` of clips uint8 (N, C, 8, H, W) that should show `labels`, a dict of floats."""
         N = len(clips)
         frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, FRAMES, -1)
         character, kind = self.find(frames)

@@ -6,7 +6,6 @@
 from support import parallel
 from support.commands import run
 from support.pictures import frames_of, grid, save_animation
-from support.settings import given_flags
 
 import functools
 
@@ -53,13 +52,8 @@ def train(config, *args, **options):
     return root.train(config, *args, learn=learn, show=show, of=ClipConfig, **options)
 
 
-@parallel.one_for_all()
 def main():
-    args = root.train_parser("Trains a diffusion transformer on clips: moving digits unless told otherwise.",
-                             ClipConfig, PRESETS).parse_args()
-    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, ClipConfig), args.run_dir, args.resume,
-                          args.device)
-    root.say_end(done, stopped, args.run_dir, ClipConfig.drawn_by, ("-m", "video.train_dit"))
+    root.main("clips: moving digits", ClipConfig, PRESETS, train, ("-m", "video.train_dit"))
 
 
 if __name__ == "__main__":
