@@ -1,4 +1,4 @@
-"""The captions of the sprites, made of their parts: several wordings, in English and Chinese."""
+"""The captions of the sprites. They name the sprites' parts, in several wordings, in English and Chinese."""
 
 import numpy as np
 
@@ -33,12 +33,12 @@ DOING = {
 OPENINGS = {"english": ("", "", "a figure ", "a character "), "chinese": ("", "", "人物")}
 KINDS = [(action, direction) for action in ACTIONS for direction in DIRECTIONS]
 SIDES = {"english": ("on the left: ", "on the right: "), "chinese": ("左边：", "右边：")}
-PARTNERS = 10  # figures that each may have beside it
+PARTNERS = 10  # figures that may stand beside each figure
 EXAMPLE = "purple hair, white shirt, green trousers, walks left"
 
 
 def look_of(character):
-    """`video.sprites.parts_of` of one number: which body, trousers, top and hair."""
+    """The choices of body, trousers, top and hair of a character: `video.sprites.parts_of` for one number, a list."""
     return [character // CHOICES**i % CHOICES for i in range(len(PARTS) - 1, -1, -1)]
 
 
@@ -48,10 +48,11 @@ def look_phrase(form, colour, noun):
 
 
 def sprite_caption(looks, kind, draw, whole=False, language=None):
-    """A sentence about a sprite: its choice of each of `PARTS` and the number of its action and direction (`KINDS`).
+    """A sentence about a sprite. looks: its choice of each of `PARTS`. kind: its action and direction, the number of
+    `KINDS`.
 
-    draw: a `random.Random` that chooses language, wording, order, and what half of the sentences leave out. whole: they
-    leave out nothing.
+    draw: a `random.Random` that chooses language, wording and order. Half of the sentences leave out something, unless
+    whole is set.
     """
     language = language or draw.choice(("english", "english", "chinese"))
     phrases = []
@@ -71,7 +72,8 @@ def sprite_caption(looks, kind, draw, whole=False, language=None):
 
 
 def pair_caption(figures, draw, whole=False):
-    """A sentence about two sprites side by side: (looks, kind) of the left and of the right one, in either order."""
+    """A sentence about two sprites side by side, in either order. figures: (looks, kind) of the left and the right one.
+    """
     language = draw.choice(("english", "english", "chinese"))
     parts = [side + sprite_caption(*figure, draw, whole, language)
              for side, figure in zip(SIDES[language], figures, strict=True)]
@@ -80,7 +82,7 @@ def pair_caption(figures, draw, whole=False):
 
 
 def sprite_words(figures=1):
-    """All words that the captions of so many sprites may use, sorted, and the number of words of the longest."""
+    """All words in the captions of so many sprites, sorted, and the number of words in the longest caption."""
     found, longest = set(), 0
     for language, parts in LOOKS.items():
         choices = [[look_phrase(form, colour, noun) for colours, nouns in looks for colour in colours.split()
@@ -96,10 +98,10 @@ def sprite_words(figures=1):
 
 
 class SpriteCaptions:
-    """The captions of the training sprites, worded anew each time. Number k is kind k % 9 of character k // 9.
+    """The captions of the training sprites, worded anew each time. Caption k is about kind k % 9 of character k // 9.
 
-    figures: 2: of two sprites side by side. The left one of number k is k % N of the N sprites, the right one
-    `right`[k], of `PARTNERS` that chance gives to each.
+    figures: 1, or 2 for two sprites side by side. The left one of caption k is then number k % N of the N sprites, and
+    the right one number `right`[k]: each left one has `PARTNERS` right ones, chosen at random.
     """
 
     example, fingerprint, summary = EXAMPLE, "", "captions are worded anew at each step, in English and Chinese"
@@ -116,7 +118,7 @@ class SpriteCaptions:
         return len(self.figures if self.right is None else self.right)
 
     def read(self, number, draw):
-        """The numbers of the words of caption `number`, a list of `length` ints."""
+        """Caption `number` as the numbers of its words, a list of `length` ints. draw: see `sprite_caption`."""
         left = self.figures[number % len(self.figures)]
         text = sprite_caption(*left, draw) if self.right is None else pair_caption(
             (left, self.figures[self.right[number]]), draw)

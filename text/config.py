@@ -1,4 +1,4 @@
-"""The settings of a run on captions: those of `ClipConfig`, and the words."""
+"""The settings of a run on captions: those of `ClipConfig`, and those of the words."""
 
 from support.commands import UserError
 from support.settings import flag
@@ -15,13 +15,13 @@ from video.config import ClipConfig
 
 
 def as_clip_size(value):
-    """`as_size`, in which an image is a clip of one frame: 64x64 stands for (1, 64, 64)."""
+    """As `as_size`, but an image is a clip of one frame: 64x64 stands for (1, 64, 64)."""
     size = as_size(value)
     return (1, *size) if type(size) is tuple and len(size) == 2 else size
 
 
 def unused(default):
-    """A setting of `ClipConfig` that says nothing here: it has no flag, and no other value."""
+    """A setting of `ClipConfig` that is not used here: it has no flag, and only this value."""
     return dataclasses.field(default=default, metadata=dict(choices=(default,), low=default, high=default))
 
 
@@ -47,7 +47,7 @@ class TextConfig(ClipConfig):
     motion: float = unused(0.0)
     qk_norm: bool = unused(False)
     # These have no flag: the captions say them.
-    words: tuple = ()  # all that captions may hold
+    words: tuple = ()  # all words in the captions
     length: int = dataclasses.field(default=0, metadata=dict(low=0, high=MOST_WORDS))  # words of the longest caption
     example: str = ""  # a caption
 
@@ -68,7 +68,7 @@ class TextConfig(ClipConfig):
 
     def resolve(self, data):
         _, frames, *size = data.shape
-        still = not self.patch_size and frames == 1  # which has no quarter
+        still = not self.patch_size and frames == 1  # one frame has no quarter
         patch = (1, *(max(1, side // 4) for side in size)) if still else self.patch_size
         return super(TextConfig, dataclasses.replace(self, patch_size=patch)).resolve(data)
 
@@ -82,7 +82,7 @@ class TextConfig(ClipConfig):
         return f"{super().describe(model)}; {len(self.words)} words, up to {self.length} at a time"
 
     def to_images(self, x):
-        """Each figure is decoded by itself, as it was encoded: the VAE has seen none beside another."""
+        """Each figure is decoded alone, as it was encoded: the VAE has not seen two side by side."""
         return torch.cat([super(TextConfig, self).to_images(part) for part in x.chunk(self.figures, dim=-1)], dim=-1)
 
     def open_data(self, device):

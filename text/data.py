@@ -1,4 +1,5 @@
-"""Clips, or images as clips of one frame, that have captions instead of classes: the sprites, and a user's files."""
+"""Clips with captions instead of classes: the sprites, and the images in a user's files. An image is a clip of one
+frame."""
 
 from support import parallel
 from support.commands import UserError
@@ -21,15 +22,15 @@ from text.captions import SpriteCaptions
 from text.words import MOST_WORDS, number_words, split_words
 from video.clips import Clips, open_sprites
 
-TABLE = "metadata.jsonl"  # of captions: a line for each image, as Hugging Face's image folders have it
+TABLE = "metadata.jsonl"  # the captions, a line for each image, as in Hugging Face's image folders
 SHAPE = '{"file_name": "cat.png", "text": "a sleeping cat"}'
 
 
 class Captioned(Clips):
-    """`Clips` that have captions instead of classes: the label of each is its number.
+    """`Clips` with captions instead of classes: the label of a clip is the number of its caption.
 
-    captions: have a `length`, a `vocabulary`, an `example`, a `summary`, a `fingerprint`, and `read(number, draw)`: the
-    words of a caption as `number_words`, chosen by a `random.Random`.
+    captions: an object with `length`, `vocabulary`, `example`, `summary` and `fingerprint`. Its `read(number, draw)`
+    returns the words of a caption as `number_words` does; a `random.Random` chooses them.
     """
 
     def __init__(self, clips, captions):
@@ -57,15 +58,15 @@ class Captioned(Clips):
         return type(self)(super().to(device), self.captions)
 
     def words(self, numbers, seeds):
-        """The captions (b, L) of the clips `numbers` (b,), each worded as its one of the `seeds` says; empty for a
-        number that is none."""
+        """The captions (b, L) of the clips `numbers` (b,). Each of the `seeds` (b,) chooses the wording of one. The
+        caption is empty for the null label."""
         empty = [len(self.captions.vocabulary)] * self.captions.length
         return torch.tensor([self.captions.read(number, random.Random(seed)) if number < len(self.labels) else empty
                              for number, seed in zip(numbers.tolist(), seeds, strict=True)], device=numbers.device)
 
 
 class Pairs(Captioned):
-    """Two clips side by side, as the captions of pairs put them."""
+    """Two clips side by side, in the order of the captions of pairs."""
 
     @property
     def shape(self):
@@ -82,7 +83,7 @@ class Pairs(Captioned):
 
 
 class FileCaptions:
-    """A caption, a string, for each image; "" for none."""
+    """One caption, a string, for each image; "" for no caption."""
 
     summary = "captions from files"
 
@@ -102,7 +103,7 @@ class FileCaptions:
 
 
 class CaptionedFolder(Folder):
-    """A `Folder` of images whose captions stand beside them, anywhere in and below `root`. Raises `UserError`."""
+    """A `Folder` of images, anywhere in and below `root`, with their captions beside them. Raises `UserError`."""
 
     def __init__(self, root, image_size=(), channels=0, ground="black"):
         self.root, self.ground, self.classes = folder_of_classes(root), ground, [ONE]
@@ -150,8 +151,8 @@ def read_table(path, files):
 
 
 def read_captions(root, files, left_out):
-    """The captions of image `files` below `root`, a list of strings, from `TABLE` and .txt files, which are taken off
-    the Counter `left_out`. Says which images have none. Raises `UserError`."""
+    """The captions of the image `files` below `root`, a list of strings, from `TABLE` and .txt files. These files are
+    taken off the Counter `left_out`. Says which images have no caption. Raises `UserError`."""
     table = root / TABLE
     captions, used = read_table(table, files) if table.is_file() else {}, set()
     left_out[".jsonl"] -= table.is_file()
@@ -196,7 +197,7 @@ def open_folder(config, device):
 
 
 def open_captioned(config, device):
-    """What a `TextConfig` says to learn from, a `Captioned`. Raises `UserError`."""
+    """The data of a `TextConfig`, a `Captioned`. Raises `UserError`."""
     if config.dataset == "folder":
         return open_folder(config, device)
     if config.figures == 1:

@@ -1,5 +1,5 @@
-"""The `DiT` that is asked in words: a text encoder of blocks as the image's, whose words are what attention looks up
-beside the patches."""
+"""The `DiT` that is asked in words. A text encoder of the same blocks reads them, and the attention of the patches
+looks at the words as well."""
 
 import functools
 
@@ -13,8 +13,8 @@ from video.dit import ClipDiT, RotaryAttention, rotate, rotations
 
 
 class WordAttention(Attention):
-    """`Attention` of patches to patches and to words. forward: x (B, N, D), words (B, L, D), and the patches' rotation
-    (2, N, D/2h) or none, see `rotate` -> (B, N, D)"""
+    """`Attention` from patches to patches and words. forward: x (B, N, D), words (B, L, D), and the rotation of the
+    patches (2, N, D/2h) or None, see `rotate` -> (B, N, D)"""
 
     def forward(self, x, words, rotation=None):
         B, N, D = x.shape
@@ -27,8 +27,8 @@ class WordAttention(Attention):
 
 
 class TextEncoder(nn.Module):
-    """Words in their context. Attention is rotary: it sees how far apart two words are, and so which colour is whose.
-    It need not find out about neighbours, since each word begins as the sum of itself and the word before it.
+    """Words in their context. Attention is rotary: it sees how far apart two words are, and so which colour belongs to
+    which noun. Neighbours are known from the start: each word begins as the sum of itself and the word before it.
 
     forward: words (B, L, D), c (B, D) -> (B, L, D), normalized
     """
@@ -48,9 +48,9 @@ class TextEncoder(nn.Module):
 
 
 class TextDiT(ClipDiT):
-    """A `ClipDiT` of clips, or of images as clips of one frame, that is asked in words. forward: x (B, C, T, H, W), t
-    (B,), y (B, L): the numbers of a caption's words, and behind the last one the null label. An empty caption is the
-    null label alone, and guidance takes it for no label.
+    """A `ClipDiT` that is asked in words; an image is a clip of one frame. forward: x (B, C, T, H, W), t (B,), y (B,
+    L): the numbers of a caption's words, followed by the null label. An empty caption consists of null labels, and
+    guidance uses it as "no label".
 
     num_classes: of words. length: L. text_depth: blocks of the text encoder.
     """

@@ -1,4 +1,4 @@
-"""Draws what a sentence says.
+"""Draws what sentences say.
 
     python -m text.draw "purple hair, white shirt, green trousers, walks left" "蓝色头发，红色上衣，向右挥砍" --count 4
 """
@@ -20,8 +20,8 @@ CHECKPOINTS = (Path("run_text/model.pth"), Path(__file__).parents[1] / "weights"
 
 
 class Against(nn.Module):
-    """A `TextDiT` that is asked for the caption `negative` (L,) wherever it is asked for none: guidance then leads away
-    from that caption."""
+    """A `TextDiT` that is asked for the caption `negative` (L,) in place of an empty one: guidance then leads away from
+    that caption."""
 
     def __init__(self, model, negative):
         super().__init__()
@@ -33,7 +33,7 @@ class Against(nn.Module):
 
 
 def text_parser(description):
-    """The flags of every command that draws what is said."""
+    """The flags of every command that draws from sentences."""
     parser = sampling_parser(description, TextConfig)
     parser.set_defaults(checkpoint=next((path for path in CHECKPOINTS if path.is_file()), CHECKPOINTS[-1]))
     say_default(parser, ["checkpoint"], "run_text/model.pth, else weights/text.pth")
@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw, a sentence")
     parser.add_argument("--count", type=int, default=4, help="how many of each (default: 4)")
     parser.add_argument("--negative", type=some_word, metavar="PROMPT", help="what not to draw: guidance leads away "
-                        "from this sentence, instead of from none")
+                        "from this sentence instead of from an empty one")
     parser.add_argument("--strip", action="store_true", help="draw the frames of each clip, from left to right")
     parser.add_argument("--out", type=some_path, help="the picture to write (default: samples.gif for clips, "
                         "samples.png for images, strip.png with --strip)")

@@ -1,8 +1,8 @@
-"""Does a model draw what sentences about sprites say? Each drawn frame is read by the nearest of all real ones.
+"""Does a model draw what sentences about sprites say? Each drawn frame is read as the nearest real frame.
 
     python -m text.score --checkpoint run_text
 
-Every figure stands beside that of real images, read in the same way.
+Beside each figure stands the same figure of real images.
 """
 
 from support.commands import UserError, run, some_path
@@ -44,7 +44,7 @@ class Reader(SpriteJudge):
 
     def read(self, clips, asked):
         """What clips uint8 (N, C, T, H, W) show: each frame's choice of `PARTS` (N, T, 4), and the kind (N,). Some real
-        images belong to two kinds: such a one is of the kind that was `asked` for (N,), if that is one of them."""
+        images belong to two kinds: they count as the kind that was `asked` for (N,), if it is one of the two."""
         N, T = len(clips), clips.shape[2]
         frames = resize(clips.transpose(1, 2).flatten(0, 1), (SIDE, SIDE)).reshape(N, T, -1)
         if T == FRAMES:
@@ -58,8 +58,8 @@ class Reader(SpriteJudge):
 
 
 def compare(read, asked):
-    """Which clips show what was asked for, in every frame: booleans (N,) by name. read: as of `Reader.read`. asked:
-    looks (N, 4) and kinds (N,)."""
+    """Which clips show what was asked for in every frame: {name: booleans (N,)}. read: what `Reader.read` returns.
+    asked: looks (N, 4) and kinds (N,)."""
     right = (read[0] == asked[0][:, None]).all(1)                                                    # (N, 4)
     action = read[1] == asked[1]
     return {**{part: right[:, i] for i, part in enumerate(PARTS)}, "action and direction": action,
@@ -67,20 +67,20 @@ def compare(read, asked):
 
 
 def ask(characters, count, draw):
-    """`count` choices of the numbers `characters` and of kinds: looks (N, 4), kinds (N,)."""
+    """`count` random characters, of the numbers `characters`, and kinds: looks (N, 4), kinds (N,)."""
     looks = [look_of(draw.choice(characters)) for _ in range(count)]
     return torch.tensor(looks), torch.tensor([draw.randrange(len(KINDS)) for _ in range(count)])
 
 
 def sentences(looks, kinds, config, draw, language=None):
-    """A sentence about each, as `read_prompt` reads it, int64 (N, L)."""
+    """A sentence about each sprite, as `read_prompt` reads it, int64 (N, L)."""
     return torch.tensor([read_prompt(sprite_caption(look, kind, draw, whole=True, language=language), config)
                          for look, kind in zip(looks.tolist(), kinds.tolist(), strict=True)])
 
 
 def swaps():
-    """All ways to swap two colours: [(part, other part, choices of both, choices with the colours swapped)]. The nouns
-    stay the same."""
+    """All ways to swap the colours of two parts: [(part, other part, their choices, their choices with the colours
+    swapped)]. The nouns stay the same."""
     found = []
     for i, j in itertools.combinations(range(len(PARTS)), 2):
         one, two = ([(colours.split()[0], nouns) for colours, nouns in LOOKS["english"][PARTS[k]]] for k in (i, j))
@@ -91,8 +91,8 @@ def swaps():
 
 
 def ask_swapped(characters, count, draw):
-    """`count` pairs of looks with two colours swapped, the first of each pair one of the numbers `characters`: two
-    (N, 4), and which parts (N, 2)."""
+    """`count` pairs of looks that differ in two swapped colours. The first of each pair is of the numbers `characters`.
+    Returns both looks, each (N, 4), and which parts are swapped (N, 2)."""
     pairs = [(look_of(number), swap) for number in characters for swap in swaps()
              if [look_of(number)[k] for k in swap[:2]] == list(swap[2])]
     chosen = [draw.choice(pairs) for _ in range(count)]
@@ -103,8 +103,8 @@ def ask_swapped(characters, count, draw):
 
 
 def real_clips(config, count, draw, device):
-    """`count` clips of held-out characters, or frames of them as clips of one, as the model's VAE shows them: uint8
-    (N, C, T, H, W) on the CPU, their looks (N, 4) and kinds (N,)."""
+    """`count` clips of T frames of held-out characters, as the model's VAE shows them: uint8 (N, C, T, H, W), on the
+    CPU, their looks (N, 4) and kinds (N,)."""
     T, *size = config.image_size
     frames = load_images("sprites", config.data_dir, False, size, config.channels).images.unflatten(0, (-1, FRAMES))
     index = torch.tensor([draw.randrange(len(frames)) for _ in range(count)])
@@ -115,7 +115,7 @@ def real_clips(config, count, draw, device):
 
 
 def score_pairs(model, config, reader, count, seed=0):
-    """As `score`, of a model that draws two figures side by side."""
+    """As `score`, for a model that draws two figures side by side."""
     draw, columns = random.Random(seed), {}
     for title, train in (("held out", False), ("seen", True)):
         asked = [ask(split_characters(train).tolist(), count, draw) for _ in range(2)]
@@ -157,8 +157,7 @@ def score(model, config, reader, count, seed=0):
 
 
 def report(columns):
-    """The shares of True in {column: {figure: booleans (N,)}}, as a table to print; the last ones with their 95 %
-    interval."""
+    """The shares of True in {column: {figure: booleans (N,)}} and their 95 % intervals, as a table to print."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     lines = [" " * 24 + "".join(f"{title:>26}" for title in columns)]
     for name in names:
@@ -169,10 +168,10 @@ def report(columns):
 
 
 def main():
-    parser = text_parser("Draws what sentences about sprites say, and reads what was drawn by the nearest real image: "
-                         "does it show each part, the action and the direction as asked, in every frame? For "
-                         "characters that the model has seen, for held-out ones, for two sentences that differ in two "
-                         "swapped colours, and for two that say the same in other words.")
+    parser = text_parser("Draws what sentences about sprites say, and reads each drawn image as the nearest real one: "
+                         "does it show each part, the action and the direction as asked, in every frame? The sentences "
+                         "are about characters that the model has seen, and about held-out ones; some pairs of them "
+                         "differ in two swapped colours, and some say the same in other words.")
     parser.add_argument("--count", type=int, default=500, help="sentences of each sort (default: 500)")
     parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
                         help="where Sprites/ is (default: as in training)")

@@ -27,7 +27,7 @@ def learn(run, data, step):
 
 
 def show(run, path, stop):
-    """Writes the grid of samples, as `train.show` does: each column has one caption."""
+    """Writes the grid of samples, as `train.show` does, with one caption a column."""
     numbers = torch.linspace(0, len(run.data.labels) - 1, 10).long()
     words = run.data.words(numbers, numbers.tolist()).to(run.data.labels.device)
     root.show(run, path, stop, save_grid, words)

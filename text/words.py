@@ -18,13 +18,13 @@ def split_words(text):
 
 
 def number_words(words, vocabulary, length):
-    """The numbers of `words` in a dict, and the null label, len(vocabulary), behind them: a list of `length` ints."""
+    """The numbers of `words` in a dict, followed by the null label, len(vocabulary): a list of `length` ints."""
     return [vocabulary[word] for word in words] + [len(vocabulary)] * (length - len(words))
 
 
 def read_prompt(text, config):
-    """What a user asks for as `number_words`, for a model of `config`. Raises `UserError` for a prompt without a word,
-    with words that the model has not learned, or with more of them than its longest caption has."""
+    """The words of a prompt as `number_words`, for a model of `config`. Raises `UserError` for a prompt without a word,
+    with words that the model has not learned, or with more words than its longest caption."""
     words, known = split_words(text), config.vocabulary
     such = f"such as {config.example!r:.120}"
     if not words:

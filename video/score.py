@@ -120,8 +120,9 @@ class Judge:
     def __init__(self, train, test, classifier, count=1000):
         self.train, self.test, self.classifier = train.images[:-1, None], test, classifier
         self.digits = torch.tensor([int(name.split()[0]) for name in test.classes])  # of each class
-        self.paces = [name.partition(" ")[2] for name in test.classes]
-        self.figures = {name: of for name, of in FIGURES.items() if name != "pace" or all(self.paces)}
+        paces = [name.partition(" ")[2] for name in test.classes]
+        self.paces = torch.tensor([SPEEDS.get(pace, (0, 1)) for pace in paces])  # the lowest and highest of each class
+        self.figures = {name: of for name, of in FIGURES.items() if name != "pace" or all(paces)}
         self.real = self.look(make_real(test, count, 0)[0])
         near, reads = self.real["near"], self.real["reads"].mode().values
         self.limits = torch.stack([near[reads == digit].quantile(0.05) for digit in range(10)])
@@ -148,7 +149,7 @@ class Judge:
         reads, places, residual = seen["reads"], seen["places"], seen["residual"]
         right, digit = reads == self.digits[labels][:, None], reads.mode().values
         ink = seen["ink"] / seen["ink"].median(1, keepdim=True).values.clamp(min=1)
-        least, most = torch.tensor([SPEEDS.get(self.paces[label], (0, 1)) for label in labels.tolist()]).T
+        least, most = self.paces[labels].T
         pace = seen["speed"] / min(clips.shape[3:])
         return {"frames": share(right), "clips": share(right.all(1)), "constant": share((reads == reads[:, :1]).all(1)),
                 "jolt": places.diff(n=2, dim=1).norm(dim=2).median().item(),
