@@ -65,17 +65,16 @@ def prepare(model, config, args, frames):
         config = dataclasses.replace(config, num_classes=frames, classes=())
         return config, list(range(frames)), dict(source=functools.partial(morphing_noise, frames, args.to_seed))
     labels, device = parse_labels(args.labels, config.class_names), next(model.parameters()).device
+    picture, known = read_picture(args.inpaint if args.edit is None else args.edit, config, args.mask)
+    picture = config.from_images(picture.to(device))
     if args.edit is not None:
-        picture, _ = read_picture(args.edit, config)
         strength = STRENGTH if args.strength is None else args.strength
-        steps = len(config.build_process().descending_steps(config.sample_steps, strength))
-        return dataclasses.replace(config, sample_steps=steps), labels, dict(
-            way=functools.partial(edit, picture=config.from_images(picture.to(device)), strength=strength))
-    picture, known = (part.to(device) for part in read_picture(args.inpaint, config, args.mask))
-    picture = config.from_images(picture)
+        config = dataclasses.replace(config, sample_steps=len(
+            config.build_process().descending_steps(config.sample_steps, strength)))
+        return config, labels, dict(way=functools.partial(edit, picture=picture, strength=strength))
     if known.shape[-2:] != picture.shape[-2:]:  # a latent is known if all of its pixels are
         known = each_frame(lambda part: adaptive_avg_pool2d(part.float(), picture.shape[-2:]) == 1, known)
-    return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known))
+    return config, labels, dict(way=functools.partial(inpaint, picture=picture, known=known.to(device)))
 
 
 def read_picture(path, config, mask=None):

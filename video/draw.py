@@ -102,16 +102,19 @@ def draw_longer(model, config, labels, count, args):
     return config.to_images(x[:, :, -total:] if args.before is not None else x[:, :, :total]).cpu()
 
 
-def sized_noise(size, seed, indices, shape, *rest):
-    """`inference.noise_source` for clips of another `size`, (T, H, W)."""
-    return inference.noise_source(seed, indices, (shape[0], *size), *rest)
+def save_clips(args, clips, config, labels):
+    """Writes clips uint8 (B, C, T, H, W) to `--out`, as an animation, or with --strip their frames side by side."""
+    views = clips.movedim(2, 0)
+    inference.save_views(args, views, config, labels, [FRAME] * len(views))
+    what = f"{len(clips)} clips of {len(views)} frames" if len(views) > 1 else f"{len(clips)} images"
+    inference.say_drawn(args, config, what)
 
 
 # For a notebook: the frames of each clip side by side
 draw = functools.partial(inference.draw, of=ClipConfig, show=lambda clips, *_: inference.strips(clips.movedim(2, 0)))
 
 
-def parse_args():
+def main():
     parser = drawing_parser("Draws clips with a trained model, and makes clips longer. Settings that are not given "
                             "here are the model's own.", ClipConfig, "1",
                             "draw the frames of each clip, from left to right",
@@ -125,30 +128,19 @@ def parse_args():
             ("loop", None, "CLIP", "draw the way from the end of this clip to its beginning")):
         parser.add_argument(f"--{name}", type=some_path, nargs=count, metavar=metavar, help=text)
     parser.add_argument("--frames", type=int, help="length of the clips, frames; it may exceed the length trained on")
-    return parser.parse_args()
-
-
-def save_clips(args, clips, config, labels):
-    """Writes clips uint8 (B, C, T, H, W) to `--out`, as an animation, or with --strip their frames side by side."""
-    views = clips.movedim(2, 0)
-    inference.save_views(args, views, config, labels, [FRAME] * len(views))
-    what = f"{len(clips)} clips of {len(views)} frames" if len(views) > 1 else f"{len(clips)} images"
-    inference.say_drawn(args, config, what)
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     model, config = load_for_sampling(args, (ClipConfig,))
     longer = check_flags(config, args)
     args.count, labels = 1 if args.count is None else args.count, parse_labels(args.labels, config.class_names)
     frames = args.frames or (args.size or config.image_size)[0]
     inputs = [args.extend, args.before, *(args.between or ()), args.loop]
     check_out(args, config, labels, frames, frames > 1 and not args.strip, inputs, args.size)
-    if longer:
-        clips = draw_longer(model, config, labels, args.count, args)
-    else:
-        options = {"source": functools.partial(sized_noise, args.size)} if args.size else {}
-        clips = draw_states(model, config, labels, args.count, **options)[-1]
+
+    def source(seed, indices, shape, *rest):
+        return inference.noise_source(seed, indices, (shape[0], *(args.size or shape[1:])), *rest)
+
+    clips = draw_longer(model, config, labels, args.count, args) if longer else (
+        draw_states(model, config, labels, args.count, source=source)[-1])
     save_clips(args, clips, config, labels)
 
 
