@@ -113,8 +113,8 @@ def make_real(data, count, seed):
 class Judge:
     """Scores clips of one moving digit against real ones, with a network that reads digits.
 
-    train, test: the `Moving` of one digit a clip of both parts of MNIST. classifier: a `DigitClassifier`. count: how
-    many real clips to look at.
+    train, test: clips of the training and of the test digits, each a `Moving` of one digit a clip. classifier: a
+    `DigitClassifier`. count: how many real clips to look at.
     """
 
     def __init__(self, train, test, classifier, count=1000):
