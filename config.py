@@ -193,16 +193,6 @@ class Config(Settings):
         return x
 
 
-def check_given(config, given):
-    """Raises `UserError` when `given`, a dict, holds a setting that a model of this `Config` does not use."""
-    for name in given:
-        if name not in config.__dataclass_fields__:
-            raise UserError(f"--{name.replace('_', '-')} says nothing to a model of {config.kind}: leave it out")
-    if given.get("eta") and (sampler := given.get("sampler", config.sampler)) != "ddim":
-        raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {sampler}: add --sampler ddim, "
-                        "or leave --eta out")
-
-
 PAPER = dict(patch_size=2, batch_size=256, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0, ema_decay=0.9999)
 PRESETS = {
     "default": {},

@@ -3,7 +3,7 @@
 from support import parallel
 from support.commands import Parser, UserError, add_device_flag, in_full_precision, run, some_path
 from support.files import check_output
-from support.image_files import list_images, read_image
+from support.image_files import list_images, read_batches
 from support.stats import read_stats, save_stats
 
 import argparse
@@ -11,8 +11,6 @@ import http.client
 import os
 import socket
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -66,23 +64,6 @@ def compute_features(paths, extract, batch_size, title=None):
             features.append(extract(images).float().cpu().numpy())
             bar.update(len(images))
     return parallel.gather(np.concatenate(features) if features else np.empty((0, 0)))
-
-
-def read_batches(paths, batch_size, ahead=2):
-    """Yields lists of `batch_size` RGB images, uint8 (3, H, W), while threads decode the next `ahead` batches."""
-    def read(path):
-        return torch.from_numpy(np.array(read_image(path, "RGB"))).permute(2, 0, 1)
-
-    pool, pending = ThreadPoolExecutor(), deque()
-    try:
-        for start in range(0, len(paths), batch_size):
-            pending.append([pool.submit(read, path) for path in paths[start:start + batch_size]])
-            if len(pending) > ahead:
-                yield [future.result() for future in pending.popleft()]
-        while pending:
-            yield [future.result() for future in pending.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, decode no more images that nobody will see
 
 
 def inception_extractor(dims, weights, device):

@@ -2,26 +2,23 @@
 
 from support import parallel
 from support.commands import UserError, flag_words, run, some_path
-from support.files import make_dir, write_atomically
-from support.image_files import list_images
+from support.image_files import write_image
 from support.labels import class_weights, labels_by
 
 import argparse
 import hashlib
-import json
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from config import Config
 from dataset import load_dataset
 from inference import draw_batches, load_for_sampling, sampling_parser
+from record.folder import open_folder
 
 
 def check_classes(config, data):
@@ -34,57 +31,6 @@ def check_classes(config, data):
         one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
         print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
               "set: they are taken for the same classes in the same order", file=sys.stderr)
-
-
-def missing_indices(folder, count):
-    """The indices below `count` that have no image {index:06d}_{label}.png in `folder` yet, ascending."""
-    there = {path.name[:6] for path in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png")}
-    return [index for index in range(count) if f"{index:06d}" not in there]
-
-
-def open_folder(folder, count, settings):
-    """Makes `folder` for images that `settings` (a dict) made, or checks that those in it were made by the same:
-    images of two kinds in one folder would have a score that means nothing. Raises `UserError`.
-
-    Returns this process's share of the indices below `count` that have no image in it yet.
-    """
-    with parallel.rank_0_first():
-        make_dir(folder)
-        note, images = folder / "settings.json", list_images(folder)
-        strange = [image for image in images if not re.fullmatch(r"[0-9]{6}_[0-9]+\.png", image.name)]
-        if strange or (images and not os.path.lexists(note)):
-            raise UserError(f"{folder} holds images of unknown origin ({(strange or images)[0].name:.50}): remove the "
-                            "folder, or choose another one")
-        if os.path.lexists(note):
-            try:
-                before = json.loads(note.read_bytes())
-                changed = [name for name, value in settings.items()  # what was no setting yet is as it was then
-                           if before.get(name, getattr(Config, name, None)) != value]
-            except (OSError, ValueError, AttributeError, RecursionError):
-                raise UserError(f"{note} does not say what made the images beside it: remove the folder, or choose "
-                                "another one") from None
-            if changed:
-                raise UserError(f"the images in {folder} were made with another {', '.join(changed)}: remove the "
-                                "folder, or choose another one")
-        elif not parallel.RANK:
-            write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-        if len(images) > count and not parallel.RANK:
-            print(f"{folder} holds {len(images):,} images already, and all of them will be scored: for a score of "
-                  f"{count:,}, choose another folder", file=sys.stderr)
-    todo = missing_indices(folder, count)
-    parallel.wait()  # with its first image until all have looked
-    return todo[parallel.share(len(todo))]
-
-
-def write_image(path, image):
-    """Writes a uint8 image (C, H, W) as a PNG, whole or not at all."""
-    array = image.permute(1, 2, 0).contiguous().numpy()
-    temporary = path.with_suffix(".tmp")
-    try:
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; the images before it are kept") from None
 
 
 def fill_real(folder, data, todo, seed=0):
@@ -143,10 +89,10 @@ def main(of=Config, load=load_dataset):
         print(f"{config.dataset} has only {count:,} training images: {args.real} gets them all", file=sys.stderr)
     # Both folders are looked at before either is filled
     real = open_folder(args.real, count, {"dataset": config.dataset, "data": data.fingerprint, "seed": 0,
-                                          "image_size": list(config.image_size), "channels": config.channels})
+                                          "image_size": list(config.image_size), "channels": config.channels}, of)
     fake = open_folder(args.fake, args.count, {
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
-        "classes": weights.tolist() if unequal else None, **config.drawn_how(args.device)})
+        "classes": weights.tolist() if unequal else None, **config.drawn_how(args.device)}, of)
     fill_real(args.real, data, real)
     fill_fake(args.fake, model, config, labels_by(weights, args.count), fake,
               config.batch_size if "batch_size" in args else None)

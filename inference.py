@@ -2,52 +2,26 @@
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.labels import are_numbers, parse_labels
-from support.noise import fill_with_noise, random_stream
+from support.noise import noise_source
 from support.pictures import check_picture, grid, grid_size, save_animation
-from support.settings import add_flags, check_names, given_flags
+from support.settings import add_flags, check_names, given_flags, say_default
+from support.sizes import batch_that_fits
 
 import argparse
 import dataclasses
-import functools
-import itertools
-import math
 from collections import deque
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import Config, check_given
+from config import Config
 from diffusion import from_noise
-from record.checkpoint import checkpoint_file, load_model
-
-# The model just trained, else the weights that come with the repository
-CHECKPOINTS = (Path("run/model.pth"), Path(__file__).with_name("weights") / "mnist.pth")
+from record.checkpoint import find_checkpoint, load_model
 
 # Batches are filled up to a multiple of this: the libraries multiply a few rows in another order, and round otherwise.
 FULL_BATCH = 16
 
 STRIP, ANIMATION = 11, 61  # images of a strip, of an animation
-
-
-def noise_source(seed, indices, shape, device, calls=1):
-    """A function that returns fresh standard normal noise (B, *shape) at each call, one random stream per image:
-    what image k gets is a function of (seed, k) alone, whatever else is in its batch.
-
-    calls: how many may come. Only what is not first is drawn ahead, since most samplers ask for no more.
-    """
-    streams = [random_stream(seed, k) for k in indices]
-    ahead = max(1, min(8, 2**24 // (len(streams) * math.prod(shape))))  # at most 64 MB
-
-    def noises():
-        for done in itertools.chain([0], itertools.count(1, ahead)):
-            block = torch.empty(len(streams), min(ahead, max(1, calls - done)) if done else 1, *shape,
-                                pin_memory=torch.device(device).type == "cuda")
-            fill_with_noise(streams, block.numpy())
-            for noise in block.to(device, non_blocking=True).unbind(1):
-                yield noise.contiguous()
-
-    return functools.partial(next, noises())
 
 
 @torch.no_grad()
@@ -93,30 +67,6 @@ def draw_batches(model, config, labels, indices=None, batch_size=None, way_of=la
             bar.update(len(rows))
 
 
-def batch_that_fits(config, device):
-    """How many images to draw at once: an estimate, on the safe side, of what half of a GPU's free memory, or 2 GB of
-    any other, holds; at most 4,096 on a GPU, and elsewhere 8,192 tokens, beyond which nothing gets quicker."""
-    tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
-    # What a block keeps for a token: qkv, its output and the MLP's two, in fp32; with guidance for two images
-    floats = 2 * tokens * config.hidden_size * (8 + 2 * config.mlp_ratio)
-    floats += 2 * tokens**2 * config.num_heads  # where attention has no kernel of its own
-    floats += 20 * math.prod(config.input_shape)  # the states, and noise drawn ahead
-    free, most = (torch.cuda.mem_get_info(device)[0] / 2, 4096) if device.type == "cuda" else (2e9, 8192 // tokens)
-    return int(max(min(free / (4 * floats), most), 1))
-
-
-def find_checkpoint(path=None):
-    """The file of a checkpoint: `path`, or model.pth in it when it is a run folder; None: the first of `CHECKPOINTS`
-    that exists. Raises `UserError` when there is none."""
-    if path is None:
-        path = next((checkpoint for checkpoint in CHECKPOINTS if checkpoint.is_file()), None)
-        if path is None:
-            raise UserError("no checkpoint: run train.py first, or point --checkpoint at one")
-    if not str(path):
-        raise UserError("--checkpoint is empty: name a checkpoint or a run folder, or leave it out")
-    return checkpoint_file(path)
-
-
 def load_for_sampling(args, kinds=(Config,)):
     """The model and configuration that `--checkpoint`, `--device` and the flags in `args` ask for. kinds: the classes
     of settings that will do, the fullest last. Sets `args.checkpoint` to the file."""
@@ -124,7 +74,7 @@ def load_for_sampling(args, kinds=(Config,)):
     device, precision = pick_device(args.device), getattr(args, "precision", "auto")
     model, config = load_model(args.checkpoint, device, precision, kinds=kinds)
     given = given_flags(args, kinds[-1])
-    check_given(config, given)
+    config.check_given(given)
     config = dataclasses.replace(config, **{"seed": 0, "precision": precision, **given})
     return model, config.ready(args.checkpoint, device)
 
@@ -171,19 +121,12 @@ def draw(labels=None, count=1, checkpoint=None, device=None, of=Config, show=lab
     return show(draw_states(model, config, labels, count)[-1], config, labels)
 
 
-def say_default(parser, names, default):
-    """Makes --help name another default for these flags than that of `Config`."""
-    for action in parser._actions:
-        if action.dest in names:
-            action.help = f"{action.help.rpartition(' (default')[0]} (default: {default})"
-
-
 def sampling_parser(description, of=Config, names=None):
     """The flags of every command that draws from a checkpoint. names: of the settings among them (default:
     `of.SAMPLING`)."""
     parser = Parser(description=description)
-    parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
-                        "else weights/mnist.pth)")
+    parser.add_argument("--checkpoint", type=some_path, help="the model to draw with, a file or a run folder (default: "
+                        "run/model.pth, else weights/mnist.pth)")
     add_flags(parser, of, names or of.SAMPLING)
     say_default(parser, set(of.SAMPLING) - {"seed", "precision"}, "the model's own")
     add_device_flag(parser)

@@ -7,24 +7,19 @@ from support.commands import (
     add_device_flag,
     catch_signals,
     dtype_of,
-    end_stopped,
-    first_line,
-    flag_words,
     resolve_precision,
     run,
+    say_end,
     some_path,
 )
 from support.files import lock_dir, make_dir
-from support.graphs import Replay, directly
-from support.muon import AdamW, Muon, split_parameters
-from support.pictures import grid, save_picture
-from support.settings import Settings, add_flags, check_names, given_flags
+from support.graphs import Replay, can_compile, directly
+from support.muon import AdamW, Muon, flatten, split_parameters
+from support.pictures import grid, save_picture, warned
+from support.settings import Settings, add_flags, given_flags, say_default
 
-import contextlib
 import copy
 import dataclasses
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,26 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, Config, check_given
+from config import PRESETS, Config
 from diffusion import Process
-from inference import sample, say_default
+from inference import sample
 from record.checkpoint import save_checkpoint
-from record.log import RunLog, plot_loss
+from record.log import RunLog, announce, plot_loss
 from record.page import show_run
-from record.resume import load_to_resume, open_run
+from record.resume import COMPILE_FROM, configure, open_run
 
 EMA_WARMUP = 10  # at first the average covers about the last 1/10 of the steps so far
-COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
-
-
-def flatten(network):
-    """Lays the parameters of a network out in one tensor, and returns that. They are then parts of it, and what is done
-    to all of them is one operation."""
-    parameters = list(network.parameters())
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view_as(parameter)
-    return flat
 
 
 @dataclasses.dataclass
@@ -208,15 +192,6 @@ def samples_path(run_dir, step):
     return run_dir / f"samples_{step:06d}.png"
 
 
-@contextlib.contextmanager
-def warned():
-    """A picture that cannot be written ends no run: within the block, a `UserError` is a warning."""
-    try:
-        yield
-    except UserError as error:
-        print(f"\nwarning: {error}", file=sys.stderr)  # below the bar
-
-
 def save_grid(path, images):
     save_picture(path, grid(images, columns=10))
 
@@ -232,44 +207,6 @@ def show(run, path, stop, save=save_grid, labels=None):
         x = state
     with warned():
         save(path, run.config.to_images(x))
-
-
-def can_compile(device):
-    """Whether torch.compile works here. Without a compiler it does not, and says so, once."""
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # whatever a compiler can do wrong
-        if parallel.RANK == 0:
-            print(f"warning: nothing can be compiled here ({first_line(error):.100}): training without",
-                  file=sys.stderr)
-        return False
-    return True
-
-
-def configure(settings, path, resume, of=Config):
-    """The configuration that `settings`, a `Settings` or a dict, ask for and, to resume, the checkpoint to go on from
-    (else None). of: the class of settings of a dict."""
-    if isinstance(settings, Settings):
-        of, settings = type(settings), dataclasses.asdict(settings)
-    check_names(settings, of.__dataclass_fields__)
-    if resume:
-        config, saved = load_to_resume(path, settings, of)
-    else:
-        config, saved = of(**{"compile": settings.get("steps", of.steps) >= COMPILE_FROM} | settings), None
-    check_given(config, settings)
-    return config, saved
-
-
-def announce(config, data, model, device, start, run_dir):
-    """Prints what the run is about to do. data: one line about the data."""
-    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-          + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
-    print(f"data      {data}")
-    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.describe(model)}")
-    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
-          f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
-    print(f"results   {run_dir}/index.html (a page to watch it by), model.pth, log.csv, loss.png, samples_*.png",
-          flush=True)
 
 
 def train(config, run_dir="run", resume=False, device=None, until=None, log=None, learn=learn,
@@ -401,14 +338,6 @@ def train_parser(description, of=Config, presets=PRESETS):
     say_default(parser, ["compile"], f"from {COMPILE_FROM:,} steps on, if there is a compiler")
     add_device_flag(parser)
     return parser
-
-
-def say_end(done, stopped, run_dir, drawn_by="inference.py", script=()):
-    """Prints what to do next after `done` steps; if a signal `stopped` them, as `end_stopped` does for `script`."""
-    if stopped:
-        end_stopped(done, stopped, *script)
-    given = flag_words("--checkpoint", run_dir / "model.pth") if run_dir != Path("run") else []
-    print(f"draw with: {shlex.join(['python', *drawn_by.split(), *given])}")
 
 
 @parallel.one_for_all()

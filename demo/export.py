@@ -21,8 +21,7 @@ from config import Config
 from diffusion import SAMPLERS, from_noise
 from dit import DiT
 from edit.ways import edit, inpaint
-from inference import find_checkpoint
-from record.checkpoint import averaged_model, load_checkpoint
+from record.checkpoint import averaged_model, find_checkpoint, load_checkpoint
 
 LARGEST = 6_000_000  # bytes of the page, which a phone loads in a few seconds
 MOST_STEPS = 100  # of the page's slider
@@ -115,8 +114,8 @@ def export(path):
 def main():
     parser = Parser(description="Writes one HTML file that draws with the network in a browser. It needs no server, no "
                                 "network and no installation: double-click it, or send it to someone.")
-    parser.add_argument("--checkpoint", help="the model to draw with, a file or a run folder (default: run/model.pth, "
-                        "else weights/mnist.pth)")
+    parser.add_argument("--checkpoint", type=some_path, help="the model to draw with, a file or a run folder (default: "
+                        "run/model.pth, else weights/mnist.pth)")
     parser.add_argument("--out", type=some_path, default="dit.html", help="the page to write (default: dit.html)")
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.checkpoint)

@@ -11,9 +11,9 @@ import os
 import shlex
 from pathlib import Path
 
-from config import Config, check_given
+from config import Config
 from latent.config import LatentConfig
-from record.checkpoint import check_out, checkpoint_file, load_checkpoint, save_checkpoint
+from record.checkpoint import check_out, find_checkpoint, load_checkpoint, save_checkpoint
 from text.config import TextConfig
 from video.config import ANY, ClipConfig
 
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("out", type=some_path, help="the file to write, .pth or .safetensors")
     add_flags(parser, ClipConfig, [name for name in ClipConfig.SAMPLING if name not in ("seed", "precision", "vae")])
     args = parser.parse_args()
-    args.checkpoint = checkpoint_file(args.checkpoint)
+    args.checkpoint = find_checkpoint(args.checkpoint)
     check_out(args.out, args.checkpoint)
     content = load_checkpoint(args.checkpoint, (*ANY, TextConfig))
     halves, config = {name: weight.half() for name, weight in content["ema"].items()}, content["config"]
@@ -37,7 +37,7 @@ def main():
         folder = next((place.resolve() for place in places if place.is_dir()), None)
         changes |= {"vae": folder.name if folder else config.vae, "latents": LatentConfig.latents}
     given = given_flags(args, ClipConfig)
-    check_given(config, given)
+    config.check_given(given)
     config = dataclasses.replace(config, **changes, **given)
     save_checkpoint(args.out, config, content["step"], content["seconds"], ema)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, trained for {content['step']:,} steps")

@@ -8,6 +8,7 @@
 from support.commands import UserError, run, some_path
 from support.image_files import fit, name_of, read_image, to_tensor
 from support.labels import parse_labels, parse_morph
+from support.noise import noise_source
 from support.pictures import frames_of
 from support.settings import check_names
 
@@ -22,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 import inference
 from edit.ways import between, edit, inpaint
-from inference import ANIMATION, STRIP, check_out, draw_states, drawing_parser, load_for_sampling, noise_source
+from inference import ANIMATION, STRIP, check_out, draw_states, drawing_parser, load_for_sampling
 from latent.vae import each_frame
 from video.config import ANY, ClipConfig
 from video.draw import read_given, save_clips

@@ -8,10 +8,10 @@ images from where the fake sees them to where the teacher does (`matching_losses
 """
 
 from support import parallel
-from support.commands import UserError, dtype_of, flag_words, resolve_precision, run, some_path
+from support.commands import UserError, dtype_of, flag_words, resolve_precision, run, say_end, some_path
 from support.files import lock_dir, make_dir
 from support.graphs import directly
-from support.settings import add_flags, given_flags
+from support.settings import add_flags, given_flags, say_default
 
 import contextlib
 import dataclasses
@@ -24,8 +24,9 @@ import torch
 
 import train
 from diffusion import SAMPLERS, per_image
-from inference import load_for_sampling, sampling_parser, say_default
+from inference import load_for_sampling, sampling_parser
 from record.checkpoint import load_checkpoint
+from record.log import announce
 from record.resume import load_to_resume, open_run
 from video.config import ANY, ClipConfig
 from video.train_dit import show as show_clips
@@ -190,13 +191,13 @@ def main():
                          for of, content in zip((student_of(config), config), saved, strict=True))
         student.replay = fake.replay = directly  # a step's functions differ from step to step
         teacher.to(dtype_of(config.precision, device))
-        train.announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
+        announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
                        saved[0]["step"] if saved[0] else 0, run_dir)
         show = show_clips if config.kind == "clips" else train.show
         script = shlex.join(["-m", "few.distill", *flag_words("--checkpoint", args.checkpoint)])
         done, stopped = train.loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0],
                                    run_dir, config.steps, show, saver(fake), script)
-    train.say_end(done, stopped, run_dir, config.drawn_by, ("-m", "few.distill"))
+    say_end(done, stopped, run_dir, config.drawn_by, ("-m", "few.distill"))
 
 
 if __name__ == "__main__":

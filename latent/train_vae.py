@@ -7,7 +7,7 @@ What it minimises is `losses_of`; the loop is that of train.py.
 
 from support.commands import Parser, UserError, add_device_flag, end_stopped, flag_words, run, some_path
 from support.folders import has_test_part
-from support.pictures import grid, psnr, save_picture
+from support.pictures import grid, psnr, save_picture, warned
 from support.settings import Settings, add_flags, flag, given_flags
 from support.sizes import show_size
 
@@ -273,7 +273,7 @@ def show(run, path, stop):
     made = reconstructions(run.ema, tests)
     pairs = [part for real, fake in zip(some(tests, 30).split(10), some(made, 30).split(10), strict=True)
              for part in (real, fake)]
-    with root.warned():
+    with warned():
         save_picture(path, grid(torch.cat(pairs), columns=min(10, len(tests))))
     tqdm.write(f"{path.name}: PSNR {psnr(made, tests):.2f} dB on {len(tests):,} held-out images")
 

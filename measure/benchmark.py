@@ -19,7 +19,7 @@ from support.commands import (
 )
 from support.files import check_output, write_atomically
 from support.flops import flops
-from support.settings import add_flags, given_flags
+from support.settings import add_flags, given_flags, say_default
 
 import argparse
 import contextlib
@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 from config import PRESETS, Config
 from dataset import Dataset, to_float
-from inference import CHECKPOINTS, FULL_BATCH, sample, say_default
+from inference import FULL_BATCH, sample
 from measure.results import network_calls
+from record.checkpoint import CHECKPOINTS
 from train import learn, start_run
 
 REPOSITORY = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from support.commands import (
     some_path,
 )
 from support.files import check_output, make_dir, write_atomically
-from support.settings import add_flags, given_flags
+from support.settings import add_flags, given_flags, say_default
 from support.sizes import pick, show_size, where_it_fits
 
 import math
@@ -34,7 +34,6 @@ from torch import nn
 
 from config import Config
 from dataset import to_float
-from inference import say_default
 from latent.config import LatentConfig
 from latent.sprites import load_images
 from record.log import Bar

@@ -7,8 +7,9 @@
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import make_dir
+from support.noise import noise_source
 from support.pictures import check_picture, grid, write_figure
-from support.settings import add_flags
+from support.settings import add_flags, say_default
 
 import dataclasses
 import itertools
@@ -21,10 +22,10 @@ import torch
 
 from config import Config
 from diffusion import SAMPLERS
-from inference import FULL_BATCH, find_checkpoint, noise_source, sample, say_default
+from inference import FULL_BATCH, sample
 from latent.config import IMAGES
 from measure.score import draw_fakes, few, open_judge
-from record.checkpoint import averaged_model, load_checkpoint
+from record.checkpoint import averaged_model, find_checkpoint, load_checkpoint
 
 LINES = (":", "--", "-", "-.")  # of the plot, for the samplers in turn
 
@@ -166,10 +167,10 @@ def main():
                        ("runs", "quality against training time of several runs: runs.png, runs_digits.png")):
         part = what.add_parser(name, help=help, description=help)
         if name == "runs":
-            part.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints")
+            part.add_argument("runs", nargs="+", type=some_path, help="run folders or checkpoints")
         else:
-            part.add_argument("--checkpoint", help="the model to draw with (default: run/model.pth, else "
-                              "weights/mnist.pth)")
+            part.add_argument("--checkpoint", type=some_path, help="the model to draw with (default: run/model.pth, "
+                              "else weights/mnist.pth)")
             part.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="(default: all)")
             part.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8, 10, 20],
                               help="(default: 3 4 5 6 8 10 20)")

@@ -14,7 +14,7 @@ from support.commands import Parser, UserError, add_device_flag, pick_device, ru
 from support.files import check_output, make_dir, write_atomically
 from support.flops import flops
 from support.pictures import check_picture, grid
-from support.settings import add_flags, given_flags
+from support.settings import add_flags, given_flags, say_default
 from support.sizes import as_size, show_time
 
 import contextlib
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 
 from config import PAPER, PRESETS, Config
-from inference import say_default
 from latent.config import LatentConfig
 from measure.results import network_calls, save_figure, show_mean
 from measure.score import METRICS, draw_fakes, few, open_judge

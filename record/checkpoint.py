@@ -32,6 +32,8 @@ import torch
 
 from record.log import noise_levels
 
+# The model just trained, else the weights that come with the repository
+CHECKPOINTS = (Path("run/model.pth"), Path(__file__).parents[1] / "weights" / "mnist.pth")
 FORMAT = "dit-checkpoint-3"
 OLDER = ("dit-checkpoint-1", "dit-checkpoint-2")
 COMMANDS = {"images": ("inference.py", "train.py"), "latents": ("-m latent.draw", "-m latent.train_dit"),
@@ -64,9 +66,13 @@ def check_out(path, source):
     check_output(path, own, [source])
 
 
-def checkpoint_file(path):
-    """The file of a checkpoint: `path`, or model.pth in it when it is a run folder. Raises `UserError` for a folder
-    that holds none."""
+def find_checkpoint(path=None):
+    """The file of a checkpoint: `path`, or model.pth in it when it is a run folder; by default the first of
+    `CHECKPOINTS` that exists. Raises `UserError` when there is none."""
+    if path is None:
+        path = next(filter(Path.is_file, CHECKPOINTS), None)
+    if path is None:
+        raise UserError("no checkpoint: run train.py first, or point --checkpoint at one")
     if not Path(path).is_dir():
         return path
     path = Path(path) / "model.pth"

@@ -31,6 +31,18 @@ class Bar(tqdm):
             silence(2)
 
 
+def announce(config, data, model, device, start, run_dir):
+    """Prints what the run is about to do. data: one line about the data."""
+    print(f"device    {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + (f", {parallel.WORLD} processes" if parallel.WORLD > 1 else ""))
+    print(f"data      {data}")
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters: {config.describe(model)}")
+    print(f"training  steps {start:,} to {config.steps:,} of {config.batch_size} images, {config.precision}, "
+          f"seed {config.seed}" + (", compiled at the first step" if config.compile else ""))
+    print(f"results   {run_dir}/index.html (a page to watch it by), model.pth, log.csv, loss.png, samples_*.png",
+          flush=True)
+
+
 class RunLog:
     """Logs the mean loss of the steps since the last row, in all and by noise level. A context manager.
 

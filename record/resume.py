@@ -2,13 +2,14 @@
 
 from support.commands import UserError
 from support.files import check_output
-from support.settings import plain
+from support.settings import Settings, check_names, plain
 
 import dataclasses
 
 from record.checkpoint import load_checkpoint
 from record.log import LOG
 
+COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num_classes", "classes", "latent_shape",
              "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
 
@@ -46,4 +47,18 @@ def load_to_resume(path, settings, of, changeable=None):
     config = dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})
     if saved["step"] > config.steps:
         raise UserError(f"{path} is trained for {saved['step']:,} steps already: ask for more with --steps")
+    return config, saved
+
+
+def configure(settings, path, resume, of):
+    """The configuration that `settings`, a `Settings` or a dict, ask for and, to resume, the checkpoint to go on from
+    (else None). of: the class of settings of a dict."""
+    if isinstance(settings, Settings):
+        of, settings = type(settings), dataclasses.asdict(settings)
+    check_names(settings, of.__dataclass_fields__)
+    if resume:
+        config, saved = load_to_resume(path, settings, of)
+    else:
+        config, saved = of(**{"compile": settings.get("steps", of.steps) >= COMPILE_FROM} | settings), None
+    config.check_given(settings)
     return config, saved

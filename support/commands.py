@@ -158,6 +158,14 @@ def end_stopped(done, number, *script):
     sys.exit(128 + number)
 
 
+def say_end(done, stopped, run_dir, drawn_by="inference.py", script=()):
+    """Prints what to do next after `done` steps; if a signal `stopped` them, as `end_stopped` does for `script`."""
+    if stopped:
+        end_stopped(done, stopped, *script)
+    given = flag_words("--checkpoint", run_dir / "model.pth") if run_dir != Path("run") else []
+    print(f"draw with: {shlex.join(['python', *drawn_by.split(), *given])}")
+
+
 def first_line(error, most=150):
     """The first line of an exception's message, or its type if it has none; at most `most` characters, cut between two
     words."""

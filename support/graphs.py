@@ -1,10 +1,26 @@
-"""CUDA graphs: what a function launches on a GPU, launched at once."""
+"""Networks compiled, and CUDA graphs: what a function launches on a GPU, launched at once."""
 
+from support import parallel
+from support.commands import first_line
+
+import sys
 from collections import Counter
 
 import torch
 
 WARM_UP = 3  # calls until a graph is recorded: libraries choose kernels, networks are compiled, optimizers make states
+
+
+def can_compile(device):
+    """Whether torch.compile works here. Without a compiler it does not, and says so, once."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a compiler can do wrong
+        if parallel.RANK == 0:
+            print(f"warning: nothing can be compiled here ({first_line(error):.100}): training without",
+                  file=sys.stderr)
+        return False
+    return True
 
 
 def directly(function, run, *args):

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,23 @@ def read_image(path, mode=None, ground="black"):
         return convert(image, mode, ground)
 
 
+def read_batches(paths, batch_size, ahead=2):
+    """Yields lists of `batch_size` RGB images, uint8 (3, H, W), while threads decode the next `ahead` batches."""
+    def read(path):
+        return to_tensor(read_image(path, "RGB"))
+
+    pool, pending = ThreadPoolExecutor(), collections.deque()
+    try:
+        for start in range(0, len(paths), batch_size):
+            pending.append([pool.submit(read, path) for path in paths[start:start + batch_size]])
+            if len(pending) > ahead:
+                yield [future.result() for future in pending.popleft()]
+        while pending:
+            yield [future.result() for future in pending.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, decode no more images that nobody will see
+
+
 def convert(image, mode, ground):
     """What `read_image` makes of an open image, or of the frame of it that was sought."""
     image.load()
@@ -309,6 +327,17 @@ def to_tensor(image):
 def read_tensor(path, size, mode, ground):
     """One image file as uint8 (C, H, W), as `read_image` and `fit` make it. Raises `UserError`."""
     return to_tensor(fit(read_image(path, mode, ground), size))
+
+
+def write_image(path, image):
+    """Writes a uint8 image (C, H, W) as a PNG, whole or not at all."""
+    array = image.permute(1, 2, 0).contiguous().numpy()
+    temporary = path.with_suffix(".tmp")
+    try:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; the images before it are kept") from None
 
 
 def recolour(images, channels):

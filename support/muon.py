@@ -78,6 +78,16 @@ class Muon(Plain, torch.optim.Optimizer):
                 torch._foreach_sub_(weights, updates)
 
 
+def flatten(network):
+    """Lays the parameters of a network out in one tensor, and returns that. They are then parts of it, and what is done
+    to all of them is one operation."""
+    parameters = list(network.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return flat
+
+
 def split_parameters(network, muon):
     """The parameters of a network in two lists: those for AdamW and, with `muon`, those for Muon. That gets the
     matrices and kernels within the blocks, but for the modulations."""

@@ -1,5 +1,8 @@
 """Standard normal numbers of many random streams at once."""
 
+import functools
+import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,3 +42,23 @@ def fill_with_noise(streams, numbers):
         return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(fill_rows, parts))  # raises what they raise
+
+
+def noise_source(seed, indices, shape, device, calls=1):
+    """A function that returns fresh standard normal noise (B, *shape) at each call, one random stream per image:
+    what image k gets is a function of (seed, k) alone, whatever else is in its batch.
+
+    calls: how many may come. Only what is not first is drawn ahead, since most samplers ask for no more.
+    """
+    streams = [random_stream(seed, k) for k in indices]
+    ahead = max(1, min(8, 2**24 // (len(streams) * math.prod(shape))))  # at most 64 MB
+
+    def noises():
+        for done in itertools.chain([0], itertools.count(1, ahead)):
+            block = torch.empty(len(streams), min(ahead, max(1, calls - done)) if done else 1, *shape,
+                                pin_memory=torch.device(device).type == "cuda")
+            fill_with_noise(streams, block.numpy())
+            for noise in block.to(device, non_blocking=True).unbind(1):
+                yield noise.contiguous()
+
+    return functools.partial(next, noises())

@@ -3,8 +3,10 @@
 from support.commands import UserError, first_line, is_out_of_memory
 from support.files import MARK, check_output, write_atomically
 
+import contextlib
 import io
 import itertools
+import sys
 from pathlib import Path
 
 import torch
@@ -106,6 +108,15 @@ def save_animation(path, pictures, durations):
     `UserError` as `save_picture` does."""
     more = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if len(pictures) > 1 else {}
     save_picture(path, pictures[0], **more)
+
+
+@contextlib.contextmanager
+def warned():
+    """A picture that cannot be written ends no run: within the block, a `UserError` is a warning."""
+    try:
+        yield
+    except UserError as error:
+        print(f"\nwarning: {error}", file=sys.stderr)  # below the bar
 
 
 def write_figure(figure, path):

@@ -34,6 +34,15 @@ class Settings:
                 type(side) is int and 1 <= side <= LARGEST for side in size)):
             raise UserError(f"{name} is {size!r:.80}, but must be {self.size_words}, each between 1 and {LARGEST}")
 
+    def check_given(self, given):
+        """Raises `UserError` when `given`, a dict, holds a setting that a model of these settings does not use."""
+        for name in given:
+            if name not in self.__dataclass_fields__:
+                raise UserError(f"--{name.replace('_', '-')} says nothing to a model of {self.kind}: leave it out")
+        if given.get("eta") and (sampler := given.get("sampler", self.sampler)) != "ddim":
+            raise UserError(f"--eta is the noise of the ddim sampler, but this draws with {sampler}: add --sampler "
+                            "ddim, or leave --eta out")
+
 
 def plain(field, value):
     """The value of a field as it is kept: "28x20" is (28, 20), a `Path` the string that it stands for."""
@@ -75,6 +84,13 @@ def add_flags(parser, of, names=None):
             each = "".join(f"; {name}: {(of.__doc__ or '').split(':')[0]}" for name, of in functions)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                                 help=f"{rule['help']}{each} (default: {default})")
+
+
+def say_default(parser, names, default):
+    """Makes --help name another default for these flags than that of `Config`."""
+    for action in parser._actions:
+        if action.dest in names:
+            action.help = f"{action.help.rpartition(' (default')[0]} (default: {default})"
 
 
 def given_flags(args, of):

@@ -1,4 +1,5 @@
 from support import commands
+from support.noise import noise_source
 
 import gzip
 import math
@@ -24,7 +25,6 @@ import video.draw
 from config import Config
 from dataset import Dataset, load_dataset, to_float
 from diffusion import from_noise
-from inference import noise_source
 from record.checkpoint import load_model, save_checkpoint
 from video.config import ANY, ClipConfig
 

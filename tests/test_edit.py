@@ -1,6 +1,7 @@
 from support import image_files, sizes
 from support.commands import UserError
 from support.labels import parse_morph
+from support.noise import noise_source
 from support.pictures import grid
 
 import argparse
@@ -34,7 +35,7 @@ import inference
 from dataset import to_float, to_uint8
 from diffusion import from_noise
 from edit.draw import draw
-from inference import generate, noise_source, sample
+from inference import generate, sample
 from latent.config import LatentConfig
 
 

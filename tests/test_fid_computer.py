@@ -1,5 +1,6 @@
 """The score against closed forms, SciPy's matrix root and pytorch-fid's own network; the command on small folders."""
 
+from support import image_files
 from support.commands import UserError, run
 from support.stats import read_stats, save_stats
 
@@ -245,9 +246,9 @@ class ReadsAtOnce:
 
 def test_reading_ahead_is_bounded(fake, monkeypatch):
     seen, paths = [], sorted(fake.iterdir()) * 20
-    monkeypatch.setattr(fid_computer, "ThreadPoolExecutor", ReadsAtOnce)
-    monkeypatch.setattr(fid_computer, "read_image", lambda path, mode: seen.append(path) or Image.new(mode, (2, 2)))
-    batches = fid_computer.read_batches(paths, batch_size=5)
+    monkeypatch.setattr(image_files, "ThreadPoolExecutor", ReadsAtOnce)
+    monkeypatch.setattr(image_files, "read_image", lambda path, mode: seen.append(path) or Image.new(mode, (2, 2)))
+    batches = image_files.read_batches(paths, batch_size=5)
     for number in range(1, 5):  # the batch asked for, and two more
         assert len(next(batches)) == 5 and seen == paths[:5 * (number + 2)]
     batches.close()

@@ -24,6 +24,7 @@ from inference import generate
 from latent.config import LatentConfig
 from measure.classifier import load_classifier
 from record.checkpoint import load_checkpoint, save_checkpoint
+from record.folder import open_folder
 from video.config import ANY
 
 
@@ -330,7 +331,7 @@ def test_each_process_has_its_share(tmp_path, monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(generator.parallel, "RANK", rank)
-        shares.append(generator.open_folder(tmp_path, 8, {}))
+        shares.append(open_folder(tmp_path, 8, {}, Config))
     assert shares == [[0, 2], [3, 4], [5, 6, 7]]
 
 

@@ -2,6 +2,7 @@
 and another epsilon, so that it is no reference as it is."""
 
 from support.commands import UserError
+from support.noise import noise_source
 
 import argparse
 import datetime
@@ -31,7 +32,7 @@ from demo import export, share
 from diffusion import ddim, ddpm, dpm
 from dit import sincos_positions
 from edit import draw as edit_draw
-from inference import generate, noise_source, parse_labels
+from inference import generate, parse_labels
 from latent import draw, import_dit
 from latent import generator as latent_generator
 from latent.config import IMAGES, LatentConfig

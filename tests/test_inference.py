@@ -1,7 +1,9 @@
 from support import noise, pictures
 from support.commands import UserError, resolve_precision
 from support.labels import parse_labels
+from support.noise import noise_source
 from support.pictures import check_picture, grid, save_picture
+from support.sizes import batch_that_fits
 
 import argparse
 import dataclasses
@@ -25,19 +27,10 @@ import train
 from config import Config
 from dataset import to_uint8
 from diffusion import SAMPLERS
-from inference import (
-    batch_that_fits,
-    draw,
-    find_checkpoint,
-    generate,
-    load_for_sampling,
-    noise_source,
-    sample,
-    sampling_parser,
-)
+from inference import draw, generate, load_for_sampling, sample, sampling_parser
 from latent.config import IMAGES, LatentConfig
 from measure.classifier import load_classifier
-from record.checkpoint import save_checkpoint
+from record.checkpoint import CHECKPOINTS, find_checkpoint, save_checkpoint
 
 SPRITES = REPOSITORY / "weights" / "sprites.pth"
 DIGITS = tuple("0123456789")
@@ -58,7 +51,7 @@ def test_finds_the_model_just_trained(call, trained, tmp_path, monkeypatch):
     assert code == 0 and out.endswith("drawn with run/model.pth\n")
     assert size(tmp_path / "samples.png")[0] == (2 + 10 * 58, 2 + 58)
     shutil.move(tmp_path / "run" / "model.pth", tmp_path / "shared.pth")
-    monkeypatch.setattr(inference, "CHECKPOINTS", (inference.CHECKPOINTS[0], tmp_path / "shared.pth"))
+    monkeypatch.setattr("record.checkpoint.CHECKPOINTS", (CHECKPOINTS[0], tmp_path / "shared.pth"))
     code, out, _ = call(inference, "--strip")
     assert code == 0 and out.endswith(f"drawn with {tmp_path / 'shared.pth'}\n")
     assert (tmp_path / "strip.png").exists()
@@ -73,7 +66,7 @@ def test_a_run_folder_is_its_model(call, trained, tmp_path, monkeypatch):
     assert draw(checkpoint=trained, count=8, device="cpu").tobytes() == Image.open("samples.png").tobytes()
     (tmp_path / "run_1").mkdir()
     assert_refused(call(inference, "--checkpoint", "run_1"), "run_1 holds no model.pth")
-    assert_refused(call(inference, "--checkpoint", ""), "--checkpoint is empty")
+    assert_refused(call(inference, "--checkpoint", ""), "--checkpoint: is empty")
     assert find_checkpoint() == SHIPPED
 
 

@@ -5,6 +5,7 @@ here by hand: an untrained network answers 0, and its last layer sees the normal
 """
 
 from support.commands import UserError
+from support.noise import noise_source
 
 import csv
 import dataclasses
@@ -761,7 +762,7 @@ def test_sample_steps(call, taught, draw, tmp_path, monkeypatch):
 def test_guidance(call, taught, draw, tmp_path):
     """In one step the image is what the network answers for the label and without one: u + guidance (c - u)."""
     model, config = load_model(taught / "model.pth", precision="fp32", kinds=ANY)
-    noise = inference.noise_source(0, range(10), (1, 8, 8), "cpu")()
+    noise = noise_source(0, range(10), (1, 8, 8), "cpu")()
     with torch.no_grad():
         c, u = (model(noise, config.T - 1, y) for y in (torch.arange(10), 10))
     for scale in (0, 1, 1.4, 5, -2):
@@ -801,7 +802,7 @@ def test_guided_channels(call, go, own, tmp_path):
     """Drawn in one step: the first channels are u + 5 (c - u), the others c."""
     run = go(latent.train_dit, dataset="folder", data_dir=own, channels=3, steps=200, lr=0.01, batch_size=16)
     model, _ = load_model(run.folder / "model.pth", precision="fp32", kinds=ANY)
-    noise = inference.noise_source(0, range(3), (3, 8, 8), "cpu")()
+    noise = noise_source(0, range(3), (3, 8, 8), "cpu")()
     with torch.no_grad():
         c, u = (model(noise, 999, y) for y in (torch.arange(3), 3))
     assert ((c - u).abs() * 4 * 127.5).mean((0, 2, 3)).min() > 2

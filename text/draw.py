@@ -4,13 +4,14 @@
 """
 
 from support.commands import UserError, run, some_path, some_word
+from support.settings import say_default
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from inference import check_out, draw_states, load_for_sampling, sampling_parser, say_default
+from inference import check_out, draw_states, load_for_sampling, sampling_parser
 from text.config import TextConfig
 from text.words import read_prompt
 from video.draw import save_clips

@@ -4,15 +4,14 @@
 """
 
 from support import parallel
-from support.commands import run
-from support.settings import given_flags
+from support.commands import run, say_end
+from support.settings import given_flags, say_default
 
 from pathlib import Path
 
 import torch
 
 import train as root
-from inference import say_default
 from text.config import PRESETS, TextConfig
 from video.train_dit import save_grid
 
@@ -47,7 +46,7 @@ def main():
     args = parser.parse_args()
     done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, TextConfig), args.run_dir, args.resume,
                           args.device)
-    root.say_end(done, stopped, args.run_dir, TextConfig.drawn_by, ("-m", "text.train"))
+    say_end(done, stopped, args.run_dir, TextConfig.drawn_by, ("-m", "text.train"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 from support.commands import UserError, run, some_path
 from support.image_files import name_of, read_clip
 from support.labels import parse_labels
+from support.noise import noise_source
 from support.sizes import as_size, demand_memory, show_size
 
 import functools
@@ -137,7 +138,7 @@ def main():
     check_out(args, config, labels, frames, frames > 1 and not args.strip, inputs, args.size)
 
     def source(seed, indices, shape, *rest):
-        return inference.noise_source(seed, indices, (shape[0], *(args.size or shape[1:])), *rest)
+        return noise_source(seed, indices, (shape[0], *(args.size or shape[1:])), *rest)
 
     clips = draw_longer(model, config, labels, args.count, args) if longer else (
         draw_states(model, config, labels, args.count, source=source)[-1])
