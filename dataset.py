@@ -140,9 +140,6 @@ def read_idx(path, dims):
     return torch.tensor(np.frombuffer(data, np.uint8, offset=header)).view(sizes)
 
 
-
-
-
 def to_float(images):
     """Images at rest, uint8 0..255, as the model sees them: floats in [-1, 1]."""
     return images.float() / 127.5 - 1

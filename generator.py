@@ -3,7 +3,7 @@
 from support import parallel
 from support.commands import UserError, flag_words, run, some_path
 from support.image_files import write_image
-from support.labels import class_weights, labels_by
+from support.labels import check_classes, class_weights, labels_by
 
 import argparse
 import hashlib
@@ -19,18 +19,6 @@ from config import Config
 from dataset import load_dataset
 from inference import draw_batches, load_for_sampling, sampling_parser
 from record.folder import open_folder
-
-
-def check_classes(config, data):
-    """Raises `UserError` unless the model of `config` knows as many classes as the images `data` (a `Dataset`) have;
-    other names for them are a warning."""
-    if config.num_classes != len(data.classes):
-        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} "
-                        f"have {len(data.classes):,}: name its own with --dataset and --data-dir")
-    if config.classes and config.classes != tuple(data.classes) and not parallel.RANK:
-        one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
-        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
-              "set: they are taken for the same classes in the same order", file=sys.stderr)
 
 
 def fill_real(folder, data, todo, seed=0):

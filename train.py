@@ -138,32 +138,33 @@ def learn(run, data, step):
     """One optimizer step on a batch of `data`. Returns the loss of each image (B,), not averaged, and its time (B,)."""
     config = run.config
     x_0, y, t, noise = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
-    return take_step(run, step, update, x_0, y, t, noise), t
+    return take_step(run, step, losses, x_0, y, t, noise), t
 
 
-def update(run, x_0, y, t, noise):
-    """What a step does to the weights. Returns the losses (B,)."""
-    round_weights(run)
-    return descend(run, run.process.losses(run.worker, x_0, t, y, noise, run.config.loss))
+def losses(run, x_0, y, t, noise):
+    """What a step minimises, of each image (B,)."""
+    return run.process.losses(run.worker, x_0, t, y, noise, run.config.loss)
 
 
-def take_step(run, step, update, *batch):
-    """One optimizer step: update(run, *batch), which returns losses (B,) and may not depend on `step`, since a GPU
-    replays it. Returns the losses."""
+def take_step(run, step, losses, *batch):
+    """One optimizer step down losses(run, *batch) (B,), which may not depend on `step`, since a GPU replays it. Returns
+    the losses."""
     run.lr.fill_(learning_rate(run.config, step))
-    losses = run.replay(update, run, *batch)
+    each = run.replay(descend, run, losses, *batch)
 
     # Move the averaged weights towards the new ones. The decay grows up to its limit; before, a step's share in the
     # average is a power of its number (2312.02696).
     decay = min(run.config.ema_decay, (step + 1) / (step + EMA_WARMUP))
     run.averages.lerp_(run.weights, 1 - decay)
-    return losses
+    return each
 
 
-def descend(run, losses):
-    """Moves the weights down the losses (B,) that the worker has, after `round_weights`. Returns these."""
+def descend(run, losses, *batch):
+    """Moves the weights down the losses (B,), which it returns; see `take_step`."""
     # Compute the gradients of the mean over the whole batch. They are averaged over all processes.
-    (losses.sum() * (parallel.WORLD / run.config.batch_size)).backward()
+    round_weights(run)
+    each = losses(run, *batch)
+    (each.sum() * (parallel.WORLD / run.config.batch_size)).backward()
     gradient = take_gradients(run)
     if run.config.grad_clip:
         gradient *= (run.config.grad_clip / (gradient.norm() + 1e-6)).clamp(max=1)
@@ -172,7 +173,7 @@ def descend(run, losses):
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return losses.detach()
+    return each.detach()
 
 
 def not_finite(what, config, step):

@@ -93,14 +93,14 @@ def distill_step(student, fake, teacher, step):
     x_0 = draw(student, y, step, noise)
 
     # The fake learns to denoise the student's images.
-    losses = process.losses(fake.worker, x_0.detach(), times(), y, noise(), config.loss)
-    train.take_step(fake, step, train.descend, losses)
+    train.take_step(fake, step, lambda fake: process.losses(fake.worker, x_0.detach(), times(), y, noise(),
+                                                            config.loss))
     train.round_weights(fake)
 
     # The student moves its images.
     t = times()
-    losses = matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance)
-    return train.take_step(student, step, train.descend, losses), t
+    return train.take_step(student, step, lambda _: matching_losses(process, x_0, t, y, noise(), teacher, fake.worker,
+                                                                    config.guidance)), t
 
 
 def fake_path(run_dir, step):
@@ -192,7 +192,7 @@ def main():
         student.replay = fake.replay = directly  # a step's functions differ from step to step
         teacher.to(dtype_of(config.precision, device))
         announce(config, f"none: the teacher is {args.checkpoint}, guidance {config.guidance:g}", teacher, device,
-                       saved[0]["step"] if saved[0] else 0, run_dir)
+                 saved[0]["step"] if saved[0] else 0, run_dir)
         show = show_clips if config.kind == "clips" else train.show
         script = shlex.join(["-m", "few.distill", *flag_words("--checkpoint", args.checkpoint)])
         done, stopped = train.loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0],

@@ -247,14 +247,13 @@ def learn(run, data, step):
     if alone:  # from here on the latents are those that are kept
         for part in ("encoder", "quant_conv"):
             getattr(run.model, part).load_state_dict(getattr(run.ema, part).state_dict())
-    losses = root.take_step(run, step, update, *make_batch(data, run.config, step), alone)
-    return losses, torch.zeros(len(losses), dtype=torch.long, device=losses.device)
+    each = root.take_step(run, step, losses, *make_batch(data, run.config, step), alone)
+    return each, torch.zeros(len(each), dtype=torch.long, device=each.device)
 
 
-def update(run, x, noise, alone):
-    """As `train.update`."""
-    root.round_weights(run)
-    return root.descend(run, losses_of(run.worker, x, noise, run.config, alone))
+def losses(run, x, noise, alone):
+    """As `train.losses`."""
+    return losses_of(run.worker, x, noise, run.config, alone)
 
 
 # What it shows and leaves

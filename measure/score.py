@@ -12,7 +12,7 @@ from support.commands import UserError, in_full_precision, pick_device, run, som
 from support.files import check_output, make_dir, write_atomically
 from support.folders import Folder
 from support.image_files import list_images, opened, read_image
-from support.labels import are_numbers, class_weights, labels_by
+from support.labels import are_numbers, check_classes, class_weights, labels_by
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 from support.settings import add_flags, given_flags, say_default
 
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from dataset import to_float, to_uint8
 from fid_computer import frechet_distance, statistics
-from generator import check_classes
 from inference import draw_batches, load_for_sampling, sampling_parser
 from latent.config import IMAGES, LatentConfig
 from latent.vae import check_shapes, load_vae

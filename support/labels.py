@@ -1,9 +1,11 @@
 """The labels that a user asks for, by the names of their classes or by number; and those of a folder of fakes."""
 
+from support import parallel
 from support.commands import UserError
 
 import contextlib
 import re
+import sys
 
 import torch
 
@@ -53,6 +55,18 @@ def parse_morph(text, names):
                 return first + last
     raise UserError(f"--morph {text!r:.80}: must be two labels with a colon between, such as 3:8; this model knows "
                     f"{list_names(names)}")
+
+
+def check_classes(config, data):
+    """Raises `UserError` unless the model of `config` knows as many classes as the images `data` (a `Dataset`) have;
+    other names for them are a warning."""
+    if config.num_classes != len(data.classes):
+        raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} "
+                        f"have {len(data.classes):,}: name its own with --dataset and --data-dir")
+    if config.classes and config.classes != tuple(data.classes) and not parallel.RANK:
+        one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
+        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
+              "set: they are taken for the same classes in the same order", file=sys.stderr)
 
 
 def class_weights(labels, num_classes, equal=False):

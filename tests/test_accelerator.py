@@ -92,7 +92,7 @@ def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypa
     with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
         log.add(losses, t)
         assert log.window.device == CUDA
-    assert losses.device == CUDA and losses.dtype == torch.float32 and called == [train.update]
+    assert losses.device == CUDA and losses.dtype == torch.float32 and called == [train.descend]
     for part in (run.model, run.ema):
         assert {weight.device for weight in part.state_dict().values()} == {CUDA}
 

@@ -193,7 +193,7 @@ def learned(monkeypatch, steps, shards=(slice(None),), **settings):
     seen, losses, make_batch = [], [], train.make_batch
     torch.nn.init.normal_(run.model.final_layer.linear.weight)
     monkeypatch.setattr(train, "make_batch", lambda *args: (seen.append(make_batch(*args)), seen[-1])[1])
-    monkeypatch.setattr(train, "descend", lambda run, losses: losses.detach())
+    monkeypatch.setattr(train, "descend", lambda run, losses, *batch: losses(run, *batch).detach())
     for step in steps:
         for part in shards:
             monkeypatch.setattr(train_dit.parallel, "share", lambda count, part=part: part)

@@ -317,7 +317,7 @@ def test_the_captions_of_a_step_do_not_depend_on_the_shares(folder, monkeypatch)
     data.captions = SimpleNamespace(vocabulary=config.words, length=2, read=lambda number, draw: [
         number, draw.randrange(10**9)])
     seen, run = [], root.start_run(config, torch.device("cpu"))
-    monkeypatch.setattr(root, "descend", lambda *args: None)
+    monkeypatch.setattr(root, "descend", lambda run, losses, *batch: losses(run, *batch))
     run.process.losses = lambda model, x_0, t, y, noise, loss: seen.append(y)
     for share in (slice(0, 6), slice(0, 2), slice(2, 6)):
         monkeypatch.setattr(text.train.parallel, "share", lambda count, share=share: share)

@@ -541,7 +541,7 @@ def test_compiled_network_learns_the_same(monkeypatch):
     ({}, False), ({"steps": 9_999}, False), ({"steps": 10_000}, True), ({"steps": 10_000, "compile": False}, False),
     ({"steps": 2, "compile": True}, True)])
 def test_long_runs_are_compiled_unless_told_otherwise(settings, compiled):
-    assert train.configure(settings, None, resume=False)[0].compile == compiled
+    assert train.configure(settings, None, False, Config)[0].compile == compiled
 
 
 WITHOUT_A_COMPILER = "import torch._inductor.config; torch._inductor.config.cpp.cxx = ('none',)"

@@ -22,7 +22,7 @@ def learn(run, data, step):
     x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
     seed = root.step_generator(config.seed, step, "cpu").initial_seed()
     y = data.words(y, [seed + row for row in range(config.batch_size)[part]])  # (B, L)
-    return root.take_step(run, step, root.update, x_0, y, t, noise), t
+    return root.take_step(run, step, root.losses, x_0, y, t, noise), t
 
 
 def show(run, path, stop):

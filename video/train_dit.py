@@ -23,17 +23,15 @@ def learn(run, data, step):
         data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
     x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
     if not (config.given or config.motion):
-        return root.take_step(run, step, root.update, x_0, y, t, noise), t
+        return root.take_step(run, step, root.losses, x_0, y, t, noise), t
     generator.manual_seed(generator.initial_seed() ^ 1)  # another stream than the batch's
     known = given_frames(config.batch_size, data.shape[1], config.given, generator)[part]
-    return root.take_step(run, step, update, x_0, y, t, noise, known), t
+    return root.take_step(run, step, clip_losses, x_0, y, t, noise, known), t
 
 
-def update(run, x_0, y, t, noise, known):
-    """As `train.update`, of clips whose frames are given where they are `known`, bool (B, 1, T, 1, 1)."""
-    root.round_weights(run)
-    each = losses(run.process, run.worker, x_0, t, y, noise, known, run.config.loss, run.config.motion)
-    return root.descend(run, each)
+def clip_losses(run, x_0, y, t, noise, known):
+    """As `train.losses`, of clips whose frames are given where they are `known`, bool (B, 1, T, 1, 1)."""
+    return losses(run.process, run.worker, x_0, t, y, noise, known, run.config.loss, run.config.motion)
 
 
 def save_grid(path, clips):
