@@ -89,7 +89,6 @@ def distill_step(student, fake, teacher, step):
 
     y = torch.randint(config.num_classes, (B,), generator=generator, device=device)
     train.round_weights(student)
-    train.round_weights(fake)
     x_0 = draw(student, y, step, noise)
 
     # The fake learns to denoise the student's images.
