@@ -1,12 +1,12 @@
-"""The latents of a data set's images, made once and kept in a file that is mapped into memory.
+"""The latents of a data set's images: encoded once, kept in a file, and mapped into memory.
 
-    latents/folder-256x256-1f0c.../latents.npy    (N, V, 2, C, h, w), float16: of image n, mirrored where v is 1, mean
-                                                  and standard deviation of its latents, as the VAE has them
-                                  /latents.json   what they are of, written when all are there
-                                  /encoded        which blocks of images are there until then
+    latents/folder-256x256-1f0c.../latents.npy    float16 (N, V, 2, C, h, w): mean and standard deviation of the latents
+                                                  of image n, mirrored where v is 1, as the VAE has them
+                                  /latents.json   what they belong to, written when all of them are there
+                                  /encoded        until then: a hash of the pixels of each block of images whose
+                                                  latents are on disk, and zeros for the other blocks
 
-An image's place in the file is its number, and a block is noted once it is on disk: whatever ends the encoding, it goes
-on from there.
+An image's place in the file is its number. Whatever stops the encoding, it goes on with the blocks that are missing.
 """
 
 from support import parallel
@@ -35,34 +35,35 @@ from dataset import to_float, to_uint8
 from latent.sprites import load_images
 from latent.vae import check_same, check_shapes, load_vae
 
-BLOCK = 256     # images between two notes
-MARK = 16       # bytes of a note: a hash of the block's pixels
-SEEN = 500      # images that the round trip is measured on
-LOOKED_AT = 2**26  # bytes of the latents, at the most, that are held against what was written before they are used
 FORMAT = "latents-1"
+BLOCK = 256       # images of a block, after which the encoding can go on
+HASH = 16         # bytes of a block's hash
+CHECKED = 2**26   # bytes of the latents, at most, that are compared with what was written before they are used
+ROUND_TRIP = 500  # images, at most, that the round trip is measured on
 
 
 def open_data(config, device, images=None):
-    """What a `LatentConfig` says to learn from: a `Dataset`, or with a VAE its `Latents`; either is there once it is
-    `load`ed. images: a `Dataset` to take instead. With torchrun, every process must call both. Raises
-    `UserError`."""
+    """The data of a `LatentConfig`: a `Dataset`, or with a VAE its `Latents`. They are there once they are `load`ed.
+
+    images: a `Dataset` to take instead of the one that the settings name. With torchrun, every process must call this,
+    and `load`. Raises `UserError`.
+    """
     if config.flips and config.dataset not in ("folder", "CIFAR10", "CIFAR100"):
         raise UserError(f"--flips is for photographs (--dataset folder, CIFAR10 or CIFAR100): what {config.dataset} "
                         "shows would mean something else in a mirror")
-    of = dict(image_size=config.image_size, channels=config.channels, ground=config.ground)
     with parallel.rank_0_first():  # it may download them
-        if not config.vae:
-            images = images or load_images(config.dataset, config.data_dir, **of)
-            return dataclasses.replace(images, flips=config.flips)
-        vae = load_vae(config.vae, device)
-        if config.latent_shape:  # of a run that goes on too
-            check_same(config.vae, vae, config.vae_hash)
-            vae.normalize_by(config.latent_mean, config.latent_std)
-        of["channels"] = of["channels"] or vae.image_channels
-        if not images and config.dataset == "folder":
+        vae = load_vae(config.vae, device) if config.vae else None
+        of = dict(image_size=config.image_size, channels=config.channels or (vae.image_channels if vae else 0),
+                  ground=config.ground)
+        if vae and not images and config.dataset == "folder":  # it is read block by block
             images = Folder(config.data_dir, **of)
             images.check()
         images = images or load_images(config.dataset, config.data_dir, **of)
+    if not vae:
+        return dataclasses.replace(images, flips=config.flips)
+    if config.latent_shape:  # of a run that is resumed
+        check_same(config.vae, vae, config.vae_hash)
+        vae.normalize_by(config.latent_mean, config.latent_std)
     check_shapes(config.vae, vae, images.shape)
     return Latents(images, config.vae, vae, config.flips, Path(config.latents))
 
@@ -70,8 +71,8 @@ def open_data(config, device, images=None):
 class Latents:
     """In the place of a `Dataset`: the latents of its images, each sampled anew from its posterior at every step.
 
-    images: a `Dataset`, or a `Folder`, which is read block by block. name: where the `VAE` was found. flips: the
-    mirrored images too. folder: has a folder for each data set, size and VAE.
+    images: a `Dataset`, or a `Folder`, which is read block by block. name: what the `VAE` was found by. flips: mirror
+    half of the images. folder: holds a folder of latents for each data set, size and VAE.
     """
 
     def __init__(self, images, name, vae, flips, folder):
@@ -85,23 +86,22 @@ class Latents:
                                                latent_mean=mean, latent_std=std, clamp=False)
 
     def load(self):
-        """Encodes what is not there yet, and maps it into memory. Raises `UserError`."""
-        images, vae = self.images, self.vae
-        size = (len(images.labels), 2 if self.flips else 1, 2, *self.shape)
-        identity = dict(format=FORMAT, vae=self.settings["vae_hash"], images=images.fingerprint, size=list(size),
+        """Encodes the images that are not encoded yet, and maps the latents into memory. Raises `UserError`."""
+        images = self.images
+        size = [len(self.labels), 2 if self.flips else 1, 2, *self.shape]
+        identity = dict(format=FORMAT, vae=self.settings["vae_hash"], images=images.fingerprint, size=size,
                         image_shape=list(images.shape))
         which = fingerprint(json.dumps(identity, sort_keys=True))[:12]
         path = self.folder / f"{images.name}-{'x'.join(map(str, images.shape[1:]))}-{which}"
-        note = read_note(path, identity) or encode(images, vae, path, identity)
-        self.rows, self.fingerprint = torch.from_numpy(open_array(path, size)), note["fingerprint"]
+        note = read_note(path, identity) or encode(images, self.vae, path, identity)
+        self.rows, self.fingerprint = open_array(path, size), note["fingerprint"]
         check = check_of(self.rows)
         if note.get("check", check) != check:
             raise UserError(f"{path / 'latents.npy'} has changed since it was written: remove {path} to have it "
                             "encoded anew")
         fewer = math.prod(images.shape) / math.prod(self.shape)
         self.summary = (f"{images.summary}\nlatents   {' x '.join(map(str, self.shape))} of {self.settings['vae']}, "
-                        f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB"
-                        f"{kept_distance(self.settings['vae'], vae, images)}")
+                        f"{fewer:.3g} times fewer numbers; round trip {note['psnr']:.1f} dB")
         del self.images, self.vae  # and their memory
         return self
 
@@ -111,161 +111,144 @@ class Latents:
         return self
 
     def x_0(self, index, part, generator):
-        """What a network learns from: samples of the normalized latents of images `index`[`part`], (b, C, h, w); see
-        `Dataset.x_0`."""
+        """What a network learns from: samples of the normalized latents of the images `index`[`part`], (b, C, h, w);
+        see `Dataset.x_0`."""
         noise = torch.randn((len(index), *self.shape), generator=generator, device=index.device)
         mirrored = torch.randint(self.rows.shape[1], (len(index),), generator=generator, device=index.device)
         mean, std = pick(self.rows, index[part], mirrored[part]).float().unbind(1)
         return (mean + std * noise[part] - self.mean) / self.std
 
 
-def kept_distance(name, vae, images):
-    """What `python -m measure.score --vae` has found out about the VAE called `name`, and kept in its folder: "" where
-    nothing, or it was of another VAE or of other images."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        kept = Path(name) / "round_trip.json"
-        kept = json.loads(kept.read_bytes() if kept.is_file() else "{}")
-        if (kept["vae_hash"], kept["data"]) == (vae.hash_of(), images.fingerprint):
-            return f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
-    return ""
+# The files, once they are written
 
 
 def read_note(path, identity):
-    """What latents.json says, or None without one: then the encoding is not done. Raises `UserError`."""
+    """The dict in latents.json; None if there is none, since the encoding is not done. Raises `UserError` if it is of
+    latents of another `identity`."""
     note = path / "latents.json"
     if not note.exists():
         return None
     try:
-        if not note.is_file():  # to read a named pipe is to wait for ever
-            raise ValueError
-        content = json.loads(note.read_bytes())
-        if {name: content[name] for name in identity} == identity and type(content["fingerprint"]) is str:
-            return content | {"psnr": float(content["psnr"])}
-        reason = "they are of other images, or of another VAE"
+        content = json.loads(note.read_bytes() if note.is_file() else "")  # to read a named pipe is to wait for ever
+        if content != content | identity:
+            raise ValueError("it is of other images, or of another VAE")
+        return content | dict(fingerprint=str(content["fingerprint"]), psnr=float(content["psnr"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"it is damaged: {type(error).__name__}"
-    raise UserError(f"{note} does not belong to these latents ({reason}): remove {path} to have them encoded anew")
+        raise UserError(f"{note} is damaged ({first_line(error, 80)}): remove {path} to have the latents encoded "
+                        "anew") from None
 
 
 def open_array(path, size):
-    """The latents, a numpy array of float16 of this size, mapped into memory. Raises `UserError` unless the file holds
-    them all."""
+    """latents.npy as a float16 tensor of this size, mapped into memory. Raises `UserError` unless the file holds it."""
     file = path / "latents.npy"
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no file")
-        array = np.lib.format.open_memmap(file, "c")  # c: what torch takes for writable; none of it is written
-        if array.shape != size or array.dtype != np.float16 or not array.flags.c_contiguous:
-            raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 {size}")
+        array = np.lib.format.open_memmap(file, "c")  # c: torch takes it for writable; nothing is written
+        if array.shape != tuple(size) or array.dtype != np.float16 or not array.flags.c_contiguous:
+            raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 {tuple(size)}")
     except Exception as error:  # numpy raises nearly anything when a file is not its own
         raise UserError(f"{file} is damaged or cut short ({first_line(error, 120)}): remove {path} to have it encoded "
                         "anew") from None
-    return array
+    return torch.from_numpy(array)
 
 
 def check_of(rows):
-    """A hash of the latents, or of as many of them, evenly spaced, as `LOOKED_AT` allows."""
-    count = max(1, min(len(rows), LOOKED_AT // rows[0].nbytes))
+    """A hash of the latents, or of `CHECKED` bytes of them, evenly spaced."""
+    count = max(1, min(len(rows), CHECKED // rows[0].nbytes))
     picked = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
     return fingerprint(str(count), *(rows[i] for i in picked.tolist()))
 
 
+# How they are written
+
+
 def encode(images, vae, path, identity):
-    """Encodes the blocks of `images` that are not there yet, every process its share. Returns what latents.json says.
-    Raises `UserError`."""
-    size = tuple(identity["size"])
-    blocks = math.ceil(size[0] / BLOCK)
-    with parallel.rank_0_first():
-        if not parallel.RANK:
-            make_dir(path)
+    """Encodes the blocks of `images` that are missing, each process its share, and writes latents.json. Returns the
+    dict in it. Raises `UserError`."""
+    size = identity["size"]
+    make_dir(path)
     with lock_dir(path):
         with parallel.rank_0_first():
             if not parallel.RANK:
-                reserve(path, size, blocks)
-            marks = read_marks(path, blocks)
-        parallel.wait()  # with the first block until all have looked
-        todo = [block for block in range(blocks) if not any(marks[block])]
+                make_files(path, size)
         try:
-            encode_blocks(images, vae, path, size, todo[parallel.share(len(todo))])
+            encode_blocks(images, vae, path, size)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}; what is encoded is kept, and the same "
                             "command goes on from there") from None
         except KeyboardInterrupt:
             print(f"\nwhat is encoded is kept in {path}; the same command goes on from there", file=sys.stderr)
             raise
-        parallel.wait()
+        parallel.wait()  # until the blocks of all processes are there
         if not parallel.RANK:
-            rows = torch.from_numpy(open_array(path, size))
-            what = json.dumps([identity["vae"], images.classes, identity["size"]])
-            content = identity | {"fingerprint": fingerprint(what, images.labels, *read_marks(path, blocks)),
-                                  "psnr": round_trip(images, vae, rows), "check": check_of(rows)}
-            write_atomically(path / "latents.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+            rows = open_array(path, size)
+            what = json.dumps([identity["vae"], images.classes, size])
+            note = identity | dict(fingerprint=fingerprint(what, images.labels, *read_hashes(path)),
+                                   psnr=round_trip(images, vae, rows), check=check_of(rows))
+            write_atomically(path / "latents.json", lambda file: file.write(json.dumps(note, indent=1).encode()))
             (path / "encoded").unlink()
         parallel.wait()
     return read_note(path, identity)
 
 
-def read_marks(path, blocks):
-    """The notes (blocks, MARK) on the blocks that are encoded, zeros for the others; None if there are no notes."""
-    marks = path / "encoded"
-    if not marks.is_file() or marks.stat().st_size != blocks * MARK:
-        return None
-    return np.fromfile(marks, dtype=np.uint8).reshape(blocks, MARK)
-
-
-def reserve(path, size, blocks):
-    """Makes the files for latents of this size where they are not there, and takes their space on the disk: it is
-    better to fail now. Raises `UserError`."""
-    latents, room = path / "latents.npy", 2 * math.prod(size)
-    there = latents.stat().st_size if latents.is_file() else 0
-    marks = read_marks(path, blocks)
-    if marks is not None and there > room:
-        print(f"latents   {int(marks.any(axis=1).sum())} of {blocks} blocks are in {path} already")
+def make_files(path, size):
+    """Makes latents.npy and `encoded`, unless both are there from before. They take all of their space on the disk: it
+    is better to fail now. Raises `UserError`."""
+    latents, encoded, needed = path / "latents.npy", path / "encoded", 2 * math.prod(size)
+    if latents.exists() and encoded.exists():
+        done = read_hashes(path).any(axis=1)
+        print(f"latents   {done.sum()} of {len(done)} blocks are in {path} already")
         return
-    print(f"latents   are made once and kept in {path}, {show_bytes(room)}", flush=True)
+    print(f"latents   are made once and kept in {path}, {needed / 1e9:.3g} GB", flush=True)
     try:
-        if room > shutil.disk_usage(path).free + there:
+        latents.unlink(missing_ok=True)
+        if needed > shutil.disk_usage(path).free:
             raise OSError(errno.ENOSPC, "there is not so much space left on its disk")
-        np.lib.format.open_memmap(latents, "w+", np.float16, size)
+        np.lib.format.open_memmap(latents, "w+", np.float16, tuple(size))
         with latents.open("r+b") as file, contextlib.suppress(AttributeError):  # only Linux has it
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
             latents.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot hold {show_bytes(room)} of latents: {error.strerror}; choose another "
+            raise UserError(f"{path} cannot hold {needed / 1e9:.3g} GB of latents: {error.strerror}; choose another "
                             "folder with --latents") from None
-    write_atomically(path / "encoded", lambda file: file.write(bytes(blocks * MARK)))
+    write_atomically(encoded, lambda file: file.write(bytes(HASH * math.ceil(size[0] / BLOCK))))
 
 
-def show_bytes(count):
-    unit = next((unit for unit in (1e9, 1e6) if count >= unit), 1e3)
-    return f"{count / unit:.3g} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB'}[unit]}"
+def read_hashes(path):
+    """What `encoded` holds, uint8 (blocks, HASH): the hash of each block, zeros if it is missing."""
+    return np.fromfile(path / "encoded", dtype=np.uint8).reshape(-1, HASH)
 
 
-def encode_blocks(images, vae, path, size, todo):
-    """Encodes these blocks. One is noted as encoded when it is on disk."""
-    total = sum(min(BLOCK, size[0] - BLOCK * block) for block in todo)
-    offset = open_array(path, size).offset
-    with (path / "latents.npy").open("r+b", 0) as latents, (path / "encoded").open("r+b", 0) as marks, \
+def encode_blocks(images, vae, path, size):
+    """Encodes this process's share of the blocks that are missing. A block's hash is written once its latents are on
+    disk."""
+    open_array(path, size)  # a damaged file is refused, and not written over
+    done = read_hashes(path).any(axis=1)
+    missing = [block for block in range(len(done))[parallel.share(len(done))] if not done[block]]
+    total = sum(min(BLOCK, size[0] - BLOCK * block) for block in missing)
+    with (path / "latents.npy").open("r+b") as latents, (path / "encoded").open("r+b", 0) as hashes, \
             tqdm(total=total, desc="encoding", unit=" images", disable=parallel.RANK > 0 or None) as bar:
-        for block in todo:
+        for block in missing:
             pixels = images.read(slice(BLOCK * block, BLOCK * (block + 1)))
             x = to_float(pixels.to(vae.mean.device))
             moments = torch.stack([vae.moments(view) for view in (x, x.flip(-1))[:size[1]]], dim=1).half()
             if not moments.isfinite().all():
                 raise UserError("the VAE makes latents that are not finite, or too large for float16: it is broken, or "
                                 "these images are not what it has learned")
-            latents.seek(offset + BLOCK * block * 2 * math.prod(size[1:]))
+            latents.seek(-2 * math.prod(size[1:]) * (size[0] - BLOCK * block), os.SEEK_END)
             latents.write(moments.cpu().numpy().tobytes())
+            latents.flush()
             os.fsync(latents.fileno())
-            marks.seek(MARK * block)
-            marks.write(hashlib.blake2b(pixels.contiguous().numpy(), digest_size=MARK).digest())
+            hashes.seek(HASH * block)
+            hashes.write(hashlib.blake2b(pixels.contiguous().numpy(), digest_size=HASH).digest())
             bar.update(len(pixels))
 
 
 def round_trip(images, vae, rows):
-    """The PSNR, dB, of images that were encoded and decoded: up to `SEEN`, evenly spaced."""
-    picked = torch.linspace(0, len(rows) - 1, min(SEEN, len(rows))).long()
+    """The PSNR, dB, of up to `ROUND_TRIP` images, evenly spaced, that were encoded and decoded."""
+    picked = torch.linspace(0, len(rows) - 1, min(ROUND_TRIP, len(rows))).long()
     pixels = torch.cat([images.read(slice(i, i + 1)) for i in picked.tolist()])
     mean = rows[picked, 0, 0].to(vae.mean.device).float()
     return psnr(pixels, to_uint8(vae.decode((mean - vae.mean) / vae.std)).cpu())
