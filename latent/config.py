@@ -11,7 +11,9 @@ from pathlib import Path
 
 from config import Config
 from dataset import TORCHVISION
+from latent.cache import open_data
 from latent.official import LearnedVarianceDDPM, OfficialDDPM, OfficialFlow, SiT, ddpm
+from latent.vae import each_frame, open_vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,9 @@ class LatentConfig(Config):
         super().check()
         if self.variance == "learned" and self.process != "ddpm":
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
-        if not self.latent_shape and not (self.vae_hash or self.latent_mean or self.latent_std):
+        if not self.latent_shape:
             return
-        C, *size = self.latent_shape or (0,)
+        C, *size = self.latent_shape
         if not size or not all(type(n) is int and 1 <= n <= 1024 for n in self.latent_shape):
             raise UserError(f"latent_shape is {self.latent_shape!r:.80}, but must be channels, height and width")
         for name, numbers in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
@@ -114,27 +116,23 @@ class LatentConfig(Config):
 
     def open_data(self, device):
         """The images, a `Dataset`, or their `Latents`. Raises `UserError`."""
-        from latent.cache import open_data
-
         return open_data(self, device)
 
     def ready(self, checkpoint, device):
-        """The VAE may lie beside the checkpoint that was shared with it."""
-        if self.vae and not self.latent_shape:
-            raise UserError(f"{checkpoint} draws images without a VAE: leave --vae out")
+        """See `Config`. The VAE may lie beside the checkpoint that was shared with it."""
+        if not self.latent_shape:
+            if self.vae:
+                raise UserError(f"{checkpoint} draws images without a VAE: leave --vae out")
+            return self
         beside = Path(checkpoint).parent / self.vae
-        found = self
-        if self.vae and not Path(self.vae).exists() and beside.is_dir():
-            found = dataclasses.replace(self, vae=str(beside))
-        if found.latent_shape:
-            found.find_vae(device)
+        moved = not Path(self.vae).exists() and beside.is_dir()
+        found = dataclasses.replace(self, vae=str(beside)) if moved else self
+        found.find_vae(device)
         return found
 
     def find_vae(self, device):
         """The `VAE` that the latents are of, with the statistics that the model has learned with. Raises `UserError`
         when it is not there or is another one."""
-        from latent.vae import open_vae
-
         image, latent = ((shape[0], *shape[-2:]) for shape in ((self.channels, *self.image_size), self.latent_shape))
         return open_vae(self.vae, self.vae_hash, image, latent, self.latent_mean, self.latent_std, device)
 
@@ -143,15 +141,13 @@ class LatentConfig(Config):
         return super().drawn_how(device) | {"vae": decoder}
 
     def to_images(self, x):
-        from latent.vae import each_frame
-
         return super().to_images(each_frame(self.find_vae(x.device).decode, x) if self.latent_shape else x)
 
     def from_images(self, x):
-        from latent.vae import each_frame
-
-        vae = self.find_vae(x.device) if self.latent_shape else None
-        return each_frame(lambda images: vae.encode(images)[0], x) if vae else x
+        if not self.latent_shape:
+            return x
+        vae = self.find_vae(x.device)
+        return each_frame(lambda images: vae.encode(images)[0], x)
 
 
 IMAGES = (Config, LatentConfig)  # the kinds of models that draw images

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import safetensors.torch
@@ -28,10 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-# What else diffusers and older programs call the weights, or the list of the files that they are in
-OTHER_WEIGHTS = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-                 "diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.bin",
-                 "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.bin.index.json")
+# What else diffusers calls the weights
+OTHER_WEIGHTS = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
+                 "diffusion_pytorch_model.fp16.bin")
 STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sdxl-vae")  # names that need no owner's
 SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
@@ -78,96 +78,59 @@ class Middle(nn.Module):
     def __init__(self, channels, groups, attention):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
-        self.attentions = nn.ModuleList(Attention(channels, groups) for _ in range(int(attention)))
+        self.attentions = nn.Sequential(*(Attention(channels, groups) for _ in range(attention)))
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
-class Halve(nn.Module):
-    """forward: (B, C, H, W) -> (B, C, H / 2, W / 2)"""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def chain(**layers):
+    """Layers that follow one another, by their names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Double(nn.Module):
-    """forward: (B, C, H, W) -> (B, C, 2 H, 2 W)"""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def halve(channels):
+    """(B, C, H, W) -> (B, C, H / 2, W / 2)"""
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution and, except at the last level, the way to the next.
+def double(channels):
+    """(B, C, H, W) -> (B, C, 2 H, 2 W)"""
+    return chain(repeat=nn.Upsample(scale_factor=2), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
-    forward: (B, C, H, W) -> (B, C_out, H, W), or half or twice that size
+
+def level(channels, out_channels, depth, groups, **resize):
+    """The residual blocks of one resolution. resize: the name of a step to the next one, and `halve` or `double`.
+
+    (B, C, H, W) -> (B, C_out, H, W), or half or twice that size
     """
-
-    def __init__(self, channels, out_channels, depth, groups, way=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(channels if i == 0 else out_channels, out_channels, groups)
-                                     for i in range(depth))
-        if way:
-            self.add_module("downsamplers" if way is Halve else "upsamplers", nn.ModuleList([way(out_channels)]))
-
-    def forward(self, x):
-        for part in self.children():
-            for layer in part:
-                x = layer(x)
-        return x
+    blocks = [ResidualBlock(out_channels if i else channels, out_channels, groups) for i in range(depth)]
+    return chain(resnets=nn.Sequential(*blocks),
+                 **{name: nn.Sequential(step(out_channels)) for name, step in resize.items()})
 
 
-class Encoder(nn.Module):
-    """forward: images (B, C, H, W) in [-1, 1] -> mean and log variance of their latents (B, 2 C_latent, h, w)"""
-
-    def __init__(self, in_channels, latent_channels, widths, depth, groups, attention):
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(0, i - 1)], width, depth, groups, Halve if i < len(widths) - 1 else None)
-            for i, width in enumerate(widths))
-        self.mid_block = Middle(widths[-1], groups, attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+def levels(widths, depth, groups, **resize):
+    """A `level` of each width, all but the last with a step to the next resolution."""
+    return nn.Sequential(*(level(widths[max(0, i - 1)], width, depth, groups, **resize if i < len(widths) - 1 else {})
+                           for i, width in enumerate(widths)))
 
 
-class Decoder(nn.Module):
-    """forward: latents (B, C_latent, h, w) -> images (B, C, H, W), about in [-1, 1]"""
+def encoder(in_channels, latent_channels, widths, depth, groups, attention):
+    """Images (B, C, H, W) in [-1, 1] -> mean and log variance of their latents (B, 2 C_latent, h, w)"""
+    return chain(conv_in=nn.Conv2d(in_channels, widths[0], 3, padding=1),
+                 down_blocks=levels(widths, depth, groups, downsamplers=halve),
+                 mid_block=Middle(widths[-1], groups, attention),
+                 conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1))
 
-    def __init__(self, out_channels, latent_channels, widths, depth, groups, attention):
-        super().__init__()
-        widths = widths[::-1]
-        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], groups, attention)
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(0, i - 1)], width, depth + 1, groups, Double if i < len(widths) - 1 else None)
-            for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def decoder(out_channels, latent_channels, widths, depth, groups, attention):
+    """Latents (B, C_latent, h, w) -> images (B, C, H, W), about in [-1, 1]"""
+    return chain(conv_in=nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
+                 mid_block=Middle(widths[-1], groups, attention),
+                 up_blocks=levels(widths[::-1], depth + 1, groups, upsamplers=double),
+                 conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[0], out_channels, 3, padding=1))
 
 
 class VAE(nn.Module):
@@ -194,8 +157,8 @@ class VAE(nn.Module):
         if patch_size > 1:  # else the settings are diffusers' alone
             self.settings["patch_size"] = patch_size
         shape = tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention
-        self.encoder = Encoder(in_channels, latent_channels, *shape)
-        self.decoder = Decoder(out_channels, latent_channels, *shape)
+        self.encoder = encoder(in_channels, latent_channels, *shape)
+        self.decoder = decoder(out_channels, latent_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = (nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv
                                 else nn.Identity())
@@ -308,12 +271,11 @@ def load_vae(name, device="cpu"):
 
 def open_vae(name, *asked):
     """`load_vae` for a model that has learned on its latents. asked: `fingerprint` of the VAE, "" = not known; shapes
-    of the images (C, H, W) and of the latents, whose mean and standard deviation normalize them; the device. The last
-    one stays in memory while its files are the same. Raises `UserError` when it is another one."""
+    of the images (C, H, W) and of the latents; mean and standard deviation that normalize these; the device. The last
+    VAE stays in memory while its files are the same. Raises `UserError` when it is another one."""
     if not name:
         raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
-    files = find_files(name) if Path(name).is_dir() else []
-    states = [os.stat(file) for file in files]
+    states = [os.stat(file) for file in find_files(name)] if Path(name).is_dir() else []
     return open_again(name, *asked, tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
 
 
@@ -352,14 +314,14 @@ def find_files(name):
     """The paths of config.json and of the weights of the VAE called `name`; see `load_vae`."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file() and (folder / "vae" / CONFIG).is_file():  # of a pipeline
-            folder = folder / "vae"
-        weights = next((folder / file for file in (WEIGHTS, *OTHER_WEIGHTS) if (folder / file).is_file()), None)
-        missing = CONFIG if not (folder / CONFIG).is_file() else "" if weights else WEIGHTS
-        if missing:
-            raise UserError(f"{folder} holds no {missing}: a VAE is a folder of diffusers' AutoencoderKL, with "
-                            f"{CONFIG} and {WEIGHTS}")
-        return [folder / CONFIG, weights]
+        folder = next((part for part in (folder, folder / "vae") if (part / CONFIG).is_file()), folder)
+        weights = [folder / file for file in (WEIGHTS, *OTHER_WEIGHTS)]
+        files = [folder / CONFIG, next(filter(Path.is_file, weights), weights[0])]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{folder} holds no {file.name}: a VAE is a folder of diffusers' AutoencoderKL, with "
+                                f"{CONFIG} and {WEIGHTS}")
+        return files
     if str(name) in STABILITY:
         return download(f"stabilityai/{name}")
     # The hub knows a VAE as owner/name. Where there is a folder of the owner's name, a path is meant
@@ -388,8 +350,7 @@ def download(repository):
 def read_config(file):
     """The settings of a `VAE`, a dict, and its statistics mean and std, two tuples, from a config.json."""
     try:
-        with file.open("rb") as opened:
-            config = json.loads(opened.read(2**20))
+        config = json.loads(file.open("rb").read(2**20))
         kind = config.get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {first_line(error, 100)}") from None
@@ -399,25 +360,20 @@ def read_config(file):
     settings = {name: config.get(name, names[name].default) for name in names}
     try:
         check_settings(settings, config)
-        mean, std = read_statistics(config, settings["latent_channels"])
+        return settings, *read_statistics(config, settings["latent_channels"])
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return settings, mean, std
 
 
 def check_settings(settings, config):
-    """Raises `UserError` unless the settings make a `VAE`, and what else is in `config` is what that can do."""
+    """Raises `UserError` unless the settings make a `VAE`, and it can do what else is in `config`."""
     widths, groups = settings["block_out_channels"], settings["norm_num_groups"]
     for name, value in settings.items():
-        high = {"block_out_channels": 8192, "norm_num_groups": 8192, "layers_per_block": 16,
-                "patch_size": 16}.get(name, 1024)
-        if name.startswith(("use_", "mid_")):
-            sound = type(value) is bool
-        else:
-            values = value if name == "block_out_channels" else [value]
-            sound = isinstance(values, (list, tuple)) and 0 < len(values) <= 8 and all(
-                type(n) is int and 0 < n <= high for n in values)
-        if not sound:
+        values = value if value is widths else [value]
+        low, high, kind = (0, 1, bool) if name.startswith(("use_", "mid_")) else (
+            1, 16 if name in ("layers_per_block", "patch_size") else 8192, int)
+        if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= 8 or not all(
+                type(n) is kind and low <= n <= high for n in values):
             raise UserError(f"{name} is {value!r:.60}")
     if any(settings[f"{side}_channels"] % settings["patch_size"] ** 2 for side in ("in", "out")):
         raise UserError(f"in_channels {settings['in_channels']} and out_channels {settings['out_channels']} are not "
@@ -435,27 +391,21 @@ def read_statistics(config, channels):
     """Mean and standard deviation of the latents, tuples of one number or of `channels`, from diffusers' words for
     them: a diffusion model sees (z - latents_mean) * scaling_factor / latents_std, where shift_factor may stand for the
     mean."""
-    scale = config.get("scaling_factor", 0.18215)
+    scale = [config.get("scaling_factor", 0.18215)]
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
     std = config.get("latents_std") or [1.0]
-    if not is_number(scale) or scale < 1e-15:
-        raise UserError(f"scaling_factor is {scale!r:.60}")
-    for name, numbers in (("latents_mean or shift_factor", mean), ("latents_std", std)):
-        if not isinstance(numbers, list) or len(numbers) not in (1, channels) or not all(map(is_number, numbers)) or (
-                name == "latents_std" and min(numbers) < 1e-15):
+    for name, numbers, low in (("scaling_factor", scale, 1e-15), ("latents_mean or shift_factor", mean, -1e15),
+                               ("latents_std", std, 1e-15)):
+        if not isinstance(numbers, list) or len(numbers) not in (1, channels) or not all(
+                type(n) in (int, float) and low <= n < 1e15 for n in numbers):  # float32 holds what is made of these
             raise UserError(f"{name} is {numbers!r:.60}, with {channels} latent channels")
-    return tuple(map(float, mean)), tuple(number / scale for number in std)
-
-
-def is_number(value):
-    """Whether this is a number that float32 holds, whatever it is multiplied with here."""
-    return type(value) in (int, float) and abs(value) < 1e15  # NaN is below nothing
+    return tuple(map(float, mean)), tuple(number / scale[0] for number in std)
 
 
 def read_weights(file, vae):
     """The weights of a `VAE` in float32, by their present names. Raises `UserError` unless they are those of `vae`."""
     try:
-        state = {name: weight for part in parts_of(file) for name, weight in weights_in(part).items()}
+        state = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else read_tensors(file)
         state = {re.sub(r"(attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{OLD_NAMES.get(m[2], m[2])}", name): weight
                  for name, weight in state.items()}
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
@@ -464,24 +414,9 @@ def read_weights(file, vae):
     if wrong:
         raise UserError(f"{file} does not fit its {CONFIG}: {wrong}")
     for name, weight in state.items():
-        if not weight.is_floating_point() or weight.layout != torch.strided or not weight.is_contiguous():
-            raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
-        state[name] = weight.to(torch.float32, copy=True)  # float8 knows no isfinite
-        if not state[name].isfinite().all():
+        plain = weight.is_floating_point() and weight.layout == torch.strided and weight.is_contiguous()
+        if plain:
+            state[name] = weight.to(torch.float32, copy=True)  # float8 knows no isfinite
+        if not plain or not state[name].isfinite().all():
             raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
     return state
-
-
-def parts_of(file):
-    """The files that the weights are in: `file`, or those that it lists."""
-    if file.suffix != ".json":
-        return [file]
-    names = sorted(set(json.loads(file.open("rb").read(2**24))["weight_map"].values()))
-    if not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
-        raise UserError(f"it lists {names!r:.80}")
-    return [file.with_name(name) for name in names]
-
-
-def weights_in(file):
-    """What is in one file of weights, a dict of tensors."""
-    return safetensors.torch.load_file(file) if file.suffix == ".safetensors" else read_tensors(file)

@@ -191,7 +191,7 @@ FOLDERS = {
     "text": (lambda folder: change_config(folder, layers_per_block="2"), "layers_per_block is '2'"),
     "groups": (lambda folder: change_config(folder, norm_num_groups=3), "norm_num_groups 3 does not divide"),
     "flag": (lambda folder: change_config(folder, use_quant_conv=1), "use_quant_conv is 1"),
-    "scale": (lambda folder: change_config(folder, scaling_factor=0), "scaling_factor is 0"),
+    "scale": (lambda folder: change_config(folder, scaling_factor=0), r"scaling_factor is \[0\]"),
     "std": (lambda folder: change_config(folder, latents_std=[1, 1, 1, 0]), "latents_std is"),
     "statistics": (lambda folder: change_config(folder, latents_mean=[1, 2]), "with 4 latent channels"),
     "channels": (lambda folder: change_config(folder, latent_channels=8), "does not fit its config.json"),
@@ -199,8 +199,8 @@ FOLDERS = {
     "layers": (lambda folder: change_config(folder, layers_per_block=2), "is missing"),
     "a number for a list": (lambda folder: change_config(folder, block_out_channels=8), "block_out_channels is 8"),
     "a number for blocks": (lambda folder: change_config(folder, down_block_types=2), "down_block_types is 2"),
-    "a huge scale": (lambda folder: change_config(folder, scaling_factor=10**400), "scaling_factor is 1000"),
-    "a tiny scale": (lambda folder: change_config(folder, scaling_factor=1e-300), "scaling_factor is 1e-300"),
+    "a huge scale": (lambda folder: change_config(folder, scaling_factor=10**400), r"scaling_factor is \[1000"),
+    "a tiny scale": (lambda folder: change_config(folder, scaling_factor=1e-300), r"scaling_factor is \[1e-300\]"),
     "a huge mean": (lambda folder: change_config(folder, latents_mean=[0, 0, 0, 10**400]), "latents_mean or shift"),
     "a huge shift": (lambda folder: change_config(folder, shift_factor=-10**400), "latents_mean or shift_factor"),
     "a huge std": (lambda folder: change_config(folder, latents_std=[1, 1, 1, 1e300]), "latents_std is"),
@@ -217,11 +217,8 @@ FOLDERS = {
 
 @pytest.mark.parametrize(("options", "first"), [
     (dict(variant="fp16"), "diffusion_pytorch_model.fp16.safetensors"),
-    (dict(max_shard_size="20KB"), "diffusion_pytorch_model.safetensors.index.json"),
-    (dict(max_shard_size="20KB", variant="fp16"), "diffusion_pytorch_model.safetensors.index.fp16.json"),
     (dict(safe_serialization=False), "diffusion_pytorch_model.bin"),
-    (dict(safe_serialization=False, variant="fp16"), "diffusion_pytorch_model.fp16.bin"),
-    (dict(safe_serialization=False, max_shard_size="20KB"), "diffusion_pytorch_model.bin.index.json")])
+    (dict(safe_serialization=False, variant="fp16"), "diffusion_pytorch_model.fp16.bin")])
 def test_other_files_that_diffusers_writes(options, first, folder, tmp_path):
     """Also in a pipeline's folder; and where there are several, the first one is what it was."""
     theirs, expected = AutoencoderKL.from_pretrained(folder), load_vae(folder).state_dict()
@@ -229,8 +226,6 @@ def test_other_files_that_diffusers_writes(options, first, folder, tmp_path):
     theirs.save_pretrained(pipeline / "vae", **options)
     (pipeline / "model_index.json").write_text("{}")
     assert (pipeline / "vae" / first).is_file() and not (pipeline / "vae" / WEIGHTS).exists()
-    if "max_shard_size" in options:
-        assert len([*(pipeline / "vae").glob("*-of-*")]) > 2
     for place in (pipeline, pipeline / "vae"):
         for name, weight in load_vae(place).state_dict().items():
             assert torch.equal(weight, expected[name]), name
@@ -244,16 +239,11 @@ class Malicious:
         return os.system, ("touch hacked",)
 
 
-BIN, INDEX = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors.index.json"
+BIN = "diffusion_pytorch_model.bin"
 OTHER_FOLDERS = {
     "executes": (lambda folder: torch.save({"a": Malicious()}, folder / BIN), "it holds posix"),
     "no weights": (lambda folder: torch.save([1], folder / BIN), "is damaged or cut short"),
     "numbers": (lambda folder: torch.save({"a": 1}, folder / BIN), "does not fit"),
-    "not an index": (lambda folder: (folder / INDEX).write_text("[]"), "is damaged or cut short"),
-    "a deep index": (lambda folder: (folder / INDEX).write_text("[" * 10**5), "is damaged or cut short"),
-    "a missing shard": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b.bin"}}'), "No such"),
-    "another folder": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../x.bin"}}'), "it lists"),
-    "no names": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 3}}'), "is damaged or cut short"),
 }
 
 
