@@ -83,8 +83,6 @@ class VAEConfig(Settings):
     # Loss
     noise: float = flag(0.1, "standard deviation of the posterior; 0 = learned", 0, 10)
     kl: float = flag(0.02, "weight of the KL divergence of a latent from a standard normal", 0, 10)
-    half_scale: float = flag(0.0, "share of the images that are also learned at half their size, from latents of half "
-                             "the size (2502.09509, 2502.14831)", 0, 1)
 
     # Training
     steps: int = flag(10_000, "optimizer steps", 1, 100_000_000)
@@ -114,21 +112,18 @@ class VAEConfig(Settings):
         return (self.latent_channels, *(side // self.factor for side in self.image_size))
 
     def resolve(self, data):
-        """These settings, with all filled in that the data decide. Raises `UserError`."""
+        """These settings, completed with those that the data decide. Raises `UserError`."""
         C, *size = data.shape
         factor = self.factor or max(4 if max(size) <= 32 else 8, self.halvings)
-        if factor % self.halvings or any(side % factor for side in size):
-            fit = [n for n in range(1, 257) if not any(side % n for side in size) and n % self.halvings == 0
-                   and n // self.halvings <= 16]
-            near = [round(side / factor) * factor or factor for side in size]
+        possible = range(self.halvings, min(256, 16 * self.halvings) + 1, self.halvings)
+        if factor not in possible or any(side % factor for side in size):
+            fit = [n for n in possible if not any(side % n for side in size)]
+            near = [max(1, round(side / factor)) * factor for side in size]
             ways = [*([f"--factor to one of {fit}"] if fit else []),
-                    *([] if factor % self.halvings else [f"--image-size to {show_size(near)}"])]
+                    *([f"--image-size to {show_size(near)}"] if factor in possible else [])]
             raise UserError(f"images of {show_size(size)} cannot become latents {factor} times smaller with "
-                            f"{len(self.widths)} widths, each but the last of which halves them: set "
-                            + (" or ".join(ways) or "fewer --widths"))
-        if factor // self.halvings > 16:
-            raise UserError(f"factor {factor} with {len(self.widths)} widths would take patches of more than 16 "
-                            "pixels: give more --widths")
+                            f"{len(self.widths)} widths, each but the last of which halves them, and patches of up to "
+                            f"16 pixels: set {' or '.join(ways) or 'fewer --widths'}")
         return dataclasses.replace(self, dataset=data.name, image_size=tuple(size), channels=C, factor=factor)
 
     def describe(self, model):
@@ -203,27 +198,17 @@ def kl_divergence(mean, std):
 
 
 def losses_of(worker, x, noise, config, alone=False):
-    """What training minimises, (B,), for images x float (B, C, H, W) in [-1, 1].
+    """What training minimises, (B,), for images x float (B, C, H, W) in [-1, 1]: the loss of their reconstruction, and
+    `config.kl` times the divergence of their latents.
 
     noise: standard normal, of the latents' shape. alone: the decoder learns alone.
-    Some of the images, `config.half_scale`, are decoded at half their size, of latents at half their size: a latent is
-    to mean at every scale what it does at one, which makes the latents smooth. It takes the network time to learn, and
-    in ten minutes there is none to spare (EXPERIMENTS.md).
     """
     dtype = worker.quant_conv.weight.dtype
     with torch.set_grad_enabled(not alone):
-        mean, std = (part.float() for part in worker.posterior(x.to(dtype)))
-        std = std.detach() if config.noise else std
-        z, divergence = mean + std * noise, kl_divergence(mean, std)  # (B, C_latent, h, w), (B,)
-    small = 0 if alone else round(len(x) * config.half_scale)
-    pairs = [(z[small:], x[small:])] if small < len(x) else []
-    if small:
-        size = [-(-side // 2) for side in z.shape[2:]]
-        pairs.insert(0, (F.adaptive_avg_pool2d(z[:small], size),
-                         F.adaptive_avg_pool2d(x[:small], [side * worker.factor for side in size])))
-    losses = torch.cat([reconstruction_loss(worker.reconstruct(latents.to(dtype)).float(), images)
-                        for latents, images in pairs])
-    return losses + config.kl * divergence
+        mean, std = (part.float() for part in worker.posterior(x.to(dtype)))    # each (B, C_latent, h, w)
+    std = std.detach() if config.noise else std
+    made = worker.reconstruct((mean + std * noise).to(dtype)).float()           # (B, C, H, W)
+    return reconstruction_loss(made, x) + config.kl * kl_divergence(mean, std)
 
 
 def make_batch(data, config, step):
@@ -236,14 +221,9 @@ def make_batch(data, config, step):
     return x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x, noise
 
 
-def decoder_alone(config, step):
-    """Whether step `step` belongs to the last part, in which the decoder learns alone."""
-    return step >= config.steps - int(DECODER_ALONE * config.steps)
-
-
 def learn(run, data, step):
     """One optimizer step; see `train.learn`. There is no noise level: all times are 0."""
-    alone = decoder_alone(run.config, step)
+    alone = step >= run.config.steps - int(DECODER_ALONE * run.config.steps)
     if alone:  # from here on the latents are those that are kept
         for part in ("encoder", "quant_conv"):
             getattr(run.model, part).load_state_dict(getattr(run.ema, part).state_dict())
@@ -326,7 +306,7 @@ def train_vae(settings, out="vae", resume=False, device=None):
                       of=VAEConfig)
 
 
-def parse_args():
+def main():
     parser = Parser(description="Trains a small autoencoder (VAE), whose latents latent.train_dit learns to draw.")
     parser.add_argument("--out", type=some_path, default=Path("vae"), help="the folder to write (default: vae)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it was")
@@ -335,11 +315,7 @@ def parse_args():
                         help="channels of each level; each level but the last halves the image, and pixel_unshuffle "
                         f"does the rest of the factor (default: {' '.join(map(str, VAEConfig.widths))})")
     add_device_flag(parser)
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     done, stopped = train_vae(given_flags(args, VAEConfig), args.out, args.resume, args.device)
     if stopped:
         end_stopped(done, stopped, "-m", "latent.train_vae")

@@ -24,7 +24,7 @@ from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 SETTINGS = dict(dataset="mnist", data_dir=str(SMALL), image_size=(8, 8), channels=1, factor=4, widths=(16, 32),
                 latent_channels=4, warmup=2, precision="fp32", lr=4e-3)
 FLAGS = ["--dataset", "mnist", "--data-dir", SMALL, "--image-size", 8, "--widths", 16, 32, "--latent-channels", 4,
-         "--warmup", 2, "--precision", "fp32", "--batch-size", 8, "--lr", 4e-3, "--half-scale", 0.5, "--steps", 6,
+         "--warmup", 2, "--precision", "fp32", "--batch-size", 8, "--lr", 4e-3, "--steps", 6,
          "--log-every", 3, "--sample-every", 3, "--checkpoint-every", 3, "--device", "cpu"]
 STATE, LOG, PICTURE = "model.pth", "log.csv", "samples_000006.png"
 LEFT = sorted([CONFIG, WEIGHTS, LOG, "index.html", "loss.png"])  # and pictures
@@ -158,34 +158,14 @@ class Toy(torch.nn.Module):
         return z.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
-@pytest.mark.parametrize(("size", "small"), [(16, 8), (12, 8), (4, 4)])
-def test_some_images_are_learnt_at_half_their_size(size, small):
-    """Latents and images are halved alike: where both are averages they fit, and the loss is zero."""
-    toy, x = Toy(), torch.rand(4, 1, 1, 1).expand(4, 1, size, size) + torch.zeros(4, 1, size, size)
-    noise = torch.zeros(4, 1, size // 4, size // 4)
-    losses = losses_of(toy, x, noise, VAEConfig(half_scale=0.25, kl=0))
-    assert sorted(z.shape for z in toy.seen) == sorted([(3, 1, size // 4, size // 4), (1, 1, small // 4, small // 4)])
-    assert losses.shape == (4,) and losses.max().item() == pytest.approx(0, abs=1e-6)
-    for share, sizes in ((0, {size // 4}), (1, {small // 4})):
-        toy.seen.clear()
-        losses_of(toy, x, noise, VAEConfig(half_scale=share, kl=0))
-        assert {z.shape[2] for z in toy.seen} == sizes
-    toy.seen.clear()
-    losses_of(toy, x, noise, VAEConfig(half_scale=1.0, kl=0), alone=True)
-    assert {z.shape[2] for z in toy.seen} == {size // 4}
-
-
 def test_noise_and_kl_in_the_loss():
     x, noise = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 2, 2)
     toy = Toy()
-    plain = losses_of(toy, x, noise, VAEConfig(half_scale=0, kl=0))
+    plain = losses_of(toy, x, noise, VAEConfig(kl=0))
     torch.testing.assert_close(toy.seen[0], torch.nn.functional.avg_pool2d(x, 4) + 0.1 * noise)
     mean, std = toy.posterior(x)
     expected = plain + 0.3 * kl_divergence(mean, std)
-    torch.testing.assert_close(losses_of(toy, x, noise, VAEConfig(half_scale=0, kl=0.3)), expected)
-    # Whatever their size, the losses stand in the order of the images
-    halves = losses_of(toy, x, noise, VAEConfig(half_scale=0.25, kl=1.0))
-    torch.testing.assert_close(halves[1:], (plain + kl_divergence(mean, std))[1:])
+    torch.testing.assert_close(losses_of(toy, x, noise, VAEConfig(kl=0.3)), expected)
     # The posterior's width learns only where it is not given, and nothing of the encoder while the decoder is alone.
     fixed, learnt = VAEConfig(noise=0.1), VAEConfig(noise=0)
     for config, alone, learns in ((fixed, False, (True, False)), (learnt, False, (True, True)),
@@ -300,7 +280,7 @@ def test_each_flag_reaches_the_training(call, tmp_path, monkeypatch):
         picture.paste((0, 0, 0, 0), (0, 0, 20, 10))  # transparent
         picture.save(tmp_path / "mine" / "x" / f"{i}.png")
     asked = dict(dataset="folder", data_dir=str(tmp_path / "mine"), image_size=(16, 8), channels=3, ground="white",
-                 factor=4, latent_channels=3, widths=(16, 32), layers_per_block=2, noise=0.2, kl=0.5, half_scale=0.25,
+                 factor=4, latent_channels=3, widths=(16, 32), layers_per_block=2, noise=0.2, kl=0.5,
                  steps=4, batch_size=5, lr=1e-3, warmup=3, precision="bf16", seed=7, log_every=2, sample_every=3,
                  checkpoint_every=1)
     assert flags_of(module) == {*asked, "out", "resume", "device"}
@@ -428,7 +408,7 @@ def test_held_out_images_are_no_more_than_needed():
     (["--factor", 3], ["--factor to one of [2, 4, 8]"]), (["--factor", 16], ["images of 8"]),
     (["--widths", 8, 8, 8, 8, 8], ["with 5 widths"]), (["--widths", 0], ["widths are (0,)"]),
     (["--image-size", 10], ["--factor to one of [2, 10]", "--image-size to 8"]),
-    (["--noise", "nan"], ["noise is nan"]), (["--half-scale", 2], ["half_scale is 2.0"]),
+    (["--noise", "nan"], ["noise is nan"]),
     (["--steps", 0], ["steps is 0"]),
     (["--resume"], ["there is no checkpoint", "latent.train_vae makes one"]), (["--batch-size", "x"], ["--batch-size"]),
     (["--lr", 1e4], ["lr is 10000"]), (["--device", "nowhere"], ["--device nowhere"])])
