@@ -81,9 +81,7 @@ class Latents:
         self.shape = (C, height // vae.factor, width // vae.factor)
         self.images, self.vae, self.flips, self.folder = images, vae, flips, folder
         self.mean, self.std = vae.mean.cpu(), vae.std.cpu()
-        mean, std = (tuple(numbers.flatten().tolist()) for numbers in (self.mean, self.std))
-        self.settings = images.settings | dict(vae=name, vae_hash=vae.fingerprint, latent_shape=self.shape,
-                                               latent_mean=mean, latent_std=std, clamp=False)
+        self.settings = images.settings | vae.settings_of_latents(name) | dict(latent_shape=self.shape, clamp=False)
 
     def load(self):
         """Encodes the images that are not encoded yet, and maps the latents into memory. Raises `UserError`."""

@@ -1,5 +1,5 @@
 """Makes a checkpoint of ours out of a file of DiT's official code (github.com/facebookresearch/DiT, arXiv 2212.09748):
-of the weights that its authors released, or of what its train.py has saved.
+the weights that its authors released, or what its train.py has saved.
 
     python -m latent.import_dit DiT-XL-2-256x256.pt xl.pth
     python -m latent.draw --checkpoint xl.pth --vae sd-vae-ft-ema --labels "golden retriever" 360
@@ -7,21 +7,20 @@ of the weights that its authors released, or of what its train.py has saved.
 Files of codes with the same network are read too:
 
     fast-DiT        (github.com/chuanyangjin/fast-DiT) as DiT
-    SiT             (github.com/willisma/SiT, 2401.08740) known by the flags of its train.py, or since the half of its
-                    output that DiT's variance would be is zero. Draws as its sample.py does in the mode ODE with
+    SiT             (github.com/willisma/SiT, 2401.08740) is known by the flags of its train.py, or because the half of
+                    its output that is DiT's variance is zero. Draws as its sample.py does in the mode ODE with
                     --sampling-method euler --num-sampling-steps 251
     LightningDiT    (github.com/hustvl/LightningDiT, 2501.01423) without its changes to the network, as SiT
-    REPA            (github.com/sihyun-yu/REPA, 2410.06940) known by its projectors or its flags: a SiT with another end
-                    of t and another sign. Draws as its generate.py does in the mode ode
+    REPA            (github.com/sihyun-yu/REPA, 2410.06940) is known by its projectors or its flags: a SiT with t turned
+                    round and another sign. Draws as its generate.py does in the mode ode
 
-The two codes are the same network. What differs, and where it is bridged:
+The network of this project is the same. Where the codes differ, this bridges it:
 
     the network     frequencies of the time        config.time_spacing = "dit", which is our default too
                     cosines before sines           columns of time_embedding.mlp.0 change places here
                     a patch is (C, p, p)           columns of patch_embedding.linear change places here
                     GELU by tanh                   config.gelu = "tanh"
-    the process     noise and v, 2C channels       config.variance = "learned": official.LearnedVarianceDDPM, which
-                    learned variance, its loss     draws and learns with it
+    the process     noise and v, 2C channels       config.variance = "learned": official.LearnedVarianceDDPM
     SiT's process   velocity, t = 1 is the image   config.process = "sit": official.SiT; the unused outputs are dropped
     REPA's process  its negative, t = 0 is the     the last layer is negated, columns of time_embedding.mlp.0 are turned
                     image                          by their frequencies; the projectors are dropped
@@ -29,9 +28,9 @@ The two codes are the same network. What differs, and where it is bridged:
                     guidance on 3 of 4 channels    config.guided_channels = 3
                     x_0 is not clamped             config.clamp = False
                     latents are z * 0.18215        config.latent_std
-                    noise of one stream, twice     not bridged: here each image has a stream of its own
-    the file        an argparse.Namespace, paths   are read as plain values; nothing else but tensors and numbers is
-                    module. or _orig_mod. before   left out of the names
+                    noise of one stream, twice     is not bridged: here each image has a stream of its own
+    the file        argparse.Namespace             is read as plain values; nothing else but tensors and numbers is
+                    module. or _orig_mod. before   is left out of the names
 """
 
 from support.commands import Parser, UserError, first_line, run, some_path
@@ -39,16 +38,12 @@ from support.tensors import check_tensors, misfit, read_tensors
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import math
 import operator
-import pathlib
 import re
 import shlex
-import types
 
-import numpy as np
 import torch
 
 from config import PAPER, PRESETS
@@ -67,13 +62,6 @@ CHANGES = (("mlp.w12", "SwiGLU"), ("norm1.weight", "RMSNorm"), ("q_norm.weight",
 SCALE = 0.18215  # of latents, in DiT's sample.py and train.py
 VAE = "stabilityai/sd-vae-ft-mse"  # of sample.py; the FID of the paper was measured with sd-vae-ft-ema
 VAE_FACTOR, VAE_CHANNELS, LATENT_CHANNELS = 8, 3, 4
-# What flags may be, besides plain values: (what it is read as, how the file calls it)
-HARMLESS = [argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.timedelta, np.dtype,
-            *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
-            *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-            *((getattr(pathlib, "Pure" * ("Pure" not in name) + name), f"{module}.{name}")
-              for module in ("pathlib", "pathlib._local")  # of Python 3.13
-              for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"))]
 
 
 def official_name(name):
@@ -84,36 +72,36 @@ def official_name(name):
 
 
 def read_official(path):
-    """The weights in a file of DiT's code, a dict, and the flags of its train.py, a dict. The weights are
-    not in memory yet if the file is large. Nothing in it can run code. Raises `UserError` when it is another file, or
+    """The weights in a file of DiT's code, and the flags of its train.py that are numbers or words: two dicts. Weights
+    of a large file are not in memory yet. Nothing in it can run code. Raises `UserError` when it is another file, or
     when its network is known to be another one."""
     try:
-        content = read_tensors(path, HARMLESS, mmap=True)
+        content = read_tensors(path, [argparse.Namespace], mmap=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: download it as the README of facebookresearch/DiT says") from None
     except Exception as error:  # torch.load raises nearly anything when a file is not its own
         raise UserError(f"{path} is no file of DiT's code, is cut short, or holds more than weights and flags "
                         f"({first_line(error)})") from None
-    if isinstance(content, dict) and "format" in content:
+    content = content if isinstance(content, dict) else {}
+    if "format" in content:
         raise UserError(f"{path} is a checkpoint of this project already, or of another one, but no file of DiT's code")
-    flags, settings = ((content.get("args"), content.get("config")) if isinstance(content, dict) else (None, None))
-    for name in ("ema", "model"):  # of train.py
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict) or not content or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
+    weights = next((content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)), content)
+    if not weights or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                              for name, value in weights.items()):
         raise UserError(f"{path} is no file of DiT's code: it holds no weights by name")
-    # Of DistributedDataParallel and torch.compile
-    content = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weight for name, weight in content.items()}
-    changes = [what for part, what in CHANGES if any(part in name for name in content)]
+    # The prefixes are DistributedDataParallel's and torch.compile's
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weight for name, weight in weights.items()}
+    changes = [what for part, what in CHANGES if any(part in name for name in weights)]
     if changes:
         raise UserError(f"{path} is no DiT: its network has {', '.join(changes)}. Of LightningDiT and REPA, only "
                         "models whose network is DiT's are known here")
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else lightning_flags(settings)
-    if any(name.startswith("projectors.") for name in content):  # of REPA, which needs them for training alone
-        content = {name: weight for name, weight in content.items() if not name.startswith("projectors.")}
+    flags = content.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else lightning_flags(content.get("config"))
+    flags = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
+    kept = {name: weight for name, weight in weights.items() if not name.startswith("projectors.")}
+    if len(kept) < len(weights):  # of REPA, which needs them for training alone
         flags = dict(path_type="linear", prediction="v") | flags
-    return content, flags
+    return kept, flags
 
 
 def lightning_flags(settings):
@@ -161,32 +149,30 @@ def class_names(count):
 
 
 def latents_of(vae, shape, flags):
-    """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: as DiT's code
-    has it. flags: of a train.py, a dict."""
+    """The fields of `LatentConfig` that the VAE called `vae` tells of latents of this shape; None: Stability's, as in
+    DiT's code. flags: of a train.py, a dict."""
     if flags.get("latent_norm"):
         raise UserError("its latents were normalised by a file latents_stats.pt beside its data: the checkpoint does "
                         "not hold it")
     if vae is None:
-        factor = flags.get("downsample_ratio", VAE_FACTOR)
+        C, factor = VAE_CHANNELS, flags.get("downsample_ratio", VAE_FACTOR)
         if (factor, shape[0]) != (VAE_FACTOR, LATENT_CHANNELS):
             raise UserError(f"it was trained on latents of {shape[0]} channels, {factor!r:.9} times smaller than "
                             f"images, but Stability's VAE has {LATENT_CHANNELS} and {VAE_FACTOR}: say with --vae which "
                             "VAE it was")
-        channels, found = VAE_CHANNELS, dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
+        found = dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
     else:
         loaded = load_vae(vae)
+        C, factor, found = loaded.image_channels, loaded.factor, loaded.settings_of_latents(vae)
         if loaded.settings["latent_channels"] != shape[0]:
             raise UserError(f"the latents of {vae} have {loaded.settings['latent_channels']} channels, but the model's "
                             f"{shape[0]}")
-        factor, channels = loaded.factor, loaded.settings["out_channels"]
-        found = dict(vae=vae, vae_hash=loaded.fingerprint, latent_mean=tuple(loaded.mean.flatten().tolist()),
-                     latent_std=tuple(loaded.std.flatten().tolist()))
     if "latent_multiplier" in flags:
         multiplier = flags["latent_multiplier"]
         if type(multiplier) not in (int, float) or not 0 < multiplier < math.inf:
             raise UserError(f"its latent_multiplier is {multiplier!r:.40}, not a number above 0")
         found |= dict(latent_mean=(0.0,), latent_std=(1 / multiplier,))
-    return found | dict(image_size=tuple(factor * side for side in shape[1:]), channels=channels)
+    return found | dict(image_size=tuple(factor * side for side in shape[1:]), channels=C)
 
 
 def make_config(weights, flags, num_heads=None, vae=None):
@@ -277,7 +263,6 @@ def main():
     args = parser.parse_args()
     check_out(args.out, args.official)
     weights, flags = read_official(args.official)
-    flags = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
     try:
         config = make_config(weights, flags, args.num_heads, args.vae)
         ours = convert(weights, config)

@@ -210,6 +210,11 @@ class VAE(nn.Module):
         decoders, such as sd-vae-ft-ema's and -mse's."""
         return self.hash_of("encoder", "quant_conv")
 
+    def settings_of_latents(self, name):
+        """The fields of `LatentConfig` that this VAE, called `name`, says of its latents: a dict."""
+        mean, std = (tuple(numbers.flatten().tolist()) for numbers in (self.mean, self.std))
+        return dict(vae=name, vae_hash=self.fingerprint, latent_mean=mean, latent_std=std)
+
     def hash_of(self, *parts):
         """A hash (16 hexadecimal digits) of the settings and the weights of these children (default: all)."""
         weights = [(name, weight.cpu()) for name, weight in sorted(self.state_dict().items())
