@@ -43,7 +43,7 @@ ROUND_TRIP = 500  # images, at most, that the round trip is measured on
 
 
 def open_data(config, device, images=None):
-    """The data of a `LatentConfig`: a `Dataset`, or with a VAE its `Latents`. They are there once they are `load`ed.
+    """The data of a `LatentConfig`: a `Dataset` or, if it has a VAE, the `Latents` of one. `load` them before use.
 
     images: a `Dataset` to take instead of the one that the settings name. With torchrun, every process must call this,
     and `load`. Raises `UserError`.
@@ -53,6 +53,9 @@ def open_data(config, device, images=None):
                         "shows would mean something else in a mirror")
     with parallel.rank_0_first():  # it may download them
         vae = load_vae(config.vae, device) if config.vae else None
+        if config.latent_shape:  # of a run that is resumed
+            check_same(config.vae, vae, config.vae_hash)
+            vae.normalize_by(config.latent_mean, config.latent_std)
         of = dict(image_size=config.image_size, channels=config.channels or (vae.image_channels if vae else 0),
                   ground=config.ground)
         if vae and not images and config.dataset == "folder":  # it is read block by block
@@ -61,17 +64,15 @@ def open_data(config, device, images=None):
         images = images or load_images(config.dataset, config.data_dir, **of)
     if not vae:
         return dataclasses.replace(images, flips=config.flips)
-    if config.latent_shape:  # of a run that is resumed
-        check_same(config.vae, vae, config.vae_hash)
-        vae.normalize_by(config.latent_mean, config.latent_std)
     check_shapes(config.vae, vae, images.shape)
     return Latents(images, config.vae, vae, config.flips, Path(config.latents))
 
 
 class Latents:
-    """In the place of a `Dataset`: the latents of its images, each sampled anew from its posterior at every step.
+    """Training reads these instead of a `Dataset`: the latents of its images, sampled anew from their posteriors at
+    every step.
 
-    images: a `Dataset`, or a `Folder`, which is read block by block. name: what the `VAE` was found by. flips: mirror
+    images: a `Dataset`, or a `Folder`, which is read block by block. name: of the `VAE`, as --vae has it. flips: mirror
     half of the images. folder: holds a folder of latents for each data set, size and VAE.
     """
 

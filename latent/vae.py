@@ -33,7 +33,6 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OTHER_WEIGHTS = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
                  "diffusion_pytorch_model.fp16.bin")
 STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sdxl-vae")  # names that need no owner's
-SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of the attention's layers
 # How many images go through at once, at most, and how many pixels: 16 of 64 x 64, or one of 256 x 256; on a GPU 32
 LIMITS = {"cpu": (16, 2**16), "cuda": (256, 2**21)}

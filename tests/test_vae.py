@@ -11,8 +11,9 @@ from conftest import REPOSITORY
 from diffusers import AutoencoderKL
 
 from latent import vae as module
-from latent.vae import CONFIG, OLD_NAMES, SD, VAE, WEIGHTS, load_vae, save_vae
+from latent.vae import CONFIG, OLD_NAMES, VAE, WEIGHTS, load_vae, save_vae
 
+SD = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # Stable Diffusion's: f = 8, 84 M parameters
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4)
 ODD = dict(block_out_channels=(8, 16, 24), norm_num_groups=8, layers_per_block=2, latent_channels=3, in_channels=1,
            out_channels=1, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
