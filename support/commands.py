@@ -11,6 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
@@ -53,9 +55,7 @@ def add_device_flag(parser):
 
 
 def pick_device(name=None):
-    """The torch device called `name`, or the fastest there is. Raises `UserError` when it cannot be used."""
-    import torch  # here, so that --help does not wait for it
-
+    """The torch device called `name`, or the fastest one. Raises `UserError` when it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -69,9 +69,7 @@ def pick_device(name=None):
 
 
 def resolve_precision(precision, device):
-    """What "auto" is on `device`: bf16 where the hardware multiplies matrices of it faster, else fp32."""
-    import torch
-
+    """What "auto" is on `device`: bf16 if the hardware multiplies its matrices faster, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -84,8 +82,6 @@ def resolve_precision(precision, device):
 
 def dtype_of(precision, device):
     """The torch dtype of "fp32", "bf16" or "auto"."""
-    import torch
-
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[resolve_precision(precision, device)]
 
 
@@ -93,8 +89,6 @@ def dtype_of(precision, device):
 def in_full_precision():
     """Within the block, or the function that it decorates, no gradients are kept, and cuDNN convolves in float32. By
     default it rounds to TF32 if the GPU can: a measurement would depend on the GPU."""
-    import torch
-
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
     try:

@@ -41,7 +41,7 @@ def make_dir(path):
 
 
 def check_file(path):
-    """Finds out before the work whether `write_atomically` can write to `path`: else `UserError`."""
+    """Raises `UserError` unless `write_atomically` can write to `path`."""
     path = Path(path)
     try:
         if not path.parent.is_dir():
@@ -55,8 +55,8 @@ def check_file(path):
 
 
 def check_output(path, own=MARK, inputs=()):
-    """Finds out before the work whether a command may write to `path`: else `UserError`. It never replaces a file that
-    it reads, nor one that it has not written itself.
+    """Raises `UserError` if a command may not write to `path`: it never replaces a file that it reads, nor one that it
+    has not written itself.
 
     own: bytes that all files of this kind hold among their first or last 4,096; b"": none is replaced. inputs: paths of
     what the command reads, files or folders (None: not given).
@@ -107,9 +107,9 @@ def lock_dir(path):
 
 
 def write_atomically(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, then moves that to `path`. Whatever goes wrong, `path`
-    holds either the old content or all of the new. The next write overwrites what a killed process left. Where `path`
-    is a link, what it leads to is written. Raises `UserError` when the file cannot be written."""
+    """Calls `write(file)` on a temporary file beside `path`, then moves that to `path`: whatever goes wrong, it holds
+    either the old content or all of the new. If `path` is a link, the file that it leads to is written. Raises
+    `UserError` when the file cannot be written."""
     path = Path(path)
     check_file(path)
     real = Path(os.path.realpath(path))

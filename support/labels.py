@@ -1,4 +1,4 @@
-"""The labels that a user asks for, by the names of their classes or by number; and those of a folder of fakes."""
+"""The labels that a user asks for, by name or by number, and those of a folder of generated images."""
 
 from support import parallel
 from support.commands import UserError

@@ -23,13 +23,13 @@ def orthogonalize(matrices, steps=4):
 
 
 def plain(method):
-    """What torch has wrapped to keep its compiler away from it. The wrapper imports the compiler at its first call, and
-    sympy and Triton: a second and 120 MB, which a training that compiles nothing does not need."""
+    """A method without the wrapper that keeps torch's compiler away from it. The wrapper imports that compiler, sympy
+    and Triton: a second and 120 MB, which a training that compiles nothing does not need."""
     return getattr(method, "__wrapped__", method)
 
 
 class Plain:
-    """The methods of torch's optimizers that it wraps so, to inherit from first."""
+    """The methods of torch's optimizers that are wrapped so; to inherit from first."""
 
     add_param_group, zero_grad, state_dict, load_state_dict = (plain(getattr(torch.optim.Optimizer, name)) for name in (
         "add_param_group", "zero_grad", "state_dict", "load_state_dict"))
@@ -43,10 +43,9 @@ class Muon(Plain, torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized: no direction of a weight matrix learns faster than another.
 
     params: matrices (M, N), or kernels (M, C, h, w), taken as matrices (M, C h w). An update is scaled to the size of
-    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices that are alike,
-    perhaps once transposed, are iterated as one batch.
-    dtype: what the iteration computes in. bfloat16 is as good, and slow where the hardware has no bf16 matrix units.
-    torch's own Muon always takes bfloat16.
+    AdamW's (2502.16982, equation 4), so that both take the same lr. Matrices of one shape, perhaps once transposed, are
+    iterated as one batch.
+    dtype: of the iteration. bfloat16 is as good, but slow without bf16 matrix units; torch's own Muon always takes it.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -89,10 +88,9 @@ def flatten(network):
 
 
 def split_parameters(network, muon):
-    """The parameters of a network in two lists: those for AdamW and, with `muon`, those for Muon. That gets the
-    matrices and kernels within the blocks, but for the modulations."""
-    matrices, others = [], []
+    """The parameters of a network in two lists: those for AdamW and, with `muon`, those for Muon: the matrices and
+    kernels within the blocks, but for the modulations."""
+    lists = [], []
     for name, weight in network.named_parameters():
-        inner = "block" in name and weight.ndim > 1 and ".modulation." not in name
-        (matrices if muon and inner else others).append(weight)
-    return others, matrices
+        lists[muon and "block" in name and weight.ndim > 1 and ".modulation." not in name].append(weight)
+    return lists

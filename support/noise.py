@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
-WORTH = 2**17  # numbers, about a millisecond: as many as it takes for another thread to pay
+WORTH = 2**17  # numbers, about a millisecond: another thread is worth no less
 
 
 class Key(ISeedSequence):
-    """The key of a Philox generator. Given by itself, numpy would first ask the system for a random one: three times
-    the work."""
+    """The key of a Philox generator. Given as `key=`, numpy would ask the system for a random one first, which takes
+    twice as long as all the rest."""
 
     def __init__(self, *words):
         self.words = words
@@ -29,19 +29,18 @@ def random_stream(seed, k):
 
 
 def fill_with_noise(streams, numbers):
-    """Fills row i of `numbers`, a float32 array (B, ...), with what stream i has next, in as many threads as torch has:
-    numpy lets go of Python's lock meanwhile."""
+    """Fills row i of `numbers`, a float32 array (B, ...), with the next numbers of stream i. It uses as many threads as
+    torch has: numpy releases Python's lock."""
     def fill_rows(rows):
         for stream, row in zip(streams[rows], numbers[rows], strict=True):
             stream.standard_normal(out=row, dtype=np.float32)
 
     B, threads = len(numbers), max(1, min(torch.get_num_threads(), numbers.size // WORTH))
-    parts = [slice(B * i // threads, B * (i + 1) // threads) for i in range(threads)]
     if threads == 1:
-        fill_rows(*parts)
+        fill_rows(slice(None))
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill_rows, parts))  # raises what they raise
+        list(pool.map(fill_rows, (slice(B * i // threads, B * (i + 1) // threads) for i in range(threads))))
 
 
 def noise_source(seed, indices, shape, device, calls=1):

@@ -19,8 +19,8 @@ RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHR
 
 
 def join(device_name=None):
-    """Joins this process to the others, and returns its device: with CUDA each process has one of its own. Raises
-    `UserError` when there are fewer."""
+    """Joins this process to the others, and returns its device: with CUDA, each has one of its own. Raises `UserError`
+    when there are fewer."""
     if WORLD == 1:
         return pick_device(device_name)
     if RANK:
@@ -40,8 +40,8 @@ def join(device_name=None):
 
 @contextlib.contextmanager
 def one_for_all():
-    """Wraps all that the processes do together, as a decorator or a block: when one dies, the others end with one clear
-    error. Where torchrun has started several, the process ends with the block."""
+    """A block, or a decorator, of all that the processes do together: when one dies, the others end with one clear
+    error. If there are several processes, they end with the block."""
     code = 0
     try:
         yield

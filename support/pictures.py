@@ -18,8 +18,8 @@ EXIF[ExifTags.Base.Software] = MARK.decode()
 
 
 def grid(images, columns, gap=2, height=56, captions=()):
-    """Lays out uint8 images (N, C, H, W) row by row as one PIL image, grey or RGB, enlarged to about `height` pixels
-    each so that small images can be seen. captions: a text above each column, cut to its width."""
+    """Lays out uint8 images (N, C, H, W) row by row as one PIL image, grey or RGB. Small images are enlarged to about
+    `height` pixels. captions: a text above each column, cut to its width."""
     size, scale = grid_size(len(images), *images.shape[2:], columns, gap, height, captions)
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     C, H, W = images.shape[1:]
@@ -58,24 +58,24 @@ def write(picture, x, y, text, width):
 
 
 def format_of(path):
-    """The format that the ending of a path stands for, as PIL calls it, or None. Most are found without all of PIL's
-    plug-ins, which take a while to load."""
-    Image.preinit()
+    """The format that the ending of a path stands for, as PIL calls it. Raises `UserError` if there is none."""
+    Image.preinit()  # most are found without all of PIL's plug-ins, which take a while to load
     ending = Path(path).suffix.lower()
-    return Image.EXTENSION.get(ending) or Image.registered_extensions().get(ending)
+    kind = Image.EXTENSION.get(ending) or Image.registered_extensions().get(ending)
+    if kind is None:
+        raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
+    return kind
 
 
 def check_picture(path, animated=False, inputs=(), size=(64, 64)):
-    """Finds out before the work whether `save_picture` may write a picture of this size, (width, height), to `path`:
-    else `UserError`. inputs: as `check_output`."""
+    """Raises `UserError` unless `save_picture` may write a picture of this size, (width, height), to `path`.
+    animated: with several frames. inputs: as of `check_output`."""
     path = Path(path)
     check_output(path, inputs=inputs)
     kind = format_of(path)
-    if kind is None:
-        raise UserError(f"{path} should end in .png, .gif or another ending of a picture")
     if animated and kind not in ("GIF", "PNG", "WEBP", "AVIF"):
         raise UserError(f"{path}: {kind} cannot be animated; let it end in .gif, .png or .webp")
-    try:  # some formats can only be read, or need a program that is not there, or know no grey; their sides have limits
+    try:  # a format may be for reading only, need a program that is missing, know no grey, or limit its sides
         for mode, part in itertools.product(("L", "RGB"), {(size[0], 64), (64, size[1])}):
             Image.new(mode, part).save(io.BytesIO(), kind, save_all=animated)
     except Exception as error:
@@ -86,16 +86,14 @@ def check_picture(path, animated=False, inputs=(), size=(64, 64)):
 
 
 def save_picture(path, picture, **options):
-    """Writes a PIL image as the format that `path` ends with, with `MARK` in it where the format has a place for that.
-    Raises `UserError` when that cannot be done."""
+    """Writes a PIL image in the format that the ending of `path` names, with `MARK` in it if the format has a place for
+    that. Raises `UserError` when it cannot."""
     kind = format_of(path)
-    if kind is None:
-        check_picture(path)
 
     def save(file):
         try:
             picture.save(file, kind, comment=MARK, exif=EXIF, **options)
-        except Exception as error:  # each format fails in its own way: when a picture is too large for it, say
+        except Exception as error:  # each format fails in its own way, say when a picture is too large for it
             if (isinstance(error, OSError) and error.errno) or is_out_of_memory(error):
                 raise
             raise UserError(f"{path} cannot be written as {kind}: {first_line(error):.150}") from None
@@ -104,8 +102,8 @@ def save_picture(path, picture, **options):
 
 
 def save_animation(path, pictures, durations):
-    """Writes PIL images as an animation, each shown for so many milliseconds; one alone as a picture. Raises
-    `UserError` as `save_picture` does."""
+    """Writes PIL images as an animation, each shown for so many milliseconds; a single one as a picture. Raises
+    `UserError`."""
     more = dict(save_all=True, append_images=pictures[1:], loop=0, duration=durations) if len(pictures) > 1 else {}
     save_picture(path, pictures[0], **more)
 
@@ -126,8 +124,8 @@ def write_figure(figure, path):
 
 
 def psnr(images, others):
-    """The peak signal-to-noise ratio of pairs of images, uint8 (N, C, H, W): dB, the mean over the pairs. A pair that
-    does not differ counts as if it did by what rounding does, a squared error of 1/12: 59 dB."""
+    """The peak signal-to-noise ratio of pairs of images, uint8 (N, C, H, W): dB, the mean over the pairs. Equal images
+    count as 59 dB, as if they differed by rounding (a squared error of 1/12)."""
     errors = [((a.float() - b.float()) ** 2).mean(dim=(1, 2, 3))
               for a, b in zip(images.split(100), others.split(100), strict=True)]  # each (100,)
     return (10 * (255**2 / torch.cat(errors).clamp(min=1 / 12)).log10()).mean().item()

@@ -10,14 +10,14 @@ from pathlib import PurePath
 
 
 def flag(default, help, low=None, high=None, choices=None, read=None):
-    """A field of a class of settings that is also a command-line flag; `low` and `high` are inclusive bounds. read:
-    makes the value of a word."""
+    """A field of a class of settings that is also a command-line flag. low, high: inclusive bounds. read: makes a value
+    of a word."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, read=read))
 
 
 class Settings:
-    """The base of a frozen dataclass of the settings of a training. Raises `UserError` when a value has the wrong type
-    or is out of range."""
+    """The base of the settings of a training, a frozen dataclass. Raises `UserError` when a value has the wrong type or
+    is out of range."""
 
     axes, size_words = (2,), "height and width, such as 28x20"  # of an image
     page = ()  # what the page of a run says otherwise; see `record.page.show_run`

@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 LARGEST = 1024  # pixels, the longest side of an image
 
 
@@ -20,7 +22,7 @@ def show_divisors(size):
 
 def as_size(value):
     """A size as a tuple (H, W), or (T, H, W) of clips: n or "n" stands for a square, "28x20" for (28, 20), "16x32x32"
-    for (16, 32, 32), 0 for (), not known. What is none of these stays as it is, for whoever checks it to refuse."""
+    for (16, 32, 32), 0 for (), not known. Anything else stays as it is, for a later check."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){0,2}", value):
         value = tuple(map(int, value.split("x"))) if "x" in value else int(value)
     if type(value) is int:
@@ -34,19 +36,14 @@ def as_sizes(value):
     return tuple(size for size in map(as_size, value) if size != ()) if isinstance(value, (list, tuple)) else value
 
 
-def show_sizes(sizes):
-    """8x32x32,16x32x64"""
-    return ",".join(map(show_size, sizes))
-
-
 def show_size(size):
     """28, 28x20 or 16x32x32."""
     return str(size[0]) if len(size) == 2 and size[0] == size[1] else "x".join(map(str, size))
 
 
 def demand_memory(count, channels, size, remedy=""):
-    """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the memory there is:
-    training needs some as well. remedy: what to do, if not a smaller --image-size."""
+    """Raises `UserError` unless `count` images (channels, *size) of bytes fit into half of the free memory: training
+    needs some as well. remedy: what to do, if not a smaller --image-size."""
     needed, free = count * channels * math.prod(size), available_memory()
     if max(size) > LARGEST or needed > free / 2:
         limit = f"{LARGEST} x {LARGEST} is the largest size" if max(size) > LARGEST else (
@@ -57,7 +54,7 @@ def demand_memory(count, channels, size, remedy=""):
 
 
 def available_memory():
-    """The bytes of memory that can still be had or, where the system does not say, that there are (or infinity)."""
+    """The bytes of free memory; of all memory, if the system does not say; infinity, if it says neither."""
     with contextlib.suppress(OSError, TypeError):
         return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -66,10 +63,8 @@ def available_memory():
 
 
 def where_it_fits(rows, device):
-    """A tensor on the device, or as it is where it would take more than half of what is free on a GPU: the network
-    needs some as well. `pick` takes rows of either."""
-    import torch
-
+    """A tensor on the device; or as it is, if it would take more than half of a GPU's free memory: the network needs
+    some as well. `pick` takes rows of either."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if 2 * rows.nbytes <= free:
         return rows.to(device)

@@ -1,5 +1,4 @@
-"""Tensors from files that may be anybody's. Nothing in such a file can run code, and what it claims is measured before
-it takes memory."""
+"""Tensors from files of unknown origin. Nothing in such a file can run code or take more memory than it holds."""
 
 from support.commands import UserError
 
@@ -46,8 +45,7 @@ def read_tensors(path, known=(), mmap=False):
 
 
 def misfit(tensors, shapes):
-    """The first of the tensors, a dict, that has not the name and shape that it has in the dict `shapes`, in words; ""
-    when all fit."""
+    """The first difference between the names and shapes of `tensors` and the dict `shapes`, in words; "" for none."""
     for name in [*shapes, *tensors]:
         if name not in tensors or name not in shapes:
             return f"{name!r:.80} is " + ("missing" if name in shapes else "not a part of it")

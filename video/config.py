@@ -2,7 +2,7 @@
 
 from support.commands import UserError
 from support.settings import flag
-from support.sizes import LARGEST, as_size, as_sizes, show_size, show_sizes
+from support.sizes import LARGEST, as_size, as_sizes, show_size
 
 import dataclasses
 
@@ -44,7 +44,11 @@ class ClipConfig(LatentConfig):
         for size in self.sizes if type(self.sizes) is tuple else [self.sizes]:
             self.check_size("sizes", size)
         if self.sizes and self.latent_shape:
+<<<<<<< HEAD
             raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels can have several sizes")
+=======
+            raise UserError(f"sizes are {', '.join(map(show_size, self.sizes))}, but only clips of pixels have several")
+>>>>>>> 1730bbe (support: torch is imported at the top, since every command loads it; plainer words)
         if self.sizes and self.patch_size and self.image_size and any(
                 n % p for n, p in zip(self.largest, self.patch_size, strict=True)):
             raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {show_size(self.largest)}, the "
