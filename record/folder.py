@@ -8,7 +8,6 @@ from support.image_files import list_images
 import json
 import os
 import re
-import sys
 
 
 def open_folder(folder, count, settings, of):
@@ -39,9 +38,9 @@ def open_folder(folder, count, settings, of):
                                 "folder, or choose another one")
         elif not parallel.RANK:
             write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-        if len(images) > count and not parallel.RANK:
-            print(f"{folder} holds {len(images):,} images already, and all of them will be scored: for a score of "
-                  f"{count:,}, choose another folder", file=sys.stderr)
+        if len(images) > count:
+            parallel.say(f"{folder} holds {len(images):,} images already, and all of them will be scored: for a score "
+                         f"of {count:,}, choose another folder")
     there = {image.name[:6] for image in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png")}
     todo = [index for index in range(count) if f"{index:06d}" not in there]
     parallel.wait()  # with its first image until all have looked

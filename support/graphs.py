@@ -3,7 +3,6 @@
 from support import parallel
 from support.commands import first_line
 
-import sys
 from collections import Counter
 
 import torch
@@ -16,9 +15,7 @@ def can_compile(device):
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # whatever a compiler can do wrong
-        if parallel.RANK == 0:
-            print(f"warning: nothing can be compiled here ({first_line(error):.100}): training without",
-                  file=sys.stderr)
+        parallel.say(f"warning: nothing can be compiled here ({first_line(error):.100}): training without")
         return False
     return True
 

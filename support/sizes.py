@@ -81,8 +81,6 @@ def pick(rows, *places):
 def batch_that_fits(config, device):
     """How many images to draw at once: an estimate, on the safe side, of what half of a GPU's free memory, or 2 GB of
     any other, holds; at most 4,096 on a GPU, and elsewhere 8,192 tokens, beyond which nothing gets quicker."""
-    import torch
-
     tokens = math.prod(config.input_shape[1:]) // math.prod(config.patch_size)
     # What a block keeps for a token: qkv, its output and the MLP's two, in fp32; with guidance for two images
     floats = 2 * tokens * config.hidden_size * (8 + 2 * config.mlp_ratio)

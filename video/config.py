@@ -44,11 +44,8 @@ class ClipConfig(LatentConfig):
         for size in self.sizes if type(self.sizes) is tuple else [self.sizes]:
             self.check_size("sizes", size)
         if self.sizes and self.latent_shape:
-<<<<<<< HEAD
-            raise UserError(f"sizes are {show_sizes(self.sizes)}, but only clips of pixels can have several sizes")
-=======
-            raise UserError(f"sizes are {', '.join(map(show_size, self.sizes))}, but only clips of pixels have several")
->>>>>>> 1730bbe (support: torch is imported at the top, since every command loads it; plainer words)
+            sizes = ", ".join(map(show_size, self.sizes))
+            raise UserError(f"sizes are {sizes}, but only clips of pixels can have several sizes")
         if self.sizes and self.patch_size and self.image_size and any(
                 n % p for n, p in zip(self.largest, self.patch_size, strict=True)):
             raise UserError(f"patch_size {show_size(self.patch_size)} does not divide {show_size(self.largest)}, the "
