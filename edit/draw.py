@@ -162,17 +162,18 @@ def main():
     check_changes(args)
     model, config = load_for_sampling(args, ANY)
     frames, morph = math.prod(config.image_size[:-2]), args.morph is not None
+    clip = len(config.image_size) > 2
     if args.count is None:
-        args.count = 1 if not morph and (args.strip or frames > 1) else 8
+        args.count = 1 if not morph and (args.strip or clip) else 8
     config, labels, options = prepare(model, config, args, ANIMATION // 2 if args.gif else STRIP)
-    if morph and frames == 1:  # its grid is a strip already
+    if morph and not clip:  # its grid is a strip already
         args.out, args.strip = args.out or ("samples.gif" if args.gif else "strip.png"), False
-    back, columns = morph and frames == 1 and args.gif, max(1, min(args.count, 10))
-    shown = 1 if morph or frames > 1 else STRIP if args.strip else ANIMATION if args.gif else 1
+    back, columns = morph and not clip and args.gif, max(1, min(args.count, 10))
+    shown = 1 if morph or clip else STRIP if args.strip else ANIMATION if args.gif else 1
     check_out(args, config, labels, shown * frames, args.gif or (frames > 1 and not args.strip),
               [args.edit, args.inpaint, args.mask], grid=(columns, -(-args.count // columns)) if back else None)
     states = draw_states(model, config, labels, args.count, shown, **options)
-    if frames > 1:
+    if clip:
         save_clips(args, states[-1], config, labels)
         return
     what, durations = f"{states.shape[1]} images", [1500 // len(states)] * (len(states) - 1) + [2000]

@@ -292,6 +292,18 @@ def test_a_clip_is_edited(call, tmp_path, monkeypatch):
             assert set(clip.convert("L").crop((2, 2, 58, 30)).tobytes()) == {50 * i}
 
 
+@pytest.mark.parametrize("flags", [["--edit", "one.png"], ["--edit", "one.png", "--strip"],
+                                   ["--morph", "3:5", "--gif"]])
+def test_a_clip_may_have_one_frame(call, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint("still.pth", **CLIPS | dict(image_size=(1, 8, 8), patch_size=(1, 4, 4)))
+    Image.new("L", (8, 8), 90).save("one.png")
+    code, out, err = call(edit.draw, "--checkpoint", "still.pth", *flags, "--count", 2, "--out", "a.png")
+    columns, rows = (1, 20) if "--strip" in flags else (30, 2) if "--gif" in flags else (10, 2)
+    assert code == 0 and f"{columns * rows} images" in out, err
+    assert size("a.png") == ((2 + 58 * columns, 2 + 58 * rows), "L", 1)
+
+
 def save_wide(path, pixels):
     """A picture of 24 x 8 pixels whose middle half, which is what a model of 12 x 8 sees, is `pixels`."""
     frame = np.random.default_rng(0).integers(0, 256, (8, 24)).astype(np.uint8)
