@@ -165,9 +165,8 @@ def main():
     if target and args.real.suffix == ".npz":
         raise UserError(f"--save-stats keeps the statistics of a folder, but --real is the file {args.real}")
     device = parallel.join(args.device)
-    if os.path.realpath(args.real) == os.path.realpath(args.fake) and not parallel.RANK:
-        print(f"warning: --real and --fake are both {args.fake}: this is the distance of images to themselves",
-              file=sys.stderr)
+    if os.path.realpath(args.real) == os.path.realpath(args.fake):
+        parallel.say(f"warning: --real and --fake are both {args.fake}: this is the distance of images to themselves")
 
     # Both inputs are looked at before the network is loaded: a wrong name should not cost minutes.
     inputs = {}
@@ -184,9 +183,9 @@ def main():
             if target and path == args.real and not parallel.RANK:
                 save_stats(target, *inputs[path])
         count = inputs[path][2]
-        if count is not None and count <= args.dims and not parallel.RANK:
-            print(f"warning: {count:,} images in {path} are too few for {args.dims} features: their covariance is "
-                  f"singular and the score biased; have more than {args.dims:,}, or lower --dims", file=sys.stderr)
+        if count is not None and count <= args.dims:
+            parallel.say(f"warning: {count:,} images in {path} are too few for {args.dims} features: their covariance "
+                         f"is singular and the score biased; have more than {args.dims:,}, or lower --dims")
 
     (*fake, fake_count), (*real, real_count) = inputs[args.fake], inputs[args.real]
     fake_count, real_count = ("?" if count is None else f"{count:,}" for count in (fake_count, real_count))

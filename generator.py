@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import os
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -69,12 +68,12 @@ def main(of=Config, load=load_dataset):
     check_classes(config, data)
     weights = class_weights(data.labels, config.num_classes, args.equal)
     unequal = weights.min() < weights.max()
-    if unequal and not parallel.RANK:
-        print(f"a class has {weights.min():,} to {weights.max():,} images: the fakes are as unequal (--equal draws "
-              "equally many of each)", file=sys.stderr)
+    if unequal:
+        parallel.say(f"a class has {weights.min():,} to {weights.max():,} images: the fakes are as unequal (--equal "
+                     "draws equally many of each)")
     count = min(args.count, len(data.images))
-    if count < args.count and not parallel.RANK:
-        print(f"{config.dataset} has only {count:,} training images: {args.real} gets them all", file=sys.stderr)
+    if count < args.count:
+        parallel.say(f"{config.dataset} has only {count:,} training images: {args.real} gets them all")
     # Both folders are looked at before either is filled
     real = open_folder(args.real, count, {"dataset": config.dataset, "data": data.fingerprint, "seed": 0,
                                           "image_size": list(config.image_size), "channels": config.channels}, of)

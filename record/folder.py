@@ -14,8 +14,7 @@ def open_folder(folder, count, settings, of):
     """Makes `folder` for images that `settings` (a dict) made, or checks that those in it were made by the same:
     images of two kinds in one folder would have a score that means nothing. Raises `UserError`.
 
-    of: the class of settings, which says what a setting was before its name was written down.
-
+    of: the class of settings, which has the value of a setting that an older note does not name.
     Returns this process's share of the indices below `count` that have no image in it yet.
     """
     with parallel.rank_0_first():
@@ -41,7 +40,7 @@ def open_folder(folder, count, settings, of):
         if len(images) > count:
             parallel.say(f"{folder} holds {len(images):,} images already, and all of them will be scored: for a score "
                          f"of {count:,}, choose another folder")
-    there = {image.name[:6] for image in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png")}
+    there = {image.name[:6] for image in images}
     todo = [index for index in range(count) if f"{index:06d}" not in there]
     parallel.wait()  # with its first image until all have looked
     return todo[parallel.share(len(todo))]

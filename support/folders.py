@@ -52,9 +52,9 @@ class Images:
 class Folder(Images):
     """A folder of images, one folder per class, as files that are not read yet; see `load_dataset`.
 
-    Every image is brought to one size ((): a square, the first one's shorter side), cropped at its centre, with
-    `channels` channels (0: 1 if all images are grey, else 3), transparency laid on the colour `ground`. Where there is
-    no part to test on, every tenth image of each class is held out of training and is that part. Raises `UserError`.
+    Every image is cropped at its centre and brought to one size ((): a square, the first one's shorter side). It has
+    `channels` channels (0: 1 if all images are grey, else 3), and transparency is laid on the colour `ground`. Without
+    a part to test on, every tenth image of each class is held out of training, for tests. Raises `UserError`.
     """
 
     name = "folder"
@@ -75,7 +75,7 @@ class Folder(Images):
         self.find_shape(image_size, channels)
 
     def find_shape(self, image_size, channels):
-        """Sets `shape` as the files have it, where these do not say it."""
+        """Sets `shape`: as the arguments say, else as the files have it."""
         if not image_size:
             with opened(self.files[0]) as image:
                 image_size = as_size(min(image.size))
@@ -115,8 +115,7 @@ class Folder(Images):
 
 
 def warn_of_alike(images, root):
-    """Warns on standard error when images uint8 (N, C, H, W), some of those in `root`, are all alike, or have few of
-    the 256 levels."""
+    """Warns if images uint8 (N, C, H, W), some of those in `root`, are all the same, or have few of the 256 levels."""
     low, high = images.min().item(), images.max().item()
     if high - low < NARROW:
         trouble = (f"have levels from {low} to {high} alone, of 0 to 255. Drawings on transparency may need --ground "
@@ -132,8 +131,8 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
     """The files of each class in a part of `root`: a dict from the names of classes to lists of files, and the names
     of all classes. Prints on standard error what is left out. Raises `UserError`.
 
-    `root` holds a folder for each class, to which all below it belongs, as torchvision's ImageFolder has it; or files
-    alone, which are then of one class; or in its folders train and test (`TESTS`) what it would hold itself.
+    `root` holds a folder for each class, to which all below it belongs, as in torchvision's ImageFolder; or files
+    alone, which are one class; or folders train and test (`TESTS`), each of which holds one of these.
     wanted, whole: as of `walk`.
     """
     part, tests = parts_of(root, wanted)

@@ -55,9 +55,8 @@ def natural(path):
 
 
 def list_files(folder, wanted, left_out):
-    """The files directly in `folder` that are `wanted` (a function of a path), and the folders: two lists in natural
-    order, without what systems and tools hide. The other files are counted by kind in the Counter `left_out`. Raises
-    `UserError`."""
+    """The files in `folder` that are `wanted` (a function of a path), and the folders: two lists in natural order,
+    without what systems hide. The Counter `left_out` counts the other files, by kind. Raises `UserError`."""
     files, folders = [], []
     try:
         found = sorted(Path(folder).iterdir(), key=natural)
@@ -78,9 +77,9 @@ def list_files(folder, wanted, left_out):
 
 def walk(folder, wanted, left_out, whole=None, above=()):
     """Yields all files in and below `folder` as `list_files` does, a folder's own before those in its folders. Links
-    back to `folder`, to a folder on the way to it or to one in `above` are left out.
+    to a folder on the way, or to one in `above`, are left out.
 
-    whole: a function of a folder and `left_out` that may return what is yielded in its place.
+    whole: a function of a folder and `left_out`; what it returns, if anything, is yielded for the folder's files.
     """
     here = os.path.realpath(folder)
     if any(Path(other).is_relative_to(here) for other in above):
@@ -105,8 +104,7 @@ def show_left_out(left_out):
 
 
 def say_left_out(where, left_out, folders=()):
-    """Says on standard error what a reader left out: the files that the Counter `left_out` counts, and folders, by
-    name."""
+    """Says on standard error what a reader left out: the files in the Counter `left_out`, and folders, by name."""
     parts = [show_left_out(left_out)] if left_out else []
     if folders:
         parts.append(f"{len(folders):,} folder{'s' if len(folders) > 1 else ''}, in which it found nothing to read: "
@@ -116,8 +114,8 @@ def say_left_out(where, left_out, folders=()):
 
 
 def list_images(folder):
-    """The image files directly in `folder`, in natural order; what else lies there is said on standard error. Raises
-    `UserError` when there is no such folder."""
+    """The image files in `folder`, in natural order. Says on standard error what else lies there. Raises `UserError`
+    when there is no such folder."""
     folder, left_out = Path(folder), collections.Counter()
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing: there is no such folder'}")
@@ -129,7 +127,7 @@ def list_images(folder):
 
 @contextlib.contextmanager
 def named(path, kind):
-    """Whatever goes wrong within the block is a `UserError` that names the file at `path`, which is read as `kind`."""
+    """Within the block, any error is a `UserError` that names the file at `path`, which is read as `kind`."""
     try:
         if isinstance(path, (str, os.PathLike)) and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no file")  # a named pipe would be waited for
@@ -143,8 +141,8 @@ def named(path, kind):
 
 @contextlib.contextmanager
 def opened(path):
-    """An image file as a PIL image whose pixels are not read yet. Whatever goes wrong with it is a `UserError` that
-    names the file. path: or a picture from Python, a PIL image or an array uint8 (H, W) or (H, W, 3)."""
+    """An image file as a PIL image whose pixels are not read yet. Any error with it is a `UserError` that names the
+    file. path: or a picture from Python, a PIL image or an array uint8 (H, W) or (H, W, 3)."""
     with named(path, "an image"):
         if isinstance(path, (Image.Image, np.ndarray)):
             yield path.copy() if isinstance(path, Image.Image) else Image.fromarray(path)
@@ -159,8 +157,8 @@ def name_of(path):
 
 
 def is_grey(path, ground="black"):
-    """Whether an image file is of greys: its header says so, or the channels of no pixel differ by more than `TINT`.
-    Raises `UserError` as `opened` does."""
+    """Whether an image file is grey: its header says so, or the channels of no pixel differ by more than `TINT`. Raises
+    `UserError`."""
     with opened(path) as image:
         if Image.getmodebase(image.mode) == "L":
             return True
@@ -170,11 +168,11 @@ def is_grey(path, ground="black"):
 
 
 def read_image(path, mode=None, ground="black"):
-    """One image file as a PIL image in `mode` ("L" or "RGB"; None: whichever holds it), turned as its EXIF data says,
-    transparency laid on the colour `ground`.
+    """One image file as a PIL image in `mode` ("L" or "RGB"; None: as the file has it), turned as its EXIF data says,
+    with transparency laid on the colour `ground`.
 
     Greys deeper than a byte are scaled: 16 bits from 0..65535; 32 bits too, unless none is above 255; floats from 0..1,
-    unless one lies outside, when they are taken to be 0..255. What lies outside is cut off.
+    or from 0..255 if any lies outside 0..1. Values out of range are clipped.
     Raises `UserError` that names the file when it cannot be read as an image.
     """
     with opened(path) as image:
@@ -189,12 +187,10 @@ def read_batches(paths, batch_size, ahead=2):
 
     pool, pending = ThreadPoolExecutor(), collections.deque()
     try:
-        for start in range(0, len(paths), batch_size):
+        for start in range(0, len(paths) + ahead * batch_size, batch_size):  # at last `ahead` empty ones
             pending.append([pool.submit(read, path) for path in paths[start:start + batch_size]])
             if len(pending) > ahead:
                 yield [future.result() for future in pending.popleft()]
-        while pending:
-            yield [future.result() for future in pending.popleft()]
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, decode no more images that nobody will see
 

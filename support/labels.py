@@ -5,7 +5,6 @@ from support.commands import UserError
 
 import contextlib
 import re
-import sys
 
 import torch
 
@@ -63,10 +62,11 @@ def check_classes(config, data):
     if config.num_classes != len(data.classes):
         raise UserError(f"the model knows {config.num_classes:,} classes, but the images of {config.dataset} "
                         f"have {len(data.classes):,}: name its own with --dataset and --data-dir")
-    if config.classes and config.classes != tuple(data.classes) and not parallel.RANK:
-        one = next(i for i, name in enumerate(data.classes) if name != config.classes[i])
-        print(f"warning: what the model calls {config.classes[one]!r:.40} is {data.classes[one]!r:.40} in the data "
-              "set: they are taken for the same classes in the same order", file=sys.stderr)
+    for ours, theirs in zip(config.classes, data.classes, strict=False):  # a model may have no names
+        if ours != theirs:
+            parallel.say(f"warning: what the model calls {ours!r:.40} is {theirs!r:.40} in the data set: they are "
+                         "taken for the same classes in the same order")
+            break
 
 
 def class_weights(labels, num_classes, equal=False):
