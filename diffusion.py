@@ -52,29 +52,31 @@ class Process:
         error = per_image(self.error_scale[t], x_0) * (model(x_t, t, y) - self.target(x_0, noise))
         return (error.abs() if loss == "l1" else error.square()).flatten(1).mean(dim=1)
 
-    def predict(self, model, x, t, y, guidance):
+    def predict(self, model, x, t, y, guidance, without=None):
         """The network's output for x (B, C, *size) at steps t (B,), for labels y (B,), guided.
 
         guidance: the scale of classifier-free guidance (2207.12598): 0 ignores the labels, 1 follows them, above 1
             exaggerates them. Both predictions go through the network as one batch.
+        without: what the prediction without labels sees instead of x.
         """
         null = torch.full_like(y, model.null_label)
         if guidance in (0, 1):
             return model(x, t, y if guidance else null)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        cond, uncond = model(torch.cat([x, x if without is None else without]), torch.cat([t, t]),
+                             torch.cat([y, null])).chunk(2)
         return self.guide(cond, uncond, guidance)
 
     def guide(self, cond, uncond, guidance):
         """The guided prediction, from those with and without labels, like either (2207.12598, equation 6)."""
         return uncond + guidance * (cond - uncond)
 
-    def denoise(self, model, x, t, y, guidance, bound=None):
+    def denoise(self, model, x, t, y, guidance, bound=None, without=None):
         """The clean images x_0 that the network sees in x (B, C, *size) at the one step t, for labels y (B,).
 
-        guidance: as for `predict`. bound: instead of `self.bound`. x_t is never clamped: on the true marginal a good
-        part of its pixels lie outside [-1, 1].
+        guidance, without: as for `predict`. bound: instead of `self.bound`. x_t is never clamped: on the true marginal
+        a good part of its pixels lie outside [-1, 1].
         """
-        output = self.predict(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
+        output = self.predict(model, x, torch.full((len(x),), t, device=x.device), y, guidance, without)
         bound = self.bound if bound is None else bound
         return self.to_x_0(output, x, t).clamp(-bound, bound)
 
@@ -152,7 +154,8 @@ class RectifiedFlow(Process):
 
 # The samplers share one signature and are generators: they yield x after each step, so that the caller owns progress
 # bars, strips and animations.
-#   denoise(x, t): the clean images x_0 that the network sees in x (B, C, *size) at the one step t
+#   denoise(x, t): the clean images x_0 that the network sees in x (B, C, *size) at the one step t; see
+#       `Process.denoise`
 #   x: noise (B, C, *size) to start from      steps: of `Process.descending_steps`
 #   noise(): fresh noise like x
 

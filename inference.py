@@ -40,8 +40,8 @@ def sample(model, config, labels, indices=None, way=from_noise, source=None):
     noise = (source or noise_source)(config.seed, indices, config.input_shape, labels.device, config.sample_steps)
     process = config.build_process()
 
-    def denoise(x, t):
-        return process.denoise(model, x, t, labels, config.guidance)
+    def denoise(x, t, without=None):
+        return process.denoise(model, x, t, labels, config.guidance, without=without)
 
     for x in way(process, config.build_sampler(process), denoise, noise, config.sample_steps):
         yield x[:B]

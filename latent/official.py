@@ -22,10 +22,10 @@ class Official:
 
     spacing, guided_channels, guidance_high, answers = "trailing", 0, 1.0, 1
 
-    def denoise(self, model, x, t, y, guidance, bound=None):
-        if t + 1 > self.guidance_high * self.T:
+    def denoise(self, model, x, t, y, guidance, bound=None, without=None):
+        if without is None and t + 1 > self.guidance_high * self.T:
             guidance = min(guidance, 1)
-        return super().denoise(model, x, t, y, guidance, bound)
+        return super().denoise(model, x, t, y, guidance, bound, without)
 
     def guide(self, cond, uncond, guidance):
         n = self.guided_channels or cond.shape[1] // self.answers

@@ -347,6 +347,20 @@ def test_guidance(scale):
     torch.testing.assert_close(output[:, 3, 0, 0], 1000.0 * expected)
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(2.5, 2.5 * 3 - 1.5 * 5), (1, 3), (0, 3)])
+def test_guidance_away_from_what_something_else_would_be(scale, expected):
+    """Without labels the network sees `without`; where only one prediction is asked for, x."""
+    class Echo(torch.nn.Module):
+        null_label = 10
+
+        def forward(self, x, t, y):
+            return x
+
+    x, without = torch.full((2, 1, 3, 3), 3.0), torch.full((2, 1, 3, 3), 5.0)
+    output = RectifiedFlow().denoise(Echo(), x, 5, torch.tensor([2, 7]), scale, math.inf, without)
+    torch.testing.assert_close(output, torch.full_like(x, expected))
+
+
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_losses_by_hand(process, loss):

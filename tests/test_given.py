@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusion import DDPM, SAMPLERS, RectifiedFlow, heun
+from diffusion import DDPM, SAMPLERS, RectifiedFlow, ddpm, heun
 from video.given import complete, losses
 
 
@@ -54,14 +54,20 @@ def test_what_errs_alike_in_all_frames_costs_nothing_in_motion():
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 def test_completions_see_what_is_known(sampler):
-    """At every step, without noise; and end with it to the last bit."""
+    """At every step, without noise; and end with it to the last bit. Guidance leads away from what follows from it
+    where it is as noisy as the rest of x."""
     picture, known, shown = torch.randn(3, 1, 4, 2, 2), (torch.arange(4) < 2)[:, None, None], []
+    process, noise = RectifiedFlow(), torch.randn(3, 1, 4, 2, 2)
 
-    def denoise(x, t):
+    def denoise(x, t, without):
         shown.append(x)
+        noisy = process.path[t][0] * picture + process.path[t][1] * noise
+        if sampler is not ddpm:  # which adds fresh noise
+            torch.testing.assert_close(without[:, :, :2], noisy[:, :, :2], atol=0.01, rtol=0)
+        assert torch.equal(without[:, :, 2:], x[:, :, 2:]) and not torch.equal(without, x)
         return torch.tanh(x)
 
-    states = list(complete(RectifiedFlow(), sampler, denoise, lambda: torch.randn(3, 1, 4, 2, 2), 5, picture, known))
+    states = list(complete(process, sampler, denoise, lambda: noise, 5, picture, known))
     assert len(states) == 6 and len(shown) == (9 if sampler is heun else 5)
     assert all(torch.equal(x[:, :, :2], picture[:, :, :2]) for x in (*states, *shown))
     assert not torch.equal(states[-1][:, :, 2:], picture[:, :, 2:])

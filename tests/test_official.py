@@ -197,8 +197,11 @@ def test_guidance_of_the_less_noisy_steps():
     process.to_x_0 = lambda output, x, t: seen.append(output[0, 0, 0, 0].item()) or output
     for scale, t, expected in ((2.5, 0, -10), (2.5, 30, -10), (2.5, 31, 2), (2.5, 49, 2), (0.5, 49, 6), (0, 49, 10),
                                (-1, 49, 18)):
-        process.denoise(LabelEcho(), torch.randn(2, 4, 3, 3), t, torch.tensor([2, 7]), scale, math.inf)
+        x = torch.randn(2, 4, 3, 3)
+        process.denoise(LabelEcho(), x, t, torch.tensor([2, 7]), scale, math.inf)
         assert seen.pop() == pytest.approx(expected), (scale, t)
+        process.denoise(LabelEcho(), x, t, torch.tensor([2, 7]), scale, math.inf, x)  # guidance to given frames: all
+        assert seen.pop() == pytest.approx(10 - 8 * scale), (scale, t)
 
 
 @pytest.mark.parametrize(("settings", "kind"), [

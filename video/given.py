@@ -39,7 +39,9 @@ def losses(process, model, x_0, t, y, noise, known, loss="l2", motion=0.0):
 
 def complete(process, sampler, denoise, noise, count, picture, known):
     """Draws the part of `picture` that is not `known`, with a network that has learned to (RaMViD, 2206.07696): it sees
-    what is known without noise. x ends with exactly what is known.
+    what is known without noise. x ends with exactly what is known. Guidance leads to what follows from the label and
+    what is known, away from what the network draws where neither is said: what is known is then noisy as all of x is
+    (2502.06764).
 
     picture: one for each x, (B, C, *size), but not for those that fill the batch up; or one for all. known: bool,
     broadcasts over x.
@@ -51,4 +53,4 @@ def complete(process, sampler, denoise, noise, count, picture, known):
     picture = torch.cat([picture, picture[:1].expand(len(x) - len(picture), *picture.shape[1:])])
     yield put_in(x)
     steps = process.descending_steps(count)
-    yield from map(put_in, sampler(lambda x, t: denoise(put_in(x), t), x, steps, noise))
+    yield from map(put_in, sampler(lambda x, t: put_in(denoise(put_in(x), t, without=x)), x, steps, noise))
