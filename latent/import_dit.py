@@ -34,7 +34,7 @@ The network of this project is the same. Where the codes differ, this bridges it
 """
 
 from support.commands import Parser, UserError, first_line, run, some_path
-from support.tensors import check_tensors, misfit, read_tensors
+from support.tensors import check_tensors, read_tensors
 
 import argparse
 import dataclasses
@@ -61,7 +61,7 @@ CHANGES = (("mlp.w12", "SwiGLU"), ("norm1.weight", "RMSNorm"), ("q_norm.weight",
            ("feat_rope", "rotary positions"))
 SCALE = 0.18215  # of latents, in DiT's sample.py and train.py
 VAE = "stabilityai/sd-vae-ft-mse"  # of sample.py; the FID of the paper was measured with sd-vae-ft-ema
-VAE_FACTOR, VAE_CHANNELS, LATENT_CHANNELS = 8, 3, 4
+FACTOR, CHANNELS = 8, 4  # of its latents
 
 
 def official_name(name):
@@ -155,11 +155,10 @@ def latents_of(vae, shape, flags):
         raise UserError("its latents were normalised by a file latents_stats.pt beside its data: the checkpoint does "
                         "not hold it")
     if vae is None:
-        C, factor = VAE_CHANNELS, flags.get("downsample_ratio", VAE_FACTOR)
-        if (factor, shape[0]) != (VAE_FACTOR, LATENT_CHANNELS):
+        C, factor = 3, flags.get("downsample_ratio", FACTOR)
+        if (factor, shape[0]) != (FACTOR, CHANNELS):
             raise UserError(f"it was trained on latents of {shape[0]} channels, {factor!r:.9} times smaller than "
-                            f"images, but Stability's VAE has {LATENT_CHANNELS} and {VAE_FACTOR}: say with --vae which "
-                            "VAE it was")
+                            f"images, but Stability's VAE has {CHANNELS} and {FACTOR}: say with --vae which VAE it was")
         found = dict(vae=VAE, latent_mean=(0.0,), latent_std=(1 / SCALE,))
     else:
         loaded = load_vae(vae)
@@ -192,13 +191,10 @@ def convert(weights, config):
     with torch.device("meta"):  # shapes without memory, however large a size the file claims
         shapes = {name: weight.shape for name, weight in config.build_model().state_dict().items()}
     names = {official_name(name): name for name in shapes}
-    (C, *_), (p, _), D = config.latent_shape, config.patch_size, config.hidden_size
-    grid = [side // p for side in config.latent_shape[1:]]
-    expected = {name: shapes[names[name]] for name in names} | {
+    (C, *size), (p, _), D = config.latent_shape, config.patch_size, config.hidden_size
+    grid = [side // p for side in size]
+    expected = {official: shapes[name] for official, name in names.items()} | {
         "x_embedder.proj.weight": (D, C, p, p), "pos_embed": (1, math.prod(grid), D)}
-    wrong = misfit(weights, expected)
-    if wrong:
-        raise UserError(f"it does not hold the weights of a DiT: {wrong}")
     check_tensors("weights", weights, expected, (torch.float32, torch.float16, torch.bfloat16))
     # The average of positions that never change drifts from them by 1.3e-3 if its decay is 0.99999, since each update
     # is rounded; in bf16 they are 2e-3 off
@@ -230,7 +226,7 @@ def process_of(weights, config, flags):
 
 
 def as_sit(weights, config):
-    """Such weights of SiT's as (weights, `Config`) that draw as its sample.py does."""
+    """Weights of SiT's, by our names, and their `Config` so that they draw as its sample.py does."""
     if config.variance == "learned":
         weights = weights | {name: weights[name].unflatten(0, (-1, 2, config.latent_shape[0]))[:, 0].flatten(0, 1)
                              for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
@@ -238,17 +234,19 @@ def as_sit(weights, config):
 
 
 def as_repa(weights, config):
-    """Such weights of REPA's as (weights, `Config`) that draw as its generate.py does. Its network answers with
-    eps - x_0, and is shown 0 for the image: t = 1 - s for the s that ours is shown. Sines and cosines of f t are those
-    of f s turned by the angle f, which the first layer can do."""
+    """Weights of REPA's, by our names, and their `Config` so that they draw as its generate.py does.
+
+    Its network answers with eps - x_0, and is shown 0 for the image: t = 1 - s for the s that ours is shown. Sines and
+    cosines of f t are those of f s turned by the angle f, which the first layer can do.
+    """
     weights, config = as_sit(weights, config)
     waves = weights["time_embedding.mlp.0.weight"]                                            # (D, 256)
     frequencies = torch.exp(torch.arange(128, dtype=torch.float64) * (-math.log(10000) / 128))
     (sines, cosines), sin, cos = waves.double().chunk(2, dim=1), frequencies.sin(), frequencies.cos()
     turned = torch.cat([cosines * sin - sines * cos, cosines * cos + sines * sin], dim=1).to(waves.dtype)
     negated = {f"final_layer.linear.{part}": -weights[f"final_layer.linear.{part}"] for part in ("weight", "bias")}
-    return weights | negated | {"time_embedding.mlp.0.weight": turned}, dataclasses.replace(
-        config, sample_steps=50, guidance=1.5, guided_channels=0)
+    config = dataclasses.replace(config, sample_steps=50, guidance=1.5, guided_channels=0)
+    return weights | negated | {"time_embedding.mlp.0.weight": turned}, config
 
 
 def main():

@@ -116,9 +116,7 @@ class SiT(Official, Process):
         tau = torch.arange(1, T + 1, dtype=torch.float64).div(T).clamp(max=1 - 1e-6)  # `dpm` divides by the signal
         super().__init__(1 - tau, tau, torch.ones(T), device)
 
-    def random_t(self, u):
-        """The steps (B,) to train on, from random numbers u (B,) in [0, 1): each step as often as any other."""
-        return (u * self.T).long()
+    random_t = DDPM.random_t
 
     def target(self, x_0, noise):
         """What the network should answer when shown x_t, like x_0."""

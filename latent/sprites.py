@@ -1,5 +1,9 @@
 """The sprites of arXiv 1803.02991, as stills: game characters in colour, made of sheets that artists of the Liberated
-Pixel Cup drew (CC-BY-SA 3.0 or GPL 3.0)."""
+Pixel Cup drew (CC-BY-SA 3.0 or GPL 3.0).
+
+Each of 1,296 characters is another choice of body, bottomwear, topwear and hair. 1,000 are to train; the others, to
+test, are made of the same parts, but no choice of the four occurs in both.
+"""
 
 from support.commands import UserError
 from support.image_files import opened
@@ -19,15 +23,15 @@ SHEETS = {  # layers, each on top of those before it, and the numbers of their f
 CHARACTERS, TRAINING_CHARACTERS = 6**4, 1000  # a character is one sheet of each layer
 CELL, ROWS, COLUMNS = 64, 21, 13  # a cell's pixels; a sheet's cells
 FRAMES = 8  # of an action
-ACTIONS = {  # the row of each action seen from the left, below which are those from the front and from the right; and
-    "walk": (9, (8, 1, 2, 3, 4, 5, 6, 7)),  # the columns of its 8 frames. Which ones they are, and the split into
-    "cast": (1, (0, 1, 2, 3, 4, 5, 4, 6)),  # training and test characters, is as in arXiv 1803.02991
-    "slash": (13, (0, 1, 2, 3, 4, 5, 4, 0))}
+# The row of each action seen from the left, and the columns of its 8 frames. The rows below show it from the front and
+# from the right. The frames, and the split into training and test characters, are those of arXiv 1803.02991.
+ACTIONS = {"walk": (9, (8, 1, 2, 3, 4, 5, 6, 7)), "cast": (1, (0, 1, 2, 3, 4, 5, 4, 6)),
+           "slash": (13, (0, 1, 2, 3, 4, 5, 4, 0))}
 DIRECTIONS = {"front": 1, "left": 0, "right": 2}
 
 
 def load_images(name, data_dir="", train=True, image_size=(), channels=0, ground="black"):
-    """`dataset.load_dataset`, which here knows the sprites as well."""
+    """As `dataset.load_dataset`, but it knows the sprites as well."""
     if name != "sprites":
         return load_dataset(name, data_dir, train, image_size, channels, ground)
     frames = read_sprites(Path(data_dir or HERE), train, as_size(image_size), channels)
@@ -37,15 +41,12 @@ def load_images(name, data_dir="", train=True, image_size=(), channels=0, ground
 
 
 def read_sprites(data_dir, train, image_size=(), channels=0):
-    """The sprites of arXiv 1803.02991: game characters in colour, made of sheets that artists of the Liberated Pixel
-    Cup drew (CC-BY-SA 3.0 or GPL 3.0).
+    """The frames of the characters to train or to test, uint8 (characters, 9, 8, C, H, W): 3 actions from 3 directions,
+    as `ACTIONS` and `DIRECTIONS` order them, in 8 frames.
 
-    Each of 1,296 characters is another choice of body, bottomwear, topwear and hair. 1,000 are to train; the others, to
-    test, are made of the same parts, but no choice of the four occurs in both.
-    Returns frames uint8 (characters, 9, 8, C, H, W): 3 actions from 3 directions, as `ACTIONS` and `DIRECTIONS` order
-    them, in 8 frames; two pairs of these are the same in each slash, and one in each cast. 1.4 % of all images
-    belong to two classes: under some tops, a cast and a slash begin alike.
-    Raises `UserError` when the sheets cannot be had, are damaged or do not fit into memory.
+    Two pairs of these frames are the same in each slash, and one in each cast. 1.4 % of all images belong to two
+    classes: under some tops, a cast and a slash begin alike. Raises `UserError` when the sheets are not there, are
+    damaged or do not fit into memory.
     """
     if channels not in (0, 1, 3):
         raise UserError(f"channels is {channels}, but must be 1 (grey), 3 (RGB) or 0 (as the sprites are)")

@@ -248,9 +248,7 @@ def save_vae(vae, folder):
     folder = Path(folder)
     make_dir(folder)
     mean, std = (numbers.flatten().expand(vae.settings["latent_channels"]).tolist() for numbers in (vae.mean, vae.std))
-    levels = len(vae.settings["block_out_channels"])
-    config = {"_class_name": "AutoencoderKL", **vae.settings, "act_fn": "silu",
-              "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+    config = {"_class_name": "AutoencoderKL", **vae.settings, **only_choices(vae.settings["block_out_channels"]),
               "scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
     state = {name: weight.detach().cpu().contiguous() for name, weight in vae.state_dict().items()}
     halves = {name: weight.half() for name, weight in state.items()}
@@ -384,11 +382,15 @@ def check_settings(settings, config):
                         f"those of patches of {settings['patch_size']} x {settings['patch_size']} pixels")
     if any(width % groups for width in widths):
         raise UserError(f"norm_num_groups {groups} does not divide block_out_channels {list(widths)}")
-    for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if config.get(name) != [known] * len(widths):
-            raise UserError(f"{name} is {config.get(name)!r:.100}, but only {len(widths)} times {known} is known here")
-    if config.get("act_fn", "silu") != "silu":
-        raise UserError(f"act_fn is {config['act_fn']!r:.60}, but only silu is known here")
+    for name, known in only_choices(widths).items():
+        if config.get(name, known) != known:
+            raise UserError(f"{name} is {config[name]!r:.100}, but only {known} is known here")
+
+
+def only_choices(widths):
+    """The settings of diffusers that a `VAE` with levels of these widths has no choice of, as config.json has them."""
+    return dict(act_fn="silu", down_block_types=["DownEncoderBlock2D"] * len(widths),
+                up_block_types=["UpDecoderBlock2D"] * len(widths))
 
 
 def read_statistics(config, channels):
