@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from dataset import to_float, to_uint8
 from latent.sprites import load_images
-from latent.vae import check_same, check_shapes, load_vae
+from latent.vae import check_shapes, load_vae, normalize_as
 
 FORMAT = "latents-1"
 BLOCK = 256       # images of a block, after which the encoding can go on
@@ -54,8 +54,7 @@ def open_data(config, device, images=None):
     with parallel.rank_0_first():  # it may download them
         vae = load_vae(config.vae, device) if config.vae else None
         if config.latent_shape:  # of a run that is resumed
-            check_same(config.vae, vae, config.vae_hash)
-            vae.normalize_by(config.latent_mean, config.latent_std)
+            normalize_as(config.vae, vae, config.vae_hash, config.latent_mean, config.latent_std)
         of = dict(image_size=config.image_size, channels=config.channels or (vae.image_channels if vae else 0),
                   ground=config.ground)
         if vae and not images and config.dataset == "folder":  # it is read block by block

@@ -1,8 +1,8 @@
 """The autoencoder of latent diffusion (2112.10752, section 3.1): an image as a small grid of latents, and back.
 
-Names of weights and the format of its folder (config.json, diffusion_pytorch_model.safetensors) are those of diffusers'
-AutoencoderKL: a folder that either has written, the other reads. With a patch_size above 1, as latent.train_vae makes
-them by default, it is to diffusers the VAE of such patches: images go through torch's pixel_unshuffle on the way in and
+The names of the weights and the format of the folder (config.json, diffusion_pytorch_model.safetensors) are those of
+diffusers' AutoencoderKL: either reads what the other wrote. A VAE with a patch_size above 1, such as latent.train_vae
+makes by default, is to diffusers a VAE of patches: images go through torch's pixel_unshuffle on the way in and through
 pixel_shuffle on the way out. AutoencoderKL cannot do that itself: its decoder doubles an image by repeating each value
 and convolves it with the same kernel everywhere, so that it cannot put different channels into neighbouring pixels.
 The letters: B batch, C channels, H W pixels, h w latents, f = H / h.
@@ -138,11 +138,11 @@ class VAE(nn.Module):
     `posterior` and `reconstruct` are the network as it is. `encode` and `decode` are what a diffusion model works with:
     their latents are normalized to (z - mean) / std, here and nowhere else. mean, std: (1 or C_latent, 1, 1).
 
-    The settings have diffusers' names and defaults. block_out_channels: the width of each level; each level but
-    the last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
+    The settings have diffusers' names and defaults. block_out_channels: the width of each level; each level but the
+    last halves the image. layers_per_block: residual blocks of a level (the decoder has one more).
 
-    One is ours: patch_size p. Above 1 the network sees patches, their pixels as channels, (B, C p^2, H / p, W / p):
-    convolutions of whole images cost most. in_channels and out_channels are then C p^2.
+    patch_size p is a setting of our own. Above 1 the network sees patches, whose pixels are channels, (B, C p^2, H / p,
+    W / p), since convolutions of whole images cost most. in_channels and out_channels are then C p^2.
     """
 
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
@@ -184,8 +184,8 @@ class VAE(nn.Module):
 
     @in_full_precision()
     def moments(self, x):
-        """What `posterior` has for images x, (B, 2, C_latent, h, w). Those of an image are the same to the last bit in
-        whatever batch, on one kind of CPU."""
+        """Mean and standard deviation of `posterior`, for images x, (B, 2, C_latent, h, w). An image's are the same to
+        the last bit in every batch, on one kind of CPU."""
         return in_full_batches(lambda part: torch.stack(self.posterior(part), dim=1), x, x.shape[2] * x.shape[3])
 
     def encode(self, x):
@@ -195,7 +195,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """The images float (B, C, H, W) of normalized latents. Each is the same to the last bit in whatever batch, on
+        """The images float (B, C, H, W) of normalized latents. An image is the same to the last bit in every batch, on
         one kind of CPU. Raises `UserError` for latents that are not finite."""
         if not latents.isfinite().all():
             raise UserError("the latents to decode are not all finite numbers: the model that drew them is broken, or "
@@ -205,7 +205,7 @@ class VAE(nn.Module):
 
     @property
     def fingerprint(self):
-        """A hash, 16 hexadecimal digits, of all that makes latents: the encoder. The same latents can have several
+        """A hash, 16 hexadecimal digits, of what makes latents: the encoder. The same latents can have several
         decoders, such as sd-vae-ft-ema's and -mse's."""
         return self.hash_of("encoder", "quant_conv")
 
@@ -222,14 +222,14 @@ class VAE(nn.Module):
 
 
 def each_frame(function, x):
-    """`function` of images (N, C, H, W), of every frame of clips x (B, C, T, H, W), or of images as they are."""
+    """`function`, which takes images (N, C, H, W), of images x or of every frame of clips x (B, C, T, H, W)."""
     frames = x.movedim(1, -3)                                                         # (B, T, C, H, W)
     return function(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3]).movedim(-3, 1)
 
 
 def in_full_batches(function, x, pixels):
-    """`function` of x (B, ...), in batches of one size for images of so many pixels. A CPU fills up the last one:
-    libraries compute another batch in another order, and round otherwise."""
+    """`function` of x (B, ...), in batches of one size for images of so many pixels. On a CPU the last one is filled
+    up: libraries compute a smaller batch in another order, and round otherwise."""
     most, room = LIMITS.get(x.device.type, LIMITS["cpu"])
     size = max(1, min(most, room // pixels))
     parts = []
@@ -259,9 +259,11 @@ def save_vae(vae, folder):
 
 
 def load_vae(name, device="cpu"):
-    """Reads a VAE, in float32: a folder that diffusers or `save_vae` wrote, a pipeline's that holds such a folder vae/,
-    or one on the Hugging Face hub by its name (somebody/vae; the owner of `STABILITY`'s may be left out). Nothing in it
-    can run code. Raises `UserError`."""
+    """Reads a VAE, in float32. Nothing in it can run code. Raises `UserError`.
+
+    name: a folder that diffusers or `save_vae` wrote; a pipeline's folder, which holds such a folder vae/; or a name on
+    the Hugging Face hub (somebody/vae; `STABILITY`'s need no owner).
+    """
     config_file, weights_file = find_files(name)
     settings, mean, std = read_config(config_file)
     with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
@@ -272,9 +274,9 @@ def load_vae(name, device="cpu"):
 
 
 def open_vae(name, *asked):
-    """`load_vae` for a model that has learned on its latents. asked: `fingerprint` of the VAE, "" = not known; shapes
-    of the images (C, H, W) and of the latents; mean and standard deviation that normalize these; the device. The last
-    VAE stays in memory while its files are the same. Raises `UserError` when it is another one."""
+    """`load_vae` for a model that has learned its latents. asked: `fingerprint` of that VAE, "" = not known; shapes of
+    the images (C, H, W) and of the latents; mean and standard deviation that normalize these; the device. The last VAE
+    stays in memory as long as its files stay the same. Raises `UserError` when it is another VAE."""
     if not name:
         raise UserError("this model draws latents: name the VAE that makes images of them with --vae FOLDER")
     states = [os.stat(file) for file in find_files(name)] if Path(name).is_dir() else []
@@ -282,22 +284,23 @@ def open_vae(name, *asked):
 
 
 @functools.lru_cache(maxsize=1)
-def open_again(name, fingerprint, shape, latent_shape, mean, std, device, _):
+def open_again(name, vae_hash, shape, latent_shape, mean, std, device, _):
     vae = load_vae(name, device)
     made = (vae.image_channels, *(side * vae.factor for side in latent_shape[1:]))
     if (vae.settings["latent_channels"], made) != (latent_shape[0], shape):
         raise UserError(f"{name} makes images {made} out of latents of {vae.settings['latent_channels']} channels, but "
                         f"this model's are images {shape} out of latents {latent_shape}")
-    check_same(name, vae, fingerprint)
+    return normalize_as(name, vae, vae_hash, mean, std)
+
+
+def normalize_as(name, vae, vae_hash, mean, std):
+    """Gives the `VAE` called `name` the statistics of the latents that a model has learned, and returns it. Raises
+    `UserError` if that model's VAE was another one. vae_hash: the `fingerprint` of that; "" = not known."""
+    if vae_hash not in ("", vae.fingerprint):
+        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
+                        f"hash {vae.fingerprint}, not {vae_hash:.16}")
     vae.normalize_by(mean, std)
     return vae
-
-
-def check_same(name, vae, fingerprint):
-    """Raises `UserError` unless this is the `VAE` that a model has learned with; "" = not known."""
-    if fingerprint not in ("", vae.fingerprint):
-        raise UserError(f"{name} is another VAE than the one whose latents this model has learned: its encoder has the "
-                        f"hash {vae.fingerprint}, not {fingerprint:.16}")
 
 
 def check_shapes(name, vae, shape):
@@ -326,7 +329,7 @@ def find_files(name):
         return files
     if str(name) in STABILITY:
         return download(f"stabilityai/{name}")
-    # The hub knows a VAE as owner/name. Where there is a folder of the owner's name, a path is meant
+    # The hub knows a VAE as owner/name. If there is a folder of the owner's name, a path is meant
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or folder.parent.is_dir():
         raise UserError(f"there is no folder {str(name)!r:.200}: a VAE is a folder of diffusers' AutoencoderKL, or the "
                         "name of one on the Hugging Face hub, with its owner's: somebody/vae")
@@ -394,9 +397,9 @@ def only_choices(widths):
 
 
 def read_statistics(config, channels):
-    """Mean and standard deviation of the latents, tuples of one number or of `channels`, from diffusers' words for
-    them: a diffusion model sees (z - latents_mean) * scaling_factor / latents_std, where shift_factor may stand for the
-    mean."""
+    """Mean and standard deviation of the latents, tuples of one number or of `channels`, from a config.json of
+    diffusers: a diffusion model sees (z - latents_mean) * scaling_factor / latents_std. shift_factor may stand for
+    latents_mean."""
     scale = [config.get("scaling_factor", 0.18215)]
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
     std = config.get("latents_std") or [1.0]
@@ -424,5 +427,5 @@ def read_weights(file, vae):
         if plain:
             state[name] = weight.to(torch.float32, copy=True)  # float8 knows no isfinite
         if not plain or not state[name].isfinite().all():
-            raise UserError(f"{file} is damaged: {name} holds what are no finite numbers")
+            raise UserError(f"{file} is damaged: {name} does not hold finite numbers")
     return state

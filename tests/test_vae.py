@@ -210,9 +210,9 @@ FOLDERS = {
     "no tensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"hello"), "is damaged or cut short"),
     "long header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"), "is damaged"),
     "integers": (lambda folder: change_weights(folder, lambda state: state | {
-        "quant_conv.bias": torch.zeros(8, dtype=torch.long)}), "no finite numbers"),
+        "quant_conv.bias": torch.zeros(8, dtype=torch.long)}), "does not hold finite numbers"),
     "nan": (lambda folder: change_weights(folder, lambda state: state | {
-        "quant_conv.bias": torch.full((8,), float("nan"))}), "no finite numbers"),
+        "quant_conv.bias": torch.full((8,), float("nan"))}), "does not hold finite numbers"),
 }
 
 
@@ -290,7 +290,7 @@ def test_half_precision_is_read_as_float32(dtype, folder):
     for name, weight in load_vae(folder).state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, full[name].to(dtype).float())
     change_weights(folder, lambda state: state | {"quant_conv.bias": torch.full((8,), float("nan")).to(dtype)})
-    with pytest.raises(UserError, match=r"quant_conv\.bias holds what are no finite numbers"):
+    with pytest.raises(UserError, match=r"quant_conv\.bias does not hold finite numbers"):
         load_vae(folder)
 
 
