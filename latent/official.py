@@ -10,14 +10,13 @@ from diffusion import DDPM, Process, RectifiedFlow, per_image, posterior
 
 
 class Official:
-    """A `Process`, mixed in, with the habits of DiT's official code.
+    """Mixed into a `Process`: the habits of DiT's official code.
 
     spacing: which steps the samplers take: "trailing", or "linspace", evenly spaced and ending at step 0.
     guided_channels: how many channels, the first ones, are guided; 0 = all of x. The others follow the label.
     guidance_high: the share of the T steps that is guided, the least noisy ones (2404.07724); the others follow the
         label.
-    answers: how many times as many channels as x the network answers with. What it says beside its first answer is not
-        guided.
+    answers: the network answers with this many times the channels of x. Only the first answer is guided.
     """
 
     spacing, guided_channels, guidance_high, answers = "trailing", 0, 1.0, 1
@@ -41,11 +40,11 @@ class Official:
 
 
 class OfficialDDPM(Official, DDPM):
-    """DDPM with these habits."""
+    """DDPM with the habits of DiT's official code."""
 
 
 class OfficialFlow(Official, RectifiedFlow):
-    """The straight path with these habits."""
+    """The straight path with the habits of DiT's official code."""
 
 
 class LearnedVarianceDDPM(Official, DDPM):
@@ -68,8 +67,8 @@ class LearnedVarianceDDPM(Official, DDPM):
             a.float().to(device) for a in (variance.log(), self.betas.log(), error_to_mean))
 
     def losses(self, model, x_0, t, y, noise, loss="l2"):
-        """What training minimises: the loss of the noise, that of `DDPM`, and T / 1000 times the term at t of the
-        variational bound in bits per value, which teaches the variance alone (equation 16)."""
+        """What training minimises: the loss of `DDPM`, and T / 1000 times the term at t of the variational bound in
+        bits per value, which teaches the variance alone (equation 16)."""
         answer = []
 
         def predict_noise(*inputs):
@@ -82,8 +81,8 @@ class LearnedVarianceDDPM(Official, DDPM):
 
     def bound_terms(self, error, v, x_0, t):
         """The terms at t (B,) of the variational bound, in bits per value, of each image (B,): the divergence of what
-        the network says from the posterior (DDPM, equation 5), and at t = 0 the negative log likelihood of x_0 among
-        the 256 levels of pixels (DDPM, equation 13), which DiT's official code takes of latents as well.
+        the network predicts from the posterior (DDPM, equation 5), and at t = 0 the negative log likelihood of x_0
+        among the 256 levels of pixels (DDPM, equation 13), which DiT's official code takes of latents as well.
 
         error: of the predicted noise, like x_0. v: the network's answer, like x_0.
         """

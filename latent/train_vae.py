@@ -28,13 +28,13 @@ from latent.config import LatentConfig
 from latent.sprites import load_images
 from latent.vae import CONFIG, VAE, WEIGHTS, save_vae
 
-HELD_OUT = 1000  # test images at the most
-MEASURED = 4000  # training images that the statistics of the latents are of
-DECODER_ALONE = 0.2  # the last part of the steps: latents stay, and their decoder gets better
+HELD_OUT = 1000      # test images, at most
+MEASURED = 4000      # training images, at most, that the statistics of the latents are measured on
+DECODER_ALONE = 0.2  # share of the steps, the last ones, in which the latents stay and the decoder alone learns
 
 
 def like(name):
-    """A field that is as that of `LatentConfig`."""
+    """A field like that of `LatentConfig`."""
     field = LatentConfig.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
@@ -54,8 +54,8 @@ def commands(config, out, script):
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(Settings):
-    """All settings of a VAE and its training; they answer as those of a `Config` do. Raises `UserError` when a value
-    has the wrong type or is out of range."""
+    """All settings of a VAE and its training. They answer the questions that a `Config` answers. Raises `UserError`
+    when a value has the wrong type or is out of range."""
 
     kind, trained_by = "vae", "-m latent.train_vae"
     CHANGEABLE = ("steps", "data_dir", "log_every", "sample_every", "checkpoint_every")
@@ -76,7 +76,7 @@ class VAEConfig(Settings):
     factor: int = flag(0, "a latent covers factor x factor pixels; 0 = 4 for images of up to 32 pixels, else 8", 0,
                        256)
     latent_channels: int = flag(8, "channels of a latent", 1, 256)
-    # Each level but the last halves the image; the stem does the rest
+    # Each level but the last halves the image; patches do the rest of the factor
     widths: tuple = dataclasses.field(default=(96, 48), metadata=dict(read=tuple))
     layers_per_block: int = flag(1, "residual blocks of a level of the encoder; the decoder has one more", 1, 16)
 
@@ -103,7 +103,7 @@ class VAEConfig(Settings):
 
     @property
     def halvings(self):
-        """How many times smaller the levels make the image; what is left of the factor, the stem does."""
+        """How many times smaller the levels make the image; patches do the rest of the factor."""
         return 2 ** (len(self.widths) - 1)
 
     @property
@@ -146,8 +146,8 @@ class VAEConfig(Settings):
         """None: nothing is diffused."""
 
     def open_data(self, device):
-        """The images, a `HeldOut`: those to test on are of the test part or, where a folder has none and too few images
-        of each class to hold some out, every 20th image. Raises `UserError`."""
+        """The images, a `HeldOut`. Those to test on are the test part. A folder that has none, and too few images of
+        each class to hold some out, gives every 20th image. Raises `UserError`."""
         how = self.image_size, self.channels, self.ground
         data = load_images(self.dataset, self.data_dir, True, *how)
         images, labels = data.images, data.labels
@@ -184,7 +184,7 @@ def some(images, count):
 
 def reconstruction_loss(made, x):
     """The mean absolute error of images `made` of x, each (B, C, H, W), and half of that of their averages over 2 x 2
-    and 4 x 4 pixels: those see the shapes that single pixels do not. One for each image, (B,)."""
+    and 4 x 4 pixels, which see the shapes that single pixels do not. One for each image, (B,)."""
     loss = 0
     for size, weight in ((1, 1.0), (2, 0.5), (4, 0.5)):
         if min(x.shape[2:]) >= size:
@@ -240,20 +240,19 @@ def losses(run, x, noise, alone):
 
 
 def reconstructions(vae, images):
-    """Images uint8 (N, C, H, W) there and back, through the means of their posteriors."""
+    """What a VAE makes of images uint8 (N, C, H, W), through the means of their posteriors."""
     device = vae.mean.device
     return torch.cat([to_uint8(vae.decode(vae.encode(to_float(part.to(device)))[0])).cpu()
                       for part in images.split(100)])
 
 
 def show(run, path, stop):
-    """Draws some of the held-out images, and below each its reconstruction; says the PSNR of all, dB."""
+    """Draws some of the held-out images, and below each its reconstruction; prints the PSNR of all, dB."""
     tests = run.data.tests
     made = reconstructions(run.ema, tests)
-    pairs = [part for real, fake in zip(some(tests, 30).split(10), some(made, 30).split(10), strict=True)
-             for part in (real, fake)]
+    rows = [row for pair in zip(some(tests, 30).split(10), some(made, 30).split(10), strict=True) for row in pair]
     with warned():
-        save_picture(path, grid(torch.cat(pairs), columns=min(10, len(tests))))
+        save_picture(path, grid(torch.cat(rows), columns=min(10, len(tests))))
     tqdm.write(f"{path.name}: PSNR {psnr(made, tests):.2f} dB on {len(tests):,} held-out images")
 
 
@@ -274,7 +273,7 @@ def measure_latents(vae, images):
 
 
 def finish(out, run):
-    """Measures the latents, and writes the VAE into the folder `out`. Only then is there nothing to go on with."""
+    """Measures the latents, and writes the VAE into the folder `out`. Only then the checkpoint goes."""
     vae, tests = run.ema.half().float().eval(), run.data.tests  # what is measured now is what the file holds
     measure_latents(vae, some(run.data.images, MEASURED))
     quality = psnr(reconstructions(vae, tests), tests)
@@ -290,7 +289,7 @@ def finish(out, run):
 
 
 def train_vae(settings, out="vae", resume=False, device=None):
-    """Trains a VAE; leaves it in the folder `out`, for `load_vae`, with all that `train.train` leaves but model.pth.
+    """Trains a VAE, and leaves it in the folder `out`, for `load_vae`, with what `train.train` leaves except model.pth.
 
     settings: a `VAEConfig`, or a dict of those that are not the defaults; when resuming, settings that must match.
     resume, device, what it returns and raises: as for `train.train`.
