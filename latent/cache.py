@@ -220,11 +220,11 @@ def read_hashes(path):
 
 
 def encode_blocks(images, vae, path, size):
-    """Encodes this process's share of the blocks that are missing. A block's hash is written once its latents are on
+    """Encodes the blocks that are missing, of every WORLD blocks one. A block's hash is written once its latents are on
     disk."""
     open_array(path, size)  # a damaged file is refused, and not written over
     done = read_hashes(path).any(axis=1)
-    missing = [block for block in range(len(done))[parallel.share(len(done))] if not done[block]]
+    missing = [block for block in range(parallel.RANK, len(done), parallel.WORLD) if not done[block]]
     total = sum(min(BLOCK, size[0] - BLOCK * block) for block in missing)
     with (path / "latents.npy").open("r+b") as latents, (path / "encoded").open("r+b", 0) as hashes, \
             tqdm(total=total, desc="encoding", unit=" images", disable=parallel.RANK > 0 or None) as bar:
