@@ -220,8 +220,7 @@ def read_hashes(path):
 
 
 def encode_blocks(images, vae, path, size):
-    """Encodes the blocks that are missing, of every WORLD blocks one. A block's hash is written once its latents are on
-    disk."""
+    """Encodes the missing ones among this process's blocks. A block's hash is written once its latents are on disk."""
     open_array(path, size)  # a damaged file is refused, and not written over
     done = read_hashes(path).any(axis=1)
     missing = [block for block in range(parallel.RANK, len(done), parallel.WORLD) if not done[block]]

@@ -38,9 +38,7 @@ from support.tensors import check_tensors, read_tensors
 
 import argparse
 import dataclasses
-import functools
 import math
-import operator
 import re
 import shlex
 
@@ -108,9 +106,10 @@ def lightning_flags(settings):
     """What LightningDiT's train.py saves of its settings as `config`, as flags: a dict, empty for anything else."""
     if not isinstance(settings, dict) or not isinstance(settings.get("transport"), dict):
         return {}
-    parts = [settings.get(name) for name in ("transport", "data", "vae", "sample")]
-    flags = dict(latent_multiplier=SCALE, downsample_ratio=16)  # where its train.py finds none
-    return functools.reduce(operator.or_, [part for part in parts if isinstance(part, dict)], flags)
+    flags = dict(latent_multiplier=SCALE, downsample_ratio=16)  # the defaults of its train.py
+    for name in ("transport", "data", "vae", "sample"):
+        flags |= settings[name] if isinstance(settings.get(name), dict) else {}
+    return flags
 
 
 def read_sizes(weights):
