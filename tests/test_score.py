@@ -1,7 +1,6 @@
 """The ruler, tested: each way for fakes to be bad must move the figure that is there for it, and no other."""
 
 from support.commands import UserError
-from support.folders import Folder
 
 import dataclasses
 import json
@@ -21,7 +20,6 @@ import measure.score
 from config import Config
 from dataset import Dataset, load_dataset, to_uint8
 from inference import generate
-from latent.cache import kept_distance
 from latent.config import LatentConfig
 from latent.vae import VAE, load_vae, save_vae
 from measure import classifier as classifier_script
@@ -349,21 +347,6 @@ def test_a_vae_alone(call, vae):
     errors = (made.double() - images.double()).square().mean(dim=(1, 2, 3))
     assert kept["vae"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors)).mean().item(), rel=1e-5)
     assert call(measure.score, *flags)[1] == out
-
-
-def test_what_is_kept_of_a_vae_is_of_one_folder_of_images(call, vae, tmp_path):
-    """Another may be called alike, and have as many images of one size."""
-    data = small_mnist()
-    for name, start in (("one", 0), ("other", 120)):
-        for i in range(start, start + 120):
-            (tmp_path / name / str(data.labels[i].item())).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(data.images[i, 0].numpy()).save(tmp_path / name / str(data.labels[i].item()) / f"{i}.png")
-    code, _, err = call(measure.score, "--vae", vae, "--dataset", "folder", "--data-dir", tmp_path / "one")
-    assert code == 0, err
-    kept = json.loads((vae / "round_trip.json").read_text())
-    said = f", Fréchet distance {kept['vae']['frechet']:.3f} (of real images {kept['real']['frechet']:.3f})"
-    for name, words in (("one", said), ("other", "")):
-        assert kept_distance(str(vae), load_vae(vae), Folder(tmp_path / name)) == words
 
 
 def test_vaes_that_do_not_fit(call, vae, tmp_path):
