@@ -87,7 +87,7 @@ def architecture():
         say(x, y, "+", color="black", fontsize=11)
 
     def show(picture, x, y, half):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(x - half, x + half, y - half, y + half))
+        axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255, extent=(x - half, x + half, y - half, y + half))
 
     noisy, image = drawn("mnist.pth", [5], 9, guidance=2.0)[[5, 8], 0, 0]
     show(noisy, 8, 54, 6)

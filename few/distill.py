@@ -15,6 +15,7 @@ from support.settings import add_flags, given_flags, say_default
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import shlex
@@ -117,17 +118,14 @@ def find_fakes(run_dir, data):
     return found
 
 
-def saver(fake):
-    """`train.save` for the student. It saves the fake first: whenever the process is killed, the fake of the same step
-    lies beside the checkpoint."""
-    def save_both(run, path, step, seconds, data, window):
-        own = fake_path(path.parent, step)
-        train.save(fake, own, step, seconds, data, window)
-        train.save(run, path, step, seconds, data, window)
-        for old in {*find_fakes(path.parent, data)} - {own}:
-            old.unlink()
-
-    return save_both
+def save_both(fake, student, path, step, seconds, data, window):
+    """`train.save` for both. The fake is saved first: whenever the process is killed, the fake of the same step lies
+    beside the student's checkpoint."""
+    own = fake_path(path.parent, step)
+    train.save(fake, own, step, seconds, data, window)
+    train.save(student, path, step, seconds, data, window)
+    for old in {*find_fakes(path.parent, data)} - {own}:
+        old.unlink()
 
 
 def start(config, settings, data, run_dir, resume):
@@ -195,7 +193,7 @@ def main():
         show = show_clips if config.kind == "clips" else train.show
         script = shlex.join(["-m", "few.distill", *flag_words("--checkpoint", args.checkpoint)])
         done, stopped = train.loop(student, lambda step: distill_step(student, fake, teacher, step), data, saved[0],
-                                   run_dir, config.steps, show, saver(fake), script)
+                                   run_dir, config.steps, show, functools.partial(save_both, fake), script)
     say_end(done, stopped, run_dir, config.drawn_by, ("-m", "few.distill"))
 
 

@@ -83,11 +83,6 @@ class Clips:
         return x.unflatten(0, (-1, self.T)).movedim(1, 2)
 
 
-def is_clip(path):
-    """Whether a file's name ends as an image's or a video's."""
-    return is_image(path) or is_video(path)
-
-
 def find_frames(folder, left_out):
     """The images in a folder that is a clip, a list; None if it is no clip, since it holds no image, or clips."""
     counted = collections.Counter()
@@ -106,7 +101,8 @@ def read_clips(config):
     and the first clip's shorter side. Shorter clips than T are left out, which is said on standard error. The frames
     are grey if all clips are, unless `config.channels` says otherwise. Raises `UserError`.
     """
-    found, names = list_classes(folder_of_classes(config.data_dir), wanted=is_clip, whole=find_frames)
+    found, names = list_classes(folder_of_classes(config.data_dir), whole=find_frames,
+                                wanted=lambda path: is_image(path) or is_video(path))
     size, clips, mode, held = config.image_size[1:], [], "L" if config.channels == 1 else "RGB", 0
     listed = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
     videos = sum(is_video(path) for path, _ in listed if not isinstance(path, list))

@@ -12,12 +12,6 @@ from dit_block import Attention, DiTBlock, attend
 # A grid has a number of patches for each axis: time, height and width.
 
 
-def fill_patches(x, patch):
-    """x (B, C, *size), its last values along each axis repeated until patches divide it."""
-    gaps = [-s % p for s, p in zip(x.shape[2:], patch, strict=True)]
-    return nn.functional.pad(x, [n for gap in reversed(gaps) for n in (0, gap)], "replicate") if any(gaps) else x
-
-
 def rotations(grid, head_size, base=100.0):
     """The angles by which `rotate` turns the queries and keys of a grid's patches, as cosines and sines (2, *grid,
     head_size / 2). Each axis has an equal share of the angles, and the first axis also the rest. The base is small, as
@@ -78,9 +72,12 @@ class ClipDiT(DiT):
                              persistent=False)                                      # (2, *grid, D/2h)
 
     def forward(self, x, t, y):
-        dtype, size, x = x.dtype, x.shape[2:], fill_patches(x, self.patch)          # (B, C, *whole patches)
+        dtype, size = x.dtype, x.shape[2:]
         if not dtype.is_floating_point:
             raise TypeError(f"x holds {dtype}, but a DiT sees floats in [-1, 1]: dataset.to_float makes them")
+        gaps = [-s % p for s, p in zip(size, self.patch, strict=True)]
+        if any(gaps):  # repeat the last values along each axis until patches divide it
+            x = F.pad(x, [n for gap in reversed(gaps) for n in (0, gap)], "replicate")
         grid = [s // p for s, p in zip(x.shape[2:], self.patch, strict=True)]
         if any(n > most for n, most in zip(grid, self.grid, strict=True)):
             raise ValueError(f"an input of {tuple(size)} is larger than the input_size {self.input_size}")
