@@ -2,9 +2,10 @@
 
 from support.commands import UserError, first_line
 
+import os
+import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ TORCHVISION = {  # data sets that torchvision reads and downloads, and what show
 
 def read_torchvision(name, root, train):
     """A data set of `TORCHVISION` as images uint8 (N, C, H, W), labels (N,) and names of classes, from torchvision's
-    files in `root`. When they are not there, they are downloaded: unless all of them come, nothing stays."""
+    files in `root`. Missing ones are downloaded: unless all of them come, none stays. Raises `UserError`."""
     from torchvision import datasets  # here: it takes a second that no other path needs
 
     options = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
@@ -32,10 +33,7 @@ def read_torchvision(name, root, train):
             above = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
             with tempfile.TemporaryDirectory(dir=above) as whole:
                 data = getattr(datasets, name)(whole, download=True, **options)
-                for path in filter(Path.is_file, sorted(Path(whole).rglob("*"))):
-                    target = root / path.relative_to(whole)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(target)
+                shutil.copytree(whole, root, copy_function=os.replace, dirs_exist_ok=True)  # which moves each file
     except Exception as error:  # torchvision raises nearly anything when files are damaged, or do not come
         raise UserError(f"{name} {trouble} {root} ({first_line(error):.150})") from None
     images = torch.as_tensor(data.data)

@@ -458,10 +458,7 @@ def write_stats(kind, stats, file):
     changes = {"other names": dict(mean=None), "other shape": dict(cov=np.eye(63)),
                "nan": dict(mean=np.full(64, np.nan)),
                "malicious": dict(mean=np.array([Malicious()] * 64)),
-               "words": dict(count="many"), "scalar": dict(mean=1.0), "one image": dict(count=1),
-               "asymmetric": dict(cov=np.eye(64) + np.eye(64, k=1) / 1000),
-               "negative variance": dict(cov=np.diag(np.r_[-1e-6, np.ones(63)])),
-               "negative eigenvalue": dict(cov=np.eye(64) - 1.03 / 64)}
+               "words": dict(count="many"), "scalar": dict(mean=1.0)}
     if kind == "random bytes":
         file.write_bytes(os.urandom(1000))
     elif kind == "empty":
@@ -476,8 +473,7 @@ def write_stats(kind, stats, file):
 
 
 @pytest.mark.parametrize("kind", ["random bytes", "empty", "cut short", "one array", "other names", "other shape",
-                                  "nan", "malicious", "words", "scalar", "one image", "asymmetric",
-                                  "negative variance", "negative eigenvalue"])
+                                  "nan", "malicious", "words", "scalar"])
 def test_malformed_statistics(kind, stats, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_stats(kind, stats, tmp_path / "bad.npz")
