@@ -134,11 +134,11 @@ def take_gradients(run):
     return gradient
 
 
-def learn(run, data, step):
-    """One optimizer step on a batch of `data`. Returns the loss of each image (B,), not averaged, and its time (B,)."""
-    config = run.config
-    x_0, y, t, noise = make_batch(data, run.process, config, step, parallel.share(config.batch_size))
-    return take_step(run, step, losses, x_0, y, t, noise), t
+def prepare(run, data, step):
+    """What step `step` learns from: the function `losses`, which it minimises; the batch of `data` that this takes; and
+    the times (B,) of the images, for the log."""
+    x_0, y, t, noise = make_batch(data, run.process, run.config, step, parallel.share(run.config.batch_size))
+    return losses, (x_0, y, t, noise), t
 
 
 def losses(run, x_0, y, t, noise):
@@ -210,7 +210,7 @@ def show(run, path, stop, save=save_grid, labels=None):
         save(path, run.config.to_images(x))
 
 
-def train(config, run_dir="run", resume=False, device=None, until=None, log=None, learn=learn,
+def train(config, run_dir="run", resume=False, device=None, until=None, log=None, prepare=prepare,
           show=show, finish=None, of=Config):
     """Trains, and leaves model.pth, log.csv, loss.png, grids of samples and a page that shows them, index.html, in the
     folder `run_dir`.
@@ -221,8 +221,8 @@ def train(config, run_dir="run", resume=False, device=None, until=None, log=None
     until: stop after this step, with a checkpoint to resume from; None: after the last one.
     log: called with each row of log.csv, as log(step, values), a dict of numbers by the names of the columns: for
         TensorBoard, say.
-    learn, show: take one step, and draw the grid; see `learn` and `show`. finish: called with the run after its last
-        step. of: the class of the settings in a dict.
+    prepare, show: make what a step learns from, and draw the grid; see these functions. finish: called with the run
+        after its last step. of: the class of the settings in a dict.
     Returns the step that was reached, and the number of the signal that ended it there (0: none).
     Raises `UserError`.
     """
@@ -249,7 +249,7 @@ def train(config, run_dir="run", resume=False, device=None, until=None, log=None
         run = start_run(config, device, saved)
         fingerprint, summary, run.data = data.fingerprint, data.summary, data.to(device)
         announce(config, summary, run.model, device, saved["step"] if saved else 0, run_dir)
-        done, stopped = loop(run, lambda step: learn(run, run.data, step), fingerprint, saved, run_dir,
+        done, stopped = loop(run, lambda step: prepare(run, run.data, step), fingerprint, saved, run_dir,
                              config.steps if until is None else until, show, hook=log)
         if finish and done == config.steps and not stopped:
             finish(run)
@@ -276,10 +276,10 @@ def log_and_save(run, log, path, done, seconds, data, stops, save):
     return bool(save_now)
 
 
-def loop(run, learn, fingerprint, saved, run_dir, until, show=show, save=save, script=None, hook=None):
-    """The training loop; see `train`. learn(step): takes the step, returns losses (B,) and their times t (B,).
-    fingerprint: of what it learns from. saved: the checkpoint that `run` starts at, or None. save: `save`, or what
-    writes more. script: the command that trains so, if not the settings' own. hook: as for `RunLog`."""
+def loop(run, prepare, fingerprint, saved, run_dir, until, show=show, save=save, script=None, hook=None):
+    """The training loop; see `train`. prepare(step): what `prepare` returns. fingerprint: of what it learns from. saved:
+    the checkpoint that `run` starts at, or None. save: `save`, or what writes more. script: the command that trains so,
+    if not the settings' own. hook: as for `RunLog`."""
     config, device = run.config, next(run.model.parameters()).device
     start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     path, began = run_dir / "model.pth", time.monotonic() - before
@@ -303,7 +303,8 @@ def loop(run, learn, fingerprint, saved, run_dir, until, show=show, save=save, s
             draw()  # it was killed before it could
         for step in range(start, until):
             # Learn.
-            log.add(*learn(step))
+            losses, batch, t = prepare(step)
+            log.add(take_step(run, step, losses, *batch), t)
             done, stopped = step + 1, parallel.all_max(signals[0] if signals else 0)
 
             # Log and save.

@@ -78,7 +78,8 @@ def draw(run, y, step, noise):
 
 
 def distill_step(student, fake, teacher, step):
-    """One optimizer step of the fake and one of the student. Returns the student's losses (B,) at times t (B,)."""
+    """Draws images with the student, and takes a step of the fake on them. Returns the student's own step, as
+    `train.prepare` does."""
     config, process, device = fake.config, fake.process, next(fake.model.parameters()).device
     B, generator = config.batch_size, train.step_generator(config.seed, step, device)
 
@@ -99,8 +100,7 @@ def distill_step(student, fake, teacher, step):
 
     # The student moves its images.
     t = times()
-    return train.take_step(student, step, lambda _: matching_losses(process, x_0, t, y, noise(), teacher, fake.worker,
-                                                                    config.guidance)), t
+    return lambda _: matching_losses(process, x_0, t, y, noise(), teacher, fake.worker, config.guidance), (), t
 
 
 def fake_path(run_dir, step):

@@ -221,14 +221,14 @@ def make_batch(data, config, step):
     return x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x, noise
 
 
-def learn(run, data, step):
-    """One optimizer step; see `train.learn`. There is no noise level: all times are 0."""
+def prepare(run, data, step):
+    """As `train.prepare`. There is no noise level: all times are 0."""
     alone = step >= run.config.steps - int(DECODER_ALONE * run.config.steps)
     if alone:  # from here on the latents are those that are kept
         for part in ("encoder", "quant_conv"):
             getattr(run.model, part).load_state_dict(getattr(run.ema, part).state_dict())
-    each = root.take_step(run, step, losses, *make_batch(data, run.config, step), alone)
-    return each, torch.zeros(len(each), dtype=torch.long, device=each.device)
+    x, noise = make_batch(data, run.config, step)
+    return losses, (x, noise, alone), torch.zeros(len(x), dtype=torch.long, device=x.device)
 
 
 def losses(run, x, noise, alone):
@@ -301,7 +301,7 @@ def train_vae(settings, out="vae", resume=False, device=None):
                         f"{out} holds a {there} already: choose another --out, or remove it")
     if isinstance(settings, dict):
         settings = {"compile": False} | settings
-    return root.train(settings, out, resume, device, learn=learn, show=show, finish=functools.partial(finish, out),
+    return root.train(settings, out, resume, device, prepare=prepare, show=show, finish=functools.partial(finish, out),
                       of=VAEConfig)
 
 

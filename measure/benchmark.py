@@ -43,7 +43,7 @@ from dataset import Dataset, to_float
 from inference import FULL_BATCH, sample
 from measure.results import network_calls
 from record.checkpoint import CHECKPOINTS
-from train import learn, start_run
+from train import prepare, start_run, take_step
 
 REPOSITORY = Path(__file__).parent.parent
 LATENTS = dict(image_size=32, channels=4, num_classes=1000)  # of a 256 x 256 image, as in the DiT paper
@@ -107,7 +107,8 @@ def measure(what, config, device, at_least):
         training, data = start_run(config, device), Dataset("random", images, labels, [])
 
         def call(i):
-            learn(training, data, i)
+            losses, batch, _ = prepare(training, data, i)
+            take_step(training, i, losses, *batch)
     elif what == "draw":
         model = config.build_model().to(device, dtype).eval()
         y = labels[:count]

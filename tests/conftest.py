@@ -55,6 +55,12 @@ SMALL = write_small_mnist() if MADE_HERE else Path(os.environ["SMALL_MNIST"])
 os.environ["SMALL_MNIST"] = str(SMALL)
 
 
+def learn(run, data, step, command=train):
+    """One step of a run of `command`, as the training loop takes it. Returns the losses (B,) and their times (B,)."""
+    losses, batch, t = command.prepare(run, data, step)
+    return train.take_step(run, step, losses, *batch), t
+
+
 def pytest_unconfigure():
     forks.stop()
     if MADE_HERE:

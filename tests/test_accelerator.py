@@ -10,6 +10,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from conftest import learn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import edit.draw
@@ -88,7 +89,7 @@ def test_a_training_step(process, optimizer, precision, fake, tmp_path, monkeypa
     t = run.process.random_t(torch.rand(4, device=CUDA))
     x_0, noise = torch.randn(2, 4, 1, 8, 8, device=CUDA)
     monkeypatch.setattr(train, "make_batch", lambda *_: (x_0, torch.arange(4, device=CUDA), t, noise))
-    losses, t = train.learn(run, None, 0)
+    losses, t = learn(run, None, 0)
     with RunLog(tmp_path / "log.csv", config.T, 0, 1, 4, CUDA) as log:
         log.add(losses, t)
         assert log.window.device == CUDA

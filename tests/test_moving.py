@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, TINY, assert_refused, same, train_until
+from conftest import SMALL, TINY, assert_refused, learn, same, train_until
 from PIL import Image
 
 import train
@@ -197,7 +197,7 @@ def learned(monkeypatch, steps, shards=(slice(None),), **settings):
     for step in steps:
         for part in shards:
             monkeypatch.setattr(train_dit.parallel, "share", lambda count, part=part: part)
-            losses.append(train_dit.learn(run, data, step)[0])
+            losses.append(learn(run, data, step, train_dit)[0])
     monkeypatch.undo()
     return seen, losses
 

@@ -15,14 +15,14 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TINY, same
+from conftest import TINY, learn, same
 
 import train
 from config import Config
 from dataset import Dataset
 from record.checkpoint import FORMAT, load_checkpoint
 from record.log import RunLog, noise_levels
-from train import learn, save, start_run
+from train import save, start_run
 from video.config import ANY, ClipConfig
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, load, same
+from conftest import assert_refused, learn, load, same
 from PIL import Image
 from test_dit import randomize
 from test_video_sprites import load as load_sprites
@@ -321,7 +321,7 @@ def test_the_captions_of_a_step_do_not_depend_on_the_shares(folder, monkeypatch)
     run.process.losses = lambda model, x_0, t, y, noise, loss: seen.append(y)
     for share in (slice(0, 6), slice(0, 2), slice(2, 6)):
         monkeypatch.setattr(text.train.parallel, "share", lambda count, share=share: share)
-        text.train.learn(run, data, 3)
+        learn(run, data, 3, text.train)
     assert torch.equal(seen[0], torch.cat(seen[1:])) and seen[0].shape == (6, 2)
     empty = (seen[0] == len(config.words)).all(1)
     assert 0 < empty.sum() < 6 and len(seen[0][~empty][:, 1].unique()) == 6 - empty.sum()

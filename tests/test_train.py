@@ -20,6 +20,7 @@ from conftest import (
     TINY,
     assert_refused,
     in_a_process,
+    learn,
     same,
     small_mnist,
     train_until,
@@ -38,7 +39,7 @@ from inference import sample
 from latent.config import LatentConfig
 from measure.classifier import train_classifier
 from record.checkpoint import load_checkpoint
-from train import Run, learn, learning_rate, make_batch, start_run
+from train import Run, learning_rate, make_batch, start_run
 from video.config import ANY, ClipConfig
 
 
@@ -586,7 +587,7 @@ def test_every_preset_takes_a_step():
         ema = config.build_model()
         diffusion, optimizer = config.build_process(), torch.optim.AdamW(model.parameters())
         data = data_of(torch.zeros(3, 1, *size, dtype=torch.uint8), torch.arange(3))
-        losses, _ = command.learn(Run(config, model, model, ema, [optimizer], diffusion), data, 0)
+        losses, _ = learn(Run(config, model, model, ema, [optimizer], diffusion), data, 0, command)
         assert losses.isfinite().all()
 
 

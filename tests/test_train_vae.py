@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_refused, flags_of, small_mnist, train_until
+from conftest import SMALL, assert_refused, flags_of, learn, small_mnist, train_until
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -182,7 +182,7 @@ def test_the_posterior_keeps_its_width():
     before = run.model.encoder.conv_in.weight.clone()
     for step in range(4):
         for each in (run, learnt):
-            module.learn(each, each.data, step)
+            learn(each, each.data, step, module)
     for vae in (run.model, run.ema):
         assert torch.allclose(vae.posterior(to_float(images[:3]))[1], torch.tensor(0.3))
     assert not torch.equal(run.model.encoder.conv_in.weight, before)
@@ -195,7 +195,7 @@ def test_the_last_part_leaves_the_latents(monkeypatch):
     run = a_run(steps=8, batch_size=4)
     fingerprints, decoders = [], []
     for step in range(8):
-        module.learn(run, run.data, step)
+        learn(run, run.data, step, module)
         fingerprints.append(run.ema.fingerprint)
         decoders.append(run.ema.hash_of("decoder"))
     assert len(set(fingerprints[:4])) == 4 and len(set(fingerprints[3:])) == 1 and len(set(decoders)) == 8
@@ -208,7 +208,7 @@ def test_a_step_in_either_precision(precision):
     losses = []
     for kind in ("fp32", precision):
         run = a_run(precision=kind, steps=5, batch_size=16)
-        each, t = module.learn(run, run.data, 0)
+        each, t = learn(run, run.data, 0, module)
         losses.append(each.mean().item())
         assert each.shape == t.shape == (16,) and not t.any()
         assert {weight.dtype for weight in run.model.state_dict().values()} == {torch.float32}

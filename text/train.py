@@ -16,13 +16,13 @@ from text.config import PRESETS, TextConfig
 from video.train_dit import save_grid
 
 
-def learn(run, data, step):
-    """One optimizer step on clips and their captions; see `train.learn`."""
+def prepare(run, data, step):
+    """As `train.prepare`, of clips and their captions."""
     config, part = run.config, parallel.share(run.config.batch_size)
     x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
     seed = root.step_generator(config.seed, step, "cpu").initial_seed()
     y = data.words(y, [seed + row for row in range(config.batch_size)[part]])  # (B, L)
-    return root.take_step(run, step, root.losses, x_0, y, t, noise), t
+    return root.losses, (x_0, y, t, noise), t
 
 
 def show(run, path, stop):
@@ -34,7 +34,7 @@ def show(run, path, stop):
 
 def train(config, *args, **options):
     """`train.train` of a `TextConfig`, or a dict of its settings."""
-    return root.train(config, *args, learn=learn, show=show, of=TextConfig, **options)
+    return root.train(config, *args, prepare=prepare, show=show, of=TextConfig, **options)
 
 
 @parallel.one_for_all()

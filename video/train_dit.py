@@ -15,18 +15,18 @@ from video.draw import FRAME
 from video.given import given_frames, losses
 
 
-def learn(run, data, step):
-    """One optimizer step on clips, perhaps of another size, some of them with frames given; see `train.learn`."""
+def prepare(run, data, step):
+    """As `train.prepare`, of clips, perhaps of another size, some of them with frames given."""
     config, part = run.config, parallel.share(run.config.batch_size)
     generator = root.step_generator(config.seed, step, data.labels.device)
     if config.sizes:
         data = data.at((data.shape[1:], *config.sizes)[generator.initial_seed() % (1 + len(config.sizes))])
     x_0, y, t, noise = root.make_batch(data, run.process, config, step, part)
     if not (config.given or config.motion):
-        return root.take_step(run, step, root.losses, x_0, y, t, noise), t
+        return root.losses, (x_0, y, t, noise), t
     generator.manual_seed(generator.initial_seed() ^ 1)  # another stream than the batch's
     known = given_frames(config.batch_size, data.shape[1], config.given, generator)[part]
-    return root.take_step(run, step, clip_losses, x_0, y, t, noise, known), t
+    return clip_losses, (x_0, y, t, noise, known), t
 
 
 def clip_losses(run, x_0, y, t, noise, known):
@@ -47,7 +47,7 @@ def train(config, *args, **options):
     compiled anew."""
     if isinstance(config, dict) and config.get("sizes"):
         config = {"compile": False} | config
-    return root.train(config, *args, learn=learn, show=show, of=ClipConfig, **options)
+    return root.train(config, *args, prepare=prepare, show=show, of=ClipConfig, **options)
 
 
 def main():
