@@ -277,9 +277,9 @@ def log_and_save(run, log, path, done, seconds, data, stops, save):
 
 
 def loop(run, prepare, fingerprint, saved, run_dir, until, show=show, save=save, script=None, hook=None):
-    """The training loop; see `train`. prepare(step): what `prepare` returns. fingerprint: of what it learns from. saved:
-    the checkpoint that `run` starts at, or None. save: `save`, or what writes more. script: the command that trains so,
-    if not the settings' own. hook: as for `RunLog`."""
+    """The training loop; see `train`. prepare(step): what `prepare` returns. fingerprint: of what it learns from.
+    saved: the checkpoint that `run` starts at, or None. save: `save`, or what writes more. script: the command that
+    trains so, if not the settings' own. hook: as for `RunLog`."""
     config, device = run.config, next(run.model.parameters()).device
     start, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     path, began = run_dir / "model.pth", time.monotonic() - before
