@@ -1,23 +1,14 @@
-"""How fast is this machine? Rates of training and drawing, and the share of its matrix rate that they reach.
+"""Measures how many images a second this machine trains on and draws, and which share of its matrix rate that takes.
 
-    python -m measure.benchmark                                 the default network and the article's
-    python -m measure.benchmark --against diffusers             and the same networks built from diffusers
-    python -m measure.benchmark --presets B L XL --batch-size 256   the paper's sizes on 32 x 32 x 4 latents
+    python -m measure.benchmark                                     the default network and the article's
+    python -m measure.benchmark --against diffusers                 the same networks built from diffusers as well
+    python -m measure.benchmark --presets B L XL --batch-size 256   the paper's sizes, on 32 x 32 x 4 latents
 
-Every variant runs in a process of its own, and they take turns, so that what else the machine does hits them all alike.
+Each variant runs in a process of its own. The variants take turns, so that other load on the machine slows all of them
+alike.
 """
 
-from support.commands import (
-    Parser,
-    UserError,
-    add_device_flag,
-    dtype_of,
-    pick_device,
-    resolve_precision,
-    run,
-    some_path,
-)
-from support.files import check_output, write_atomically
+from support.commands import Parser, UserError, add_device_flag, dtype_of, pick_device, resolve_precision, run
 from support.flops import flops
 from support.settings import add_flags, given_flags, say_default
 
@@ -51,31 +42,26 @@ DIGITS = dict(image_size=28, channels=1, num_classes=10)
 
 
 def configuration(preset, flags):
+    """The `Config` of a preset with these flags (a dict): of digits, or for the paper's sizes of latents."""
     sizes = DIGITS if preset in ("default", "article") else LATENTS
     config = Config(**sizes | PRESETS[preset] | flags)
     return config if config.patch_size else dataclasses.replace(config, patch_size=config.image_size[0] // 4)
 
 
-def seconds_per_call(call, device, at_least):
-    """The mean time of `call(i)` over `at_least` seconds, after a fifth of that to warm up."""
-    def calls(first, seconds):
-        start, done = time.perf_counter(), 0
-        while done < 3 or time.perf_counter() - start < seconds:
-            call(first + done)
-            done += 1
-            if device.type == "cuda" and done % 10 == 0:  # else the calls would only be queued
-                torch.cuda.synchronize(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return done, time.perf_counter() - start
+def seconds_per_call(call, at_least):
+    """The mean time of `call(i)`, i = 0, 1, ..., over `at_least` seconds, after a fifth of that to warm up. On a GPU,
+    the work itself is timed, not its launch."""
+    from torch.utils.benchmark import Timer  # here, since it logs a warning where there is a CUDA toolkit and no GPU
 
-    done, _ = calls(0, at_least / 5)
-    done, seconds = calls(done, at_least)
-    return seconds / done
+    timer = Timer("call(next(numbers))", globals=dict(call=call, numbers=itertools.count()),
+                  num_threads=torch.get_num_threads())
+    timer.blocked_autorange(min_run_time=at_least / 5)
+    return timer.blocked_autorange(min_run_time=at_least).mean
 
 
 def peak_memory(device):
-    """The peak of the bytes in use on `device`, or by this process; None if the system does not tell."""
+    """The most memory that was in use so far, bytes: on a GPU, else of this process. NaN on Windows, which does not
+    say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(ImportError):
@@ -83,20 +69,23 @@ def peak_memory(device):
 
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return math.nan
 
 
-def matrix_rate(config, device, dtype, batch_size, at_least):
-    """FLOP/s of plain matrix products of this network's most frequent shape: tokens by D by 4 D, forward and
-    backward."""
-    rows, D, M = (batch_size * math.prod(config.image_size) // math.prod(config.patch_size), config.hidden_size,
-                  int(config.hidden_size * config.mlp_ratio))
+def matrix_rate(config, device, dtype, at_least):
+    """The FLOP/s of bare matrix products in the shape that is most frequent in this network, tokens x D by D x 4 D,
+    forward and backward."""
+    rows = config.batch_size * math.prod(config.image_size) // math.prod(config.patch_size)
+    D, M = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     x, w, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, D), (D, M), (rows, M)))
-    seconds = seconds_per_call(lambda _: (x @ w, g @ w.T, x.T @ g), device, at_least)
-    return 6 * rows * D * M / seconds
+    return 6 * rows * D * M / seconds_per_call(lambda _: (x @ w, g @ w.T, x.T @ g), at_least)
 
 
 def measure(what, config, device, at_least):
-    """What one process measures: a dict of images/s, FLOP/s, the matrix rate and the peak memory in bytes."""
+    """Times "train", "draw" or "diffusers" for `at_least` seconds, in this process.
+
+    Returns a dict: images (a second), flops (FLOP/s), matrix_rate (FLOP/s), memory (peak, bytes), precision, and count
+    (images of a batch)."""
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
     dtype = dtype_of(config.precision, device)
     torch.manual_seed(config.seed)
@@ -114,31 +103,31 @@ def measure(what, config, device, at_least):
         y = labels[:count]
         states = itertools.chain.from_iterable(sample(model, config, y) for _ in itertools.count())
 
-        def call(_):  # one step of a sample, or the noise that it starts from: a thousand steps outlast any turn
+        def call(_):  # one step of a sample, or its first noise: all of its steps may take longer than a turn
             next(states)
         steps = config.sample_steps + 1
-        rows = math.ceil(count / FULL_BATCH) * FULL_BATCH  # as `sample` fills them up
+        rows = math.ceil(count / FULL_BATCH) * FULL_BATCH  # `sample` fills the batch up to so many
         x, y = torch.zeros(rows, *config.input_shape, device=device), y[:1].expand(rows)
         operations = network_calls(config) * flops(lambda: model(x, 0, y))
     else:
         ways = [(diffusers_step(config, device, images, labels, bf16, fused), bf16)
                 for bf16 in (False, True) for fused in (True, False)]
-        call, bf16 = min(ways, key=lambda way: seconds_per_call(way[0], device, at_least / 8))
+        call, bf16 = min(ways, key=lambda way: seconds_per_call(way[0], at_least / 8))
         dtype = torch.bfloat16 if bf16 else torch.float32
     if what != "draw":
         call(0)
         operations = flops(lambda: call(1))
-    seconds = seconds_per_call(call, device, at_least) * steps
-    rate = matrix_rate(config, device, dtype, count, at_least / 5)
+    seconds = seconds_per_call(call, at_least) * steps
+    rate = matrix_rate(config, device, dtype, at_least / 5)
     return {"images": count / seconds, "flops": operations / seconds, "matrix_rate": rate,
             "memory": peak_memory(device), "precision": str(dtype).removeprefix("torch."), "count": count}
 
 
 def diffusers_step(config, device, images, labels, bf16, fused):
-    """The training step that users of diffusers write, for the same geometry: its DiT, its noise scheduler, AdamW.
+    """The training step that users of diffusers write: its DiT of the same sizes, its noise scheduler, and AdamW.
 
-    bf16: under autocast. fused: with torch's attention, else with plain products. Which is the quickest depends on the
-    machine: torch's attention is slow backward in bfloat16 on CPUs without AMX.
+    bf16: compute under autocast. fused: use torch's fused attention, else plain matrix products. Which of the four is
+    the fastest depends on the machine: the backward pass of fused attention is slow in bfloat16 on CPUs without AMX.
     """
     from diffusers import DDPMScheduler, DiTTransformer2DModel
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -170,7 +159,7 @@ def diffusers_step(config, device, images, labels, bf16, fused):
 
 
 def cold_start(device):
-    """Seconds from nothing to the first picture, drawn with the weights that come with the repository."""
+    """Seconds until `python inference.py` has drawn its first picture, with the weights in the repository."""
     with tempfile.TemporaryDirectory() as folder:
         before = time.perf_counter()
         subprocess.run([sys.executable, REPOSITORY / "inference.py", "--checkpoint", CHECKPOINTS[-1], "--device",
@@ -179,27 +168,25 @@ def cold_start(device):
 
 
 def parse_args():
-    parser = Parser(description="Measures the rates of training and drawing on this machine.")
+    parser = Parser(description="Measures how many images a second this machine trains on and draws.")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["default", "article"],
-                        help="the networks to measure (default: default article)")
-    parser.add_argument("--against", choices=["diffusers"], help="also the same networks built from this library")
-    parser.add_argument("--rounds", type=int, default=3, help="how often every variant has its turn (default: 3)")
+                        help="networks to measure (default: default article)")
+    parser.add_argument("--against", choices=["diffusers"], help="measure the same networks built from this library, "
+                        "too")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (default: 3)")
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
-    parser.add_argument("--json", type=some_path, help="a file that gets the figures as well")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is started with
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one turn: `take_turns` starts it in a process of its own
     add_flags(parser, Config, ("batch_size", "precision", "compile", "sample_steps", "guidance"))
     say_default(parser, ("batch_size", "sample_steps", "guidance"), "the preset's own")
     add_device_flag(parser)
     args = parser.parse_args()
     if args.rounds < 1 or not 0.01 <= args.seconds <= 3600:
         raise UserError("--rounds must be at least 1, and --seconds lie between 0.01 and 3600")
-    if args.json:
-        check_output(args.json, b'"cold_start"')
     return args
 
 
 def take_turns(args):
-    """What every variant measures, each time it has its turn: a dict from (preset, kind) to lists of results."""
+    """Measures all variants in turns. Returns a dict from (preset, kind) to the list of its results; see `measure`."""
     kinds = ("train", "draw", "diffusers") if args.against else ("train", "draw")
     results = {(preset, kind): [] for preset in args.presets for kind in kinds}
     turns = tqdm(itertools.product(range(args.rounds), results), total=args.rounds * len(results), leave=False,
@@ -217,25 +204,15 @@ def take_turns(args):
     return results
 
 
-def summarize(what, results):
-    """One row of the table: the medians of the `results` of a variant."""
-    def middle(name):
-        return statistics.median(result[name] for result in results)
-
+def table_row(title, results):
+    """The row of a variant in the table: medians of its results. The spread is that of images/s, over the median."""
+    images, operations, memory = (statistics.median(result[name] for result in results)
+                                  for name in ("images", "flops", "memory"))
     rates = [result["images"] for result in results]
-    return {
-        "what": what, "batch": results[0]["count"], "precision": results[0]["precision"],
-        "images/s": round(middle("images"), 1), "spread": round((max(rates) - min(rates)) / middle("images"), 3),
-        "GFLOP/s": round(middle("flops") / 1e9, 1),
-        "of matrix rate": round(statistics.median(result["flops"] / result["matrix_rate"] for result in results), 3),
-        "memory, MB": "-" if results[0]["memory"] is None else round(middle("memory") / 1e6)}
-
-
-def print_table(rows):
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(format(value, ".1%") if name in ("spread", "of matrix rate") else format(value, ",")
-                                if not isinstance(value, str) else value for name, value in row.items()) + " |")
+    reached = statistics.median(result["flops"] / result["matrix_rate"] for result in results)
+    return (f"| {title} | {results[0]['count']:,} | {results[0]['precision']} | {images:,.1f} "
+            f"| {(max(rates) - min(rates)) / images:.1%} | {operations / 1e9:,.1f} | {reached:.1%} "
+            f"| {memory / 1e6:,.0f} |")
 
 
 def main():
@@ -248,20 +225,17 @@ def main():
 
     results = take_turns(args)
     starts = [cold_start(device) for _ in range(args.rounds)]
-    table = [summarize(f"{preset}: {'diffusers, train' if kind == 'diffusers' else kind}", parts)
-             for (preset, kind), parts in results.items()]
-    ratios = {preset: round(statistics.median(ours["images"] / theirs["images"] for ours, theirs in zip(
-        results[preset, "train"], results[preset, "diffusers"], strict=True)), 2)
-        for preset in args.presets if args.against}
-    machine = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}; the median of {args.rounds} turns of {args.seconds:g} s\n")
-    print_table(table)
-    for preset, ratio in ratios.items():
+    print(f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; the median "
+          f"of {args.rounds} turns of {args.seconds:g} s\n")
+    print("| what | batch | precision | images/s | spread | GFLOP/s | of matrix rate | memory, MB |")
+    print("|---" * 8 + "|")
+    for (preset, kind), parts in results.items():
+        print(table_row(f"{preset}: {'diffusers, train' if kind == 'diffusers' else kind}", parts))
+    for preset in args.presets if args.against else ():
+        ratio = statistics.median(ours["images"] / theirs["images"] for ours, theirs in zip(
+            results[preset, "train"], results[preset, "diffusers"], strict=True))
         print(f"{preset}: trains at {ratio:.2f} times the rate of {args.against}")
     print(f"first picture after {statistics.median(starts):.1f} s (python inference.py, from a cold start)")
-    if args.json:
-        content = {"machine": machine, "rows": table, "ratios": ratios, "cold_start": statistics.median(starts)}
-        write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import demo.share
 import dit_block
 import generator
 import inference
-import measure.benchmark
 import measure.classifier
 import train
 from config import Config
@@ -507,7 +506,6 @@ def test_what_is_no_file_is_not_written(call, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "sample", None)
     for result in (call(demo.share, trained / "model.pth", tmp_path / "device.gif"),
                    call(measure.classifier, "--out", tmp_path / "device.gif"),
-                   call(measure.benchmark, "--json", tmp_path / "device.gif"),
                    call(inference, "--checkpoint", trained, "--out", tmp_path / "device.gif")):
         assert_refused(result, "device.gif cannot be written: it is no file")
     assert (tmp_path / "device.gif").is_fifo() and os.listdir(tmp_path) == ["device.gif"]

@@ -33,7 +33,6 @@ import fid_computer
 import generator
 import inference
 import latent.draw
-import measure.benchmark
 import measure.classifier
 import measure.results
 import measure.score
@@ -224,7 +223,7 @@ def test_devices_that_cannot_be_used(name):
     (measure.score, ["--pictures", ""]), (measure.score, ["--data-dir", ""]), (measure.classifier, ["--data-dir", ""]),
     (measure.classifier, ["--out", ""]), (measure.results, ["samplers", "--data-dir", ""]),
     (measure.results, ["samplers", "--out", ""]), (measure.results, ["samplers", "--checkpoint", ""]),
-    (measure.benchmark, ["--json", ""]), (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""]),
+    (distill, ["--run-dir", ""]), (distill, ["--checkpoint", ""]),
     (edit.draw, ["--edit", ""]), (video.draw, ["--extend", ""]), (video.draw, ["--before", ""]),
     (video.draw, ["--between", "", ""]), (video.draw, ["--loop", ""]), (inference, ["--out", ""]),
     (edit.draw, ["--inpaint", "", "--mask", "a.png"]), (edit.draw, ["--inpaint", "a.png", "--mask", ""]),

@@ -19,7 +19,6 @@ import generator
 import inference
 import latent.import_dit
 import latent.train_vae
-import measure.benchmark
 import measure.classifier
 import measure.results
 import measure.scaling
@@ -62,7 +61,6 @@ OUTPUTS = [  # the command, its flags, what it writes
     (demo.export, [], "dit.html"),
     (fid_computer, ["--real", "images", "--fake", "images", "--save-stats", "out.npz"], "out.npz"),
     (generator, ["--real", "new", "--fake", "new2"], "new/settings.json"),
-    (measure.benchmark, ["--json", "out.json"], "out.json"),
     (measure.classifier, ["--out", "out.pth"], "out.pth"),
     (measure.results, ["samplers", "--out", "."], "samplers.png"),
     (measure.results, ["runs", "run", "--out", "."], "runs.png"),
@@ -97,7 +95,6 @@ def test_a_file_of_another_program_stays(module, flags, path, here, call):
     (latent.import_dit, ["official.pt", "run/model.pth"]),
     (demo.export, ["--out", "run/model.pth"]),
     (measure.classifier, ["--out", "run/model.pth"]),
-    (measure.benchmark, ["--json", "run/model.pth"]),
     (train, [*TINY, "--steps", 1]),
     (few.distill, ["--run-dir", "run"]),
 ], ids=lambda value: getattr(value, "__name__", None))
