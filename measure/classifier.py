@@ -1,10 +1,10 @@
-"""A small network that reads what images show: its features are the ruler of `measure.score`.
+"""A small classifier of images, trained on real ones. `measure.score` compares images by its features.
 
-    python -m measure.classifier --dataset folder --data-dir my_images --flips   one of your images, in minutes
-    python -m measure.classifier                                  MNIST's anew, a minute or two on two CPU cores
+    python -m measure.classifier --dataset folder --data-dir my_images --flips   for your images, in minutes
+    python -m measure.classifier                             for MNIST once more: 1 to 2 minutes on two CPU cores
 
-MNIST's weights come with the repository (float16, half a megabyte), so that scoring needs no download. Others are kept
-in classifiers/ and found again by the images that they were trained on.
+MNIST's weights come with the repository (float16, 0.5 MB), so that scoring needs no download. Those for other images
+are kept in classifiers/. A fingerprint of the training images in the file's name finds them again.
 """
 
 from support.commands import (
@@ -21,7 +21,9 @@ from support.commands import (
 from support.files import check_output, make_dir, write_atomically
 from support.settings import add_flags, given_flags, say_default
 from support.sizes import pick, show_size, where_it_fits
+from support.tensors import read_tensors
 
+import functools
 import math
 import os
 import shlex
@@ -42,47 +44,14 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "digit_classifier.pth"
 KEPT = Path("classifiers")
 FORMAT = "classifier-1"
 DIGITS = "mnist", (1, 28, 28)  # the images that `DigitClassifier` reads
-MNIST = "1c4bb9346033fd0f"  # the fingerprint of all of them
+MNIST = "1c4bb9346033fd0f"  # the fingerprint of MNIST's 60,000 training images
 FEATURES = 64
-WIDTHS = 32, 64, 128, 128  # channels of `Classifier` at each resolution
-LARGEST_GRID = 32  # its first convolution brings larger images down to this
 SMOOTHING = 0.1  # of the labels (1512.00567)
-
-
-def conv(in_channels, out_channels, kernel_size):
-    """Convolution, halved by taking maxima, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-                         nn.MaxPool2d(2), nn.BatchNorm2d(out_channels), nn.ReLU())
-
-
-class DigitClassifier(nn.Module):
-    """Reads MNIST's digits, float (B, 1, 28, 28) in [-1, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        self.shape, self.num_classes = DIGITS[1], 10
-        self.body = nn.Sequential(
-            conv(1, 32, 5),                                                              # (B, 32, 14, 14)
-            conv(32, 64, 3),                                                             # (B, 64, 7, 7)
-            nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Flatten(),                             # not averaged over the image: it counts where a stroke is
-            nn.Linear(64 * 7 * 7, 64, bias=False), nn.BatchNorm1d(64),                    # (B, 64)
-        )
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
-        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
-
-    def features(self, x):
-        """(B, 64), as they are before the ReLU: nearer to a Gaussian, which the Fréchet distance takes them for, and
-        they keep more of what differs within a class."""
-        return self.body(x)
-
-    def forward(self, x):
-        """The logits (B, 10)."""
-        return self.head(self.features(x))
+LR = 5e-3  # the peak of the learning rate
 
 
 def layer(in_channels, out_channels, kernel_size=3, stride=1, halve=False):
-    """Convolution, perhaps halved by taking maxima, batch norm, ReLU."""
+    """Convolution, 2 x 2 max pooling if `halve`, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
         nn.MaxPool2d(2, ceil_mode=True) if halve else nn.Identity(),
@@ -90,28 +59,31 @@ def layer(in_channels, out_channels, kernel_size=3, stride=1, halve=False):
 
 
 class Classifier(nn.Module):
-    """Reads any images float (B, *shape) in [-1, 1]; the sizes below are those of images of 32 x 32 or more."""
+    """Classifies images, float (B, *shape) in [-1, 1]. The sizes in the comments are for images of 32 x 32 or more."""
 
     def __init__(self, shape, num_classes):
         super().__init__()
         self.shape, self.num_classes = tuple(shape), num_classes
-        C, *size = shape
-        stride = math.ceil(max(size) / LARGEST_GRID)
-        a, b, c, d = WIDTHS
-        rows, columns = (math.ceil(side / stride / 8) for side in size)
-        self.body = nn.Sequential(
-            layer(C, a, 2 * stride + 1, stride),                                         # (B, 32, 32, 32)
-            layer(a, b, halve=True), layer(b, b),                                        # (B, 64, 16, 16)
-            layer(b, c, halve=True), layer(c, c),                                        # (B, 128, 8, 8)
-            layer(c, d, halve=True), layer(d, d),                                        # (B, 128, 4, 4)
-            nn.Flatten(),                             # not averaged over the image: it counts where things are
-            nn.Linear(d * rows * columns, FEATURES, bias=False), nn.BatchNorm1d(FEATURES),
-        )
+        self.body = self.build_body()
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(FEATURES, num_classes))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+
+    def build_body(self):
+        C, *size = self.shape
+        stride = math.ceil(max(size) / 32)  # reduces larger images to 32 x 32
+        rows, columns = (math.ceil(side / stride / 8) for side in size)
+        return nn.Sequential(
+            layer(C, 32, 2 * stride + 1, stride),                                        # (B, 32, 32, 32)
+            layer(32, 64, halve=True), layer(64, 64),                                    # (B, 64, 16, 16)
+            layer(64, 128, halve=True), layer(128, 128),                                 # (B, 128, 8, 8)
+            layer(128, 128, halve=True), layer(128, 128),                                # (B, 128, 4, 4)
+            nn.Flatten(),                                  # no average over the image: the place of things counts
+            nn.Linear(128 * rows * columns, FEATURES, bias=False), nn.BatchNorm1d(FEATURES),
+        )
 
     def features(self, x):
-        """(B, 64), as those of `DigitClassifier`."""
+        """(B, 64), before the ReLU. There they are closer to a Gaussian, as the Fréchet distance assumes, and keep more
+        of the differences within a class."""
         return self.body(x)
 
     def forward(self, x):
@@ -119,14 +91,29 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
+class DigitClassifier(Classifier):
+    """Classifies MNIST's digits, float (B, 1, 28, 28) in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__(DIGITS[1], 10)
+
+    def build_body(self):
+        return nn.Sequential(
+            layer(1, 32, 5, halve=True),                                                 # (B, 32, 14, 14)
+            layer(32, 64, 3, halve=True),                                                # (B, 64, 7, 7)
+            nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, FEATURES, bias=False), nn.BatchNorm1d(FEATURES),
+        )
+
+
 def build_classifier(name, shape, num_classes):
-    """The untrained network for images of `shape` (C, H, W) of the data set called `name`."""
+    """The untrained network for images of `shape` (C, H, W) from the data set called `name`."""
     return DigitClassifier() if (name, tuple(shape)) == DIGITS else Classifier(shape, num_classes)
 
 
 def augment(x, generator):
-    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by up to 10 % and shifted by up to a 14th of
-    its side: 2 pixels of MNIST's 28."""
+    """Rotates each of the images (B, 1, H, W) by up to 10 degrees, scales it by up to 10 %, and shifts it by up to 1/14
+    of its side: 2 of MNIST's 28 pixels."""
     turn, scale, shift_x, shift_y = torch.rand(4, len(x), generator=generator).to(x.device) * 2 - 1  # each (B,)
     angle, scale, shift = turn * torch.pi / 18, 1 + scale / 10, 2 / 14  # the image reaches from -1 to 1
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -136,24 +123,21 @@ def augment(x, generator):
 
 
 def shift(images, generator, flips=False):
-    """Images (B, C, H, W), each shifted by up to an eighth of its sides, 4 pixels of 32, its border repeated; with
-    `flips`, every other one mirrored."""
-    B, C, *size = images.shape
-    places = []
-    for side in size:
-        offsets = torch.randint(-(side // 8), side // 8 + 1, (B, 1), generator=generator)
-        places.append((torch.arange(side) + offsets).clamp(0, side - 1))                 # (B, H), (B, W)
-    rows, columns = places
+    """Shifts each of the images (B, C, H, W) by up to 1/8 of its sides, 4 of 32 pixels, and repeats its border. With
+    `flips`, mirrors about half of them."""
+    B, _, *size = images.shape
+    rows, columns = ((torch.arange(side) + torch.randint(-(side // 8), side // 8 + 1, (B, 1), generator=generator))
+                     .clamp(0, side - 1) for side in size)                               # (B, H), (B, W)
     if flips:
         columns = torch.where(torch.rand(B, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    b, c = (torch.arange(n, device=images.device) for n in (B, C))
-    return images[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    b, rows, columns = (index.to(images.device) for index in (
+        torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]))
+    return images[b, :, rows, columns].movedim(-1, 1)                                    # (B, C, H, W)
 
 
 def schedule(data):
-    """How many epochs, and how large a batch, train a classifier of a `Dataset`: 10 epochs, but not less than about
-    1,000 steps, and not more than about 5,000."""
+    """The epochs and the batch size to train a classifier of a `Dataset`: 10 epochs, but at least about 1,000 steps and
+    at most about 5,000."""
     N = len(data.images)
     if (data.name, data.shape) == DIGITS:
         return 5, min(256, N)
@@ -162,23 +146,22 @@ def schedule(data):
     return max(math.ceil(1000 / batches), min(10, math.ceil(5000 / batches))), batch_size
 
 
-def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, seed=0, device="cpu", leave=False):
-    """A classifier trained on a `Dataset`, its weights as of float16.
+def train_classifier(data, epochs=None, batch_size=None, flips=False, seed=0, device="cpu"):
+    """A classifier trained on a `Dataset`. Its weights are rounded to float16, as its file will hold them.
 
-    epochs, batch_size: None = as `schedule` says. flips: mirrored images count as well. leave: the bar stays.
+    epochs, batch_size: None = as `schedule` says. flips: learn from mirrored images as well.
     """
     images, labels = where_it_fits(data.images, torch.device(device)), data.labels.to(device)
     digits = (data.name, data.shape) == DIGITS
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    classifier = build_classifier(data.name, images.shape[1:], len(data.classes)).to(device)
+    classifier = build_classifier(data.name, data.shape, len(data.classes)).to(device)
     epochs, batch_size = (given or usual for given, usual in zip((epochs, batch_size), schedule(data), strict=True))
     bf16 = not digits and resolve_precision("auto", torch.device(device)) == "bf16"
     batches = len(images) // batch_size
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=epochs * batches)
     with Bar(total=epochs * batches * batch_size, desc="training the classifier", unit=" images", unit_scale=True,
-             leave=leave, disable=False if leave else None,
              mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator).to(device)
@@ -194,30 +177,30 @@ def train_classifier(data, epochs=None, batch_size=None, flips=False, lr=5e-3, s
                 optimizer.step()
                 lr_schedule.step()
                 bar.update(batch_size)
-    return classifier.half().float().eval()  # what is measured now is what the file will hold
+    return classifier.half().float().eval()
 
 
 def load_parts(config):
-    """The training part and the test part of the data set of a `Config`, each a `Dataset`; train.py learns nothing of
-    the second. If a folder has no test/, a line on standard error says what is held out. Raises `UserError`."""
-    name, data_dir, of = config.dataset, config.data_dir, dict(ground=config.ground)
-    train = load_images(name, data_dir, train=True, image_size=config.image_size, channels=config.channels, **of)
-    C, *size = train.shape
-    test = load_images(name, data_dir, train=False, image_size=tuple(size), channels=C, **of)
+    """The training part and the test part of the data that a `Config` names, each a `Dataset`. train.py never learns
+    from the second. A folder without test/ has some images held out, which a line on standard error says. Raises
+    `UserError`."""
+    load = functools.partial(load_images, config.dataset, config.data_dir, ground=config.ground)
+    train = load(train=True, image_size=config.image_size, channels=config.channels)
+    test = load(train=False, image_size=train.shape[1:], channels=train.shape[0])
     if train.held_out:
-        print(f"{data_dir} has no test/: every tenth image of each class, {train.held_out:,} in all, is held out to "
-              "test on, and train.py learns none of these", file=sys.stderr)
+        print(f"{config.data_dir} has no test/: every tenth image of each class, {train.held_out:,} in all, is held "
+              "out to test on, and train.py learns none of these", file=sys.stderr)
     return train, test
 
 
 def where_kept(data):
-    """The file of the classifier of a `Dataset`: that of all MNIST comes with the repository."""
+    """The file of the classifier for a `Dataset`. The one for all of MNIST comes with the repository."""
     own = (data.name, data.shape, data.fingerprint) == (*DIGITS, MNIST)
     return WEIGHTS if own else KEPT / f"{data.name}-{data.fingerprint}.pth"
 
 
 def save_classifier(path, classifier, data, accuracy):
-    """Writes a classifier of the `Dataset` data. Raises `UserError`."""
+    """Writes a classifier that was trained on the `Dataset` data. Raises `UserError`."""
     state = {name: tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
              for name, tensor in classifier.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
@@ -228,42 +211,39 @@ def save_classifier(path, classifier, data, accuracy):
 
 
 def load_classifier(path=WEIGHTS, name="mnist", fingerprint=None, device="cpu"):
-    """The classifier in a file, of the data set called `name` with this fingerprint (None: whichever). Nothing in it
-    can run code. Raises `UserError` when the file is missing, damaged, or reads other images."""
+    """The classifier in a file. It must have learned the data set called `name`, with this fingerprint unless that is
+    None. Nothing in the file can run code. Raises `UserError` when it is missing, damaged, or for other images."""
     retrain = "train it anew with python -m measure.classifier" + (f" --dataset {name}" if name != "mnist" else "")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
+        if content["format"] != FORMAT:
+            raise UserError(f"its format is not {FORMAT!r}")
+        dataset, (C, H, W) = str(content["dataset"]), content["shape"]
+        if not (1 <= C <= 16 and 1 <= H <= 1024 and 1 <= W <= 1024):  # else the network could fill the memory
+            raise UserError("it reads images of an impossible shape")
+        classifier = build_classifier(dataset, (C, H, W), len(content["classes"]))
+        classifier.load_state_dict(content["state_dict"])
+        if not all(weight.isfinite().all() for weight in classifier.state_dict().values()):
+            raise UserError("its weights are not all finite")
     except FileNotFoundError:
         raise UserError(f"there is no classifier {path}: {retrain}") from None
-    except Exception as error:  # torch.load raises nearly anything when a file is not its own
-        raise UserError(f"{path} is not a classifier, or is cut short ({type(error).__name__}): {retrain}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a classifier (no format {FORMAT!r} in it): {retrain}")
-    if content.get("dataset") != name or (fingerprint and content.get("data") not in (None, fingerprint)):  # None: any
-        which = "other images of " if content.get("dataset") == name else ""
-        raise UserError(f"{path} reads {which}{content.get('dataset')!r:.40}, not {'these' if which else repr(name)}: "
-                        "its features mean nothing there")
-    try:
-        shape, classes, state = tuple(content["shape"]), content["classes"], content["state_dict"]
-        if len(shape) != 3 or not all(type(n) is int and 1 <= n <= most for n, most in zip(
-                shape, (16, 1024, 1024), strict=True)) or not all(type(label) is str for label in classes):
-            raise UserError("it reads images of an impossible shape, or classes without names")
-        classifier = build_classifier(name, shape, len(classes))
-        classifier.load_state_dict(state)
-        if not all(weight.isfinite().all() for weight in state.values()):
-            raise UserError("its weights are not all finite")
-    except Exception as error:
-        raise UserError(f"{path} is damaged ({first_line(error):.100}): {retrain}") from None
+    except Exception as error:  # a file that is not ours fails in too many ways to list
+        raise UserError(f"{path} is not a classifier, or is cut short or damaged ({first_line(error):.100}): {retrain}"
+                        ) from None
+    if dataset != name or (fingerprint and content.get("data") not in (None, fingerprint)):  # None: any
+        which = "other images of " if dataset == name else ""
+        raise UserError(f"{path} reads {which}{dataset!r:.40}, not {'these' if which else repr(name)}: its features "
+                        "mean nothing there")
     return classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast
 
 
 def find_classifier(data, data_dir, device="cpu"):
-    """The classifier that was trained on the `Dataset` data; or on all MNIST, when data is a part of it. Raises
-    `UserError` when there is none, with the command that trains it."""
+    """The classifier that was trained on the `Dataset` data; for a part of MNIST, the one that was trained on all of
+    it. Raises `UserError` when there is none, with the command that trains it."""
     path = where_kept(data)
     if path.exists() or path == WEIGHTS:
         return load_classifier(path, data.name, data.fingerprint, device)
-    if (data.name, data.shape) == DIGITS:  # some of MNIST
+    if (data.name, data.shape) == DIGITS:
         return load_classifier(device=device)
     C, *size = data.shape
     flags = ["--dataset", data.name, *(["--data-dir", str(data_dir)] if str(data_dir) != Config.data_dir else []),
@@ -274,25 +254,25 @@ def find_classifier(data, data_dir, device="cpu"):
 
 @in_full_precision()
 def accuracy_on(classifier, data):
-    """The share of a `Dataset` that is read as its labels say."""
+    """The share of the images of a `Dataset` that are classified as their labels say."""
     device = next(classifier.parameters()).device
     reads = [classifier(to_float(x.to(device))).argmax(1).cpu() for x in data.images.split(500)]
     return (torch.cat(reads) == data.labels).float().mean().item()
 
 
 def main():
-    parser = Parser(description="Trains the classifier that measure.score uses: a network that reads what images show, "
-                                "of any labelled data set.")
+    parser = Parser(description="Trains the classifier that measure.score compares images with, on any labelled data "
+                                "set.")
     add_flags(parser, LatentConfig, ["dataset", "data_dir", "image_size", "channels", "ground", "flips", "seed"])
     parser.set_defaults(dataset="mnist")
     say_default(parser, ["dataset"], "mnist")
-    parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, or what makes "
-                        "1,000 to 5,000 steps; fewer for digits)")
-    parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it: "
-                        "weights/digit_classifier.pth for MNIST, else in classifiers/)")
+    parser.add_argument("--epochs", type=int, help="passes through the training images (default: 10, but at least "
+                        "1,000 and at most 5,000 steps; 5 for MNIST)")
+    parser.add_argument("--out", type=some_path, help="the file to write (default: where measure.score looks for it, "
+                        "weights/digit_classifier.pth for MNIST and classifiers/ for others)")
     add_device_flag(parser)
     args = parser.parse_args()
-    config = LatentConfig(**given_flags(args, LatentConfig))  # it knows what each may be
+    config = LatentConfig(**given_flags(args, LatentConfig))  # checks the values
     if args.epochs is not None and not 1 <= args.epochs <= 10_000:
         raise UserError(f"--epochs {args.epochs}: must lie between 1 and 10,000")
     if args.out:  # before the images are read
@@ -300,13 +280,13 @@ def main():
     device = pick_device(args.device)
     train, test = load_parts(config)
     if len(train.classes) < 2:
-        raise UserError(f"{config.data_dir} holds one class, {train.classes[0]!r:.40}: a network learns by telling "
-                        "classes apart. FID needs none: fid_computer.py")
+        raise UserError(f"{config.data_dir} holds one class, {train.classes[0]!r:.40}: a classifier needs two. FID "
+                        "needs none: fid_computer.py")
     path = args.out or where_kept(train)
     if path.parent == KEPT:
         make_dir(KEPT)
     check_output(path, FORMAT.encode())
-    classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device, leave=True)
+    classifier = train_classifier(train, args.epochs, flips=config.flips, seed=config.seed, device=device)
     accuracy = accuracy_on(classifier, test)
     save_classifier(path, classifier, train, accuracy)
     print(f"{path}: reads {accuracy:.2%} of {len(test.images):,} test images right, "

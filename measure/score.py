@@ -1,17 +1,18 @@
-"""How good are fake images? Measured with a network that reads just such images (`measure/classifier.py`).
+"""How good are generated images? Compares their features, read by a classifier of such images, with real ones.
 
     python -m measure.score --checkpoint run                                       draws images and scores them
-    python -m measure.score --images images/fake --dataset folder --data-dir mine  scores those in a folder
-    python -m measure.score --vae vae --dataset folder --data-dir mine             scores what a VAE makes of real ones
+    python -m measure.score --images images/fake --dataset folder --data-dir mine  scores the images in a folder
+    python -m measure.score --vae vae --dataset folder --data-dir mine             scores real images that a VAE coded
 
-Every figure stands beside the same figure of real images, which is what perfect fakes would get, and where a model
-draws latents, beside that of real images that went through its VAE: no fakes of such latents can be better.
+`measure.classifier` trains the classifier. Beside each figure stands that of real images, which perfect fakes would
+reach. For a model of latents there is a third column: real images after a round trip through its VAE, which no fakes of
+such latents can surpass.
 """
 
 from support.commands import UserError, in_full_precision, pick_device, run, some_path
 from support.files import check_output, make_dir, write_atomically
 from support.folders import Folder
-from support.image_files import list_images, opened, read_image
+from support.image_files import list_images, read_image, recolour
 from support.labels import are_numbers, check_classes, class_weights, labels_by
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
 from support.settings import add_flags, given_flags, say_default
@@ -33,18 +34,18 @@ from latent.config import IMAGES, LatentConfig
 from latent.vae import check_shapes, load_vae
 from measure.classifier import DIGITS, FEATURES, find_classifier, load_parts
 
-FEW = 2000  # below this many images, a figure says more about the sample than about the model
+FEW = 2000  # below this number of images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
 METRICS = ("frechet", "precision", "recall", "density", "coverage")
-ROWS = 20  # of classes in a report, or in a picture
-SMALL = 32  # images are compared by their pixels at this size at most
-BLOCK = 2**26  # numbers that are floats at once: 256 MB
+ROWS = 20  # classes in a report or a picture, at most
+SHAPE_FLAGS = ("image_size", "channels", "ground")
+SMALL = 32  # pixels: images are compared at this size at most
 
 
 @in_full_precision()
 def embed(classifier, images, batch_size=250):
-    """Images uint8 (N, C, H, W) -> their features (N, 64) and the probability of each class (N, num_classes), on the
-    classifier's device."""
+    """The features (N, 64) of images uint8 (N, C, H, W), and the probabilities of the classes (N, num_classes). Both
+    are on the classifier's device."""
     C, H, W = classifier.shape
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (C, H, W):
         raise UserError(f"the classifier reads images of {H} x {W} pixels, uint8 (N, {C}, {H}, {W}), not "
@@ -56,17 +57,20 @@ def embed(classifier, images, batch_size=250):
 
 
 def compare(fake, real, around_real=None):
-    """Fréchet distance (1706.08500), precision and recall (1904.06991), density and coverage (2002.09797) of features
-    `fake` (N, D) against `real` (M, D): a dict of floats, all NaN where either are too few to have k neighbours.
+    """Compares features `fake` (N, D) with features `real` (M, D).
 
-    A ball around each real reaches to its k-th nearest real. Precision is the share of fakes in any such ball, and
-    recall the share of reals in any ball drawn in the same way around the fakes (k = 3). Density is how many balls of
-    reals a fake is in, over k: about 1, more where fakes crowd. Coverage is the share of them that hold a fake (k = 5).
+    Returns a dict of floats: the Fréchet distance (1706.08500), precision and recall (1904.06991), density and coverage
+    (2002.09797). All are NaN if either set is too small to have k neighbours.
+
+    The ball of a real point reaches to its k-th nearest real neighbour. Precision is the share of fakes that lie in a
+    ball; recall is the share of reals that lie in a ball drawn around a fake in the same way (k = 3). Density is the
+    mean number of balls that a fake lies in, divided by k: about 1, and more where fakes crowd. Coverage is the share
+    of balls that hold a fake (k = 5).
 
     around_real: `neighbour_distances` of `real`, if they are known already.
     """
     if min(len(fake), len(real)) <= K_COVERAGE:
-        return dict.fromkeys(METRICS, float("nan"))
+        return dict.fromkeys(METRICS, math.nan)
     fake_radius = neighbour_distances(fake)[:, K_RECALL]
     around_real = neighbour_distances(real) if around_real is None else around_real
     narrow, wide = around_real[:, [K_RECALL, K_COVERAGE]].T
@@ -78,20 +82,20 @@ def compare(fake, real, around_real=None):
         density += inside.sum().item() / (K_COVERAGE * len(fake))
         coverage += inside.any(dim=1).sum().item() / len(real)
     frechet = frechet_distance(*statistics(fake.cpu()), *statistics(real.cpu()))
-    return dict(zip(METRICS, (frechet, precise.float().mean().item(), recall, density, coverage), strict=True))
+    return dict(zip(METRICS, (frechet, share(precise), recall, density, coverage), strict=True))
 
 
 def distance_blocks(a, b, size=1000):
-    """Yields (rows, the distances (size, M) of a[rows] to all of b), for a (N, D) and b (M, D), in bounded memory."""
+    """Yields (rows, distances (size, M) of a[rows] to all of b), for a (N, D) and b (M, D). Bounds the memory."""
     for start in range(0, len(a), size):
         rows = slice(start, start + size)
-        # The faster way, by a matrix product, would leave equal points at a distance above 0.
+        # The faster way, by a matrix product, would round the distance of equal points up from 0
         yield rows, torch.cdist(a[rows], b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def neighbour_distances(features):
-    """Distances of features (N, D) to their nearest, ascending (N, K_COVERAGE + 1): column k is the k-th neighbour's,
-    column 0 the point's own."""
+    """The distances of features (N, D) to their nearest neighbours, ascending (N, K_COVERAGE + 1). Column 0 is each
+    point itself, column k its k-th neighbour."""
     return torch.cat([distances.topk(K_COVERAGE + 1, largest=False).values
                       for _, distances in distance_blocks(features, features)])
 
@@ -105,63 +109,62 @@ def shrink(images):
     return torch.cat([F.adaptive_avg_pool2d(part.float(), size).round().byte() for part in images.split(1000)])
 
 
-def nearest(images, train_images, size=500, device="cpu"):
-    """The training image nearest to each of `images` (N, C, H, W), by L2 over pixels in [0, 1] (`shrink`): distances
-    and indices, both (N,), found on `device` in bounded memory."""
+def nearest(images, train_images, size=2048, device="cpu"):
+    """Finds the training image nearest to each of `images` (N, C, H, W), by L2 over pixels in [0, 1] after `shrink`.
+
+    Returns the distances and the indices, each (N,), on `device`. Blocks of `size` images bound the memory.
+    """
     images, train_images = (shrink(some).flatten(1) for some in (images, train_images))
-    best = torch.full((len(images),), math.inf, device=device)
-    indices = torch.zeros(len(images), dtype=torch.int64, device=device)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")  # as bfloat16 if that is quicker; it holds 0..255 exactly
-    length = max(1, BLOCK // images.shape[1])
+    precision, found = torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision("medium")  # bfloat16 where that is faster; it holds 0..255 exactly
     try:
-        for start in range(0, len(train_images), length):
-            train = train_images[start:start + length].to(device).float()
-            half_square = train.square().sum(dim=1) / 2
-            for part in torch.arange(len(images), device=device).split(size):
-                batch = images[part.cpu()].to(device).float()
-                # |a - b|^2 / 2 without |a|^2 / 2, which changes no minimum. It only finds b: rounded, it would hide a
-                # copy.
-                least, index = torch.addmm(half_square, batch, train.T, alpha=-1).min(dim=1)
-                nearer = part[least < best[part]]
-                indices[nearer] = start + index[least < best[part]]
-                best[part] = torch.minimum(least, best[part])
+        for part in images.split(size):
+            x = part.to(device).float()
+            least = torch.full((len(x),), math.inf, device=device)
+            indices = torch.zeros(len(x), dtype=torch.int64, device=device)
+            for start in range(0, len(train_images), size):
+                train = train_images[start:start + size].to(device).float()
+                # |a - b|^2 / 2 without |a|^2 / 2, which does not change which b is nearest. The distance itself is
+                # computed below, since rounding could hide a copy here.
+                halves, index = torch.addmm(train.square().sum(dim=1) / 2, x, train.T, alpha=-1).min(dim=1)
+                indices = torch.where(halves < least, start + index, indices)
+                least = torch.minimum(halves, least)
+            found.append(((x - train_images[indices.cpu()].to(device).float()).norm(dim=1) / 255, indices))
     finally:
         torch.set_float32_matmul_precision(precision)
-    distances = [(batch.float() - train_images[index.cpu()].float()).norm(dim=1) / 255
-                 for batch, index in zip(images.split(size), indices.split(size), strict=True)]
-    return torch.cat(distances).to(device), indices
+    distances, indices = map(torch.cat, zip(*found, strict=True))
+    return distances, indices
 
 
-def pick_reference(labels, real_labels, count, generator, num_classes=10):
-    """Indices of `count` real images, picked at random. If `labels` were asked for about equally often, or as often as
-    the real images have them, there are as many of each; of all, fewer where a class has not so many.
+def pick_reference(labels, real_labels, count, num_classes=10, seed=0):
+    """Picks `count` real images at random, to compare with fakes that were asked to show `labels` (None: not known).
 
-    MNIST's classes differ in size (9 to 11 %): held against them, perfect fakes that are equally many of each digit
-    would be at twice the distance of a random draw. But a class that is missing must not be missed here as well.
+    If the fakes have each class equally often, or as often as the real images have it, the reference has the same
+    number of each class. MNIST's classes differ in size (9 to 11 %): beside a purely random draw, perfect fakes with
+    equally many of each digit would have twice its distance. Otherwise the draw is purely random, so that a class which
+    the fakes lack shows in their score. Returns indices, fewer than `count` if a class has too few real images.
     """
-    order = torch.randperm(len(real_labels), generator=generator)
-    if labels is not None:
-        counts, there = (some.bincount(minlength=num_classes) for some in (labels, real_labels))
-        usual = [weights * (len(labels) / weights.sum()) for weights in (torch.ones(num_classes), there)]
-        if any(((counts >= some / 2 - 1) & (counts <= 2 * some + 1)).all() for some in usual) and (
-                there[counts > 0] > 0).all():
-            scarce = torch.where(counts > 0, there / counts, math.inf).argmin()
-            if there[scarce] < counts[scarce]:
-                counts = counts * there[scarce] // counts[scarce]
-            return torch.cat([order[real_labels[order] == label][:counts[label]] for label in range(num_classes)])
-    return order[:count]
+    order = torch.randperm(len(real_labels), generator=torch.Generator().manual_seed(seed))
+    if labels is None:
+        return order[:count]
+    counts, there = (some.bincount(minlength=num_classes) for some in (labels, real_labels))
+    usual = [weights * (len(labels) / weights.sum()) for weights in (torch.ones(num_classes), there)]
+    alike = any(((counts >= some / 2 - 1) & (counts <= 2 * some + 1)).all() for some in usual)
+    if not alike or (there[counts > 0] == 0).any():
+        return order[:count]
+    scarce = torch.where(counts > 0, there / counts, math.inf).argmin()
+    counts = counts * torch.minimum(there, counts)[scarce] // counts[scarce]
+    return torch.cat([order[real_labels[order] == label][:counts[label]] for label in range(num_classes)])
 
 
 def share(which):
-    """The share of True among booleans of any shape; NaN of none."""
+    """The share of True among booleans of any shape; NaN if there are none."""
     return which.float().mean().item()
 
 
 @in_full_precision()
 def reconstruct(vae, images, seed=0, batch_size=250):
-    """Images uint8 (N, C, H, W) encoded by a `VAE`, their latents sampled, and decoded: uint8 (N, C, H, W), on the
-    CPU."""
+    """Images uint8 (N, C, H, W) after a round trip through a `VAE`: encoded, sampled, decoded. On the CPU."""
     device, generator, parts = vae.mean.device, torch.Generator().manual_seed(seed), []
     with tqdm(total=len(images), desc="through the VAE", unit=" images", leave=False, disable=None) as bar:
         for batch in images.split(batch_size):
@@ -173,29 +176,29 @@ def reconstruct(vae, images, seed=0, batch_size=250):
 
 
 def ratio(fake, real):
-    """How many times further than real images fakes are, by the figures of both."""
+    """The Fréchet distance of fakes, in multiples of that of real images. Both are dicts of figures."""
     return fake["frechet"] / real["frechet"] if real["frechet"] else math.nan
 
 
 class Judge:
-    """Real images, and a network that reads them, for fakes to be held against.
+    """Scores images against the real ones.
 
-    train, test: the real ones, each a `Dataset`. classifier: of `measure.classifier`; all is computed on its device.
+    train, test: the two parts of the real images, each a `Dataset`. classifier: see `measure.classifier`; everything is
+    computed on its device.
     """
 
     def __init__(self, train, test, classifier):
         self.train, self.test, self.classifier = train, test, classifier
-        self.names, self.num_classes = tuple(train.classes), len(train.classes)
-        self.device = next(classifier.parameters()).device
+        self.num_classes, self.device = len(train.classes), next(classifier.parameters()).device
         if len(test.images) <= K_COVERAGE:
-            raise UserError(f"{len(test.images)} test images are too few to hold others against: have more than "
-                            f"{FEATURES}, or {FEW:,} if you can")
+            raise UserError(f"{len(test.images)} test images are too few to compare with: have more than {FEATURES}, "
+                            f"or {FEW:,} if you can")
         self.test_features, self.test_reads = self.read(test.images)
         self.test_labels = test.labels.to(self.device)
         self.around_test = neighbour_distances(self.test_features)
 
     def read(self, images):
-        """The features (N, 64) of images uint8 (N, C, H, W), and what they are read as, int64 (N,)."""
+        """The features (N, 64) of images uint8 (N, C, H, W), and the classes that they are read as, int64 (N,)."""
         features, probs = embed(self.classifier, images)
         return features, probs.argmax(dim=1)
 
@@ -204,35 +207,32 @@ class Judge:
         return compare(features, self.test_features, self.around_test)
 
     def brief(self, fakes, labels):
-        """The quick ones among the figures of `score`: METRICS and accuracy."""
+        """Those figures of `score` that are quick to compute: METRICS and accuracy."""
         features, reads = self.read(fakes)
         return self.compare(features) | {"accuracy": share(reads == labels.to(self.device))}
 
     def labels(self, count, equal=False):
-        """`count` labels to draw, int64 (count,), in the proportions of `class_weights`."""
+        """The labels to draw, int64 (count,), in the proportions of `class_weights`."""
         return labels_by(class_weights(self.train.labels, self.num_classes, equal), count)
 
-    def pick(self, labels, count, seed=0):
-        """Indices of the training images that stand in the place of `count` fakes; see `pick_reference`."""
-        generator = torch.Generator().manual_seed(seed)
-        return pick_reference(labels, self.train.labels, count, generator, self.num_classes)
+    def pick(self, labels, count):
+        """The indices of the training images that serve as the reference; see `pick_reference`."""
+        return pick_reference(labels, self.train.labels, count, self.num_classes)
 
-    def brief_real(self, labels, seed=0):
-        """The same of real images, training images in the place of fakes that were asked to show `labels`."""
-        picked = self.pick(labels, len(labels), seed)
-        features, _ = self.read(self.train.images[picked])
+    def brief_real(self, labels):
+        """`brief` of real images: METRICS of training images that replace fakes of these labels, and the accuracy of
+        the test images."""
+        features, _ = self.read(self.train.images[self.pick(labels, len(labels))])
         return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
 
-    def round_trip(self, vae, picked, seed=0):
-        """The figures of `brief` of the training images number `picked` after their way through a `VAE`, and "psnr",
-        `psnr`."""
+    def round_trip(self, vae, picked):
+        """`brief` of the training images `picked` after a round trip through a `VAE`, and their "psnr" (dB)."""
         images = self.train.images[picked]
-        made = reconstruct(vae, images, seed)
+        made = reconstruct(vae, images)
         return self.brief(made, self.train.labels[picked]) | {"psnr": psnr(made, images)}
 
     def score_vae(self, vae, count):
-        """The figures of a `VAE` alone, as `score` returns them, without "fake" and "classes"; "ratio" is its Fréchet
-        distance over that of real images."""
+        """The figures of a `VAE`: a dict as of `score`, without "fake" and "classes". Its "ratio" is that of "vae"."""
         labels = self.labels(count)
         picked = self.pick(labels, count)
         if len(picked) <= K_COVERAGE:
@@ -241,73 +241,64 @@ class Judge:
         return {"count": len(picked), "reference": len(picked), "test": len(self.test.images),
                 "vae": vae, "real": real, "ratio": ratio(vae, real)}
 
-    def find_copies(self, fakes, fake_reads):
-        """The distance of each fake to the nearest training image, and whether it is nearer than 99 % of the test
-        images that are read alike; then both of the test images."""
-        distances, _ = nearest(torch.cat([fakes, self.test.images]), self.train.images, device=self.device)
-        fake_near, test_near = distances.split([len(fakes), len(self.test.images)])
-        # A limit for each class: the simple stroke of a 1 is always near another.
-        limits = torch.full((self.num_classes,), math.nan, device=self.device)  # where nothing is read so: none
-        for label in self.test_reads.unique().tolist():
-            limits[label] = test_near[self.test_reads == label].quantile(0.01)
-        return fake_near, fake_near < limits[fake_reads], test_near, test_near < limits[self.test_reads]
+    def score(self, fakes, labels, vae=None):
+        """All figures of `fakes`, uint8 (N, C, H, W), that were asked to show `labels`, int64 (N,), or None.
 
-    def score(self, fakes, labels, seed=0, vae=None):
-        """All figures of `fakes` uint8 (N, C, H, W) that were asked to show `labels` int64 (N,), None if not known.
-
-        Returns a dict of plain values (NaN: cannot be known), where "fake" and "real" are each a dict of
-            METRICS   of `compare`, against the test images; real: of as many training images in the fakes' place
-            accuracy  share read as what was asked for; real: of the test images, as are the next two
+        Returns a dict of plain values, NaN where nothing can be known. Its "fake" and "real" are dicts:
+            METRICS   `compare` with the test images; real: of training images in place of the fakes
+            accuracy  share read as the class that was asked for; real: of the test images, like the next two
             nearest   median distance to the nearest training image
-            copies    share that is nearer to one than 99 % of the test images read alike: 0.01 by definition for those,
-                      1 for copies, while images a little smoother than real ones may reach 0.03
-            unseen    share whose nearest real image is a test image, in all and not by class; real: the value that
-                      chance would give, the share of test images among the real ones
-        With a `vae`, "vae" is the same of `round_trip`: of the training images of "real" that went through it.
-        And beside these are "count" (of fakes), "reference" (of training images in their place), "test" (of test
-        images), "ratio" (fake over real Fréchet distance) and "classes", a list of the same for each class, with its
-        "name"; fakes without labels count as what they are read as.
+            copies    share closer to one than 99 % of the test images that are read alike: 0.01 for those themselves, 1
+                      for copies, up to 0.03 for images a little smoother than real ones
+            unseen    share whose nearest real image is a test image; real: what chance would give, the share of test
+                      images among all real ones. Only in the totals
+        Beside them are "count" (fakes), "reference" (training images in their place), "test" (test images), "ratio" (of
+        the two Fréchet distances), and "classes", a list with the same dict for each class and its "name". Fakes
+        without labels belong to the class that they are read as. With a `vae` there is also "vae", the `round_trip` of
+        the reference.
         """
         if len(fakes) <= K_COVERAGE:
             raise UserError(f"{len(fakes)} images are too few to score: draw {FEW:,} or more")
         if labels is not None and (len(labels) != len(fakes) or labels.min() < 0 or labels.max() >= self.num_classes):
             raise UserError(f"the {len(fakes):,} images need as many labels, each from 0 to {self.num_classes - 1}")
-        picked = self.pick(labels, len(fakes), seed)
-        fake, fake_reads = self.read(fakes)
+        picked = self.pick(labels, len(fakes))
+        fake, reads = self.read(fakes)
         train, _ = self.read(self.train.images[picked])
-        asked = fake_reads if labels is None else labels.to(self.device)
-        fake_right = (fake_reads == asked) if labels is not None else torch.full((len(fake),), float("nan"))
-        test_right = self.test_reads == self.test_labels
+        train_labels = self.train.labels[picked].to(self.device)
+        asked = reads if labels is None else labels.to(self.device)
+        right = (reads == asked) if labels is not None else torch.full((len(fake),), math.nan)
+        near, test_near = (nearest(some, self.train.images, device=self.device)[0] for some in (
+            fakes, self.test.images))
+        # A limit for each class, since the simple stroke of a 1 is always close to another. NaN: none
+        limits = torch.full((self.num_classes,), math.nan, device=self.device)
+        for label in self.test_reads.unique().tolist():
+            limits[label] = test_near[self.test_reads == label].quantile(0.01)
+        by_image = {"fake": {"accuracy": right, "nearest": near, "copies": near < limits[reads]},
+                    "real": {"accuracy": self.test_reads == self.test_labels, "nearest": test_near,
+                             "copies": test_near < limits[self.test_reads]}}
 
-        fake_near, fake_copies, test_near, test_copies = self.find_copies(fakes, fake_reads)
-
-        def figures(compare, of_fake, of_train, of_test):
-            result = {"count": int(of_fake.sum()), "reference": int(of_train.sum()),
-                      "fake": compare(fake[of_fake]), "real": compare(train[of_train])}
-            for part, of, right, near, copies in (("fake", of_fake, fake_right, fake_near, fake_copies),
-                                                  ("real", of_test, test_right, test_near, test_copies)):
-                result[part] |= {"accuracy": share(right[of]), "nearest": near[of].cpu().nanmedian().item(),
-                                 "copies": share(copies[of])}
+        def figures(of_fake, of_train, of_test, around_test=None):
+            result = {"count": len(fake[of_fake]), "reference": len(train[of_train])}
+            for part, features, rows in (("fake", fake[of_fake], of_fake), ("real", train[of_train], of_test)):
+                result[part] = compare(features, self.test_features[of_test], around_test)
+                for name, values in by_image[part].items():
+                    result[part][name] = values[rows].cpu().nanmedian().item() if name == "nearest" else (
+                        share(values[rows]))
             return result | {"ratio": ratio(result["fake"], result["real"])}
 
-        def of_class(label):
-            of_test = self.test_labels == label
-            return {"name": self.names[label]} | figures(
-                lambda features: compare(features, self.test_features[of_test]), asked == label,
-                self.train.labels[picked].to(self.device) == label, of_test)
-
-        everything = [torch.ones(len(some), dtype=torch.bool, device=self.device) for some in (fake, train, test_right)]
-        result = figures(self.compare, *everything)
-        from_test, _ = nearest(fakes, self.test.images, device=self.device)
-        result["fake"]["unseen"] = share(from_test < fake_near)
+        everything = slice(None)
+        result = figures(everything, everything, everything, self.around_test)
+        result["fake"]["unseen"] = share(nearest(fakes, self.test.images, device=self.device)[0] < near)
         result["real"]["unseen"] = len(self.test.images) / (len(self.test.images) + len(self.train.images))
-        result |= {"test": len(self.test.images), "classes": [of_class(label) for label in range(self.num_classes)]}
+        classes = [{"name": name} | figures(asked == label, train_labels == label, self.test_labels == label)
+                   for label, name in enumerate(self.train.classes)]
+        result |= {"test": len(self.test.images), "classes": classes}
         return result | ({"vae": self.round_trip(vae, picked)} if vae else {})
 
 
 def open_judge(config, device):
-    """The `Judge` of the images that a `Config` is of. Raises `UserError` when these or their classifier cannot be
-    had, or the model knows other classes."""
+    """The `Judge` of the images that a `Config` names. Raises `UserError` when the images or their classifier are
+    missing, or the model has other classes."""
     train, test = load_parts(config)
     if config.num_classes:
         check_classes(config, train)
@@ -315,28 +306,31 @@ def open_judge(config, device):
 
 
 def few(count, test_count):
-    """The warnings that so many images, or test images, are few, as a list of lines; else empty."""
-    lines = [f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than about the "
-             f"model"] if count < FEW else []
+    """A list of warnings: that `count` images to score, or `test_count` test images, are few."""
+    lines = []
+    if count < FEW:
+        lines.append(f"warning: {count:,} images are few: below {FEW:,} these figures say more about the sample than "
+                     "about the model")
     least, what = min((count, "images"), (test_count, "test images"))
-    return lines + ([f"warning: {least:,} {what} are too few for {FEATURES} features: the Fréchet distances mean "
-                     f"nothing, also those of real images; have more than {FEATURES}"] if least <= FEATURES else [])
+    if least <= FEATURES:
+        lines.append(f"warning: {least:,} {what} are too few for {FEATURES} features: the Fréchet distances mean "
+                     f"nothing, also those of real images; have more than {FEATURES}")
+    return lines
 
 
 def cell(value, width=8, digits=3):
-    """A number in a table; "-" is what cannot be known."""
+    """A number in a table, or "-" for NaN."""
     return f"{value:{width}.{digits}f}" if math.isfinite(value) else "-".rjust(width)
 
 
 def report(result):
-    """What `score` or `score_vae` returned, as a table to print."""
+    """The result of `score` or `score_vae` as a table to print."""
     columns = [name for name in ("fake", "real", "vae") if name in result]
     lines = [f"{format(result['count'], ',') + ' images':30} " + "  ".join(f"{name:>8}" for name in columns)]
     for name, title in (("frechet", "Fréchet distance"), ("precision", "precision"), ("recall", "recall"),
                         ("density", "density"), ("coverage", "coverage"), ("accuracy", "read as asked for"),
                         ("nearest", "distance to a training image"), ("copies", "nearer than 99 % of real ones"),
-                        ("unseen", "nearest is a test image"),
-                        ("psnr", "PSNR, dB")):
+                        ("unseen", "nearest is a test image"), ("psnr", "PSNR, dB")):
         if any(name in result[column] for column in columns):
             lines.append(f"{title:30} " + "  ".join(cell(result[column].get(name, math.nan)) for column in columns))
     lines[1] += f"   ratio {cell(result['ratio'], 0, 2)}"
@@ -351,16 +345,16 @@ def report(result):
 
 
 def class_table(classes):
-    """The lines of the report that tell of each class, or of the ROWS that are the worst."""
+    """The lines of the report about single classes: all of them, or the ROWS worst."""
     shown = classes
-    if len(classes) > ROWS:  # unknown comes last
+    if len(classes) > ROWS:  # least accurate first, then the largest ratio; NaN comes last
         shown = sorted(classes, key=lambda part: [value if math.isfinite(value) else math.inf for value in (
             part["fake"]["accuracy"], -part["ratio"])])[:ROWS]
-    width = min(30, max(len(part["name"]) for part in [{"name": "class"}, *shown]))
+    names = [" ".join(part["name"].split()) for part in shown]
+    width = min(30, max(map(len, ["class", *names])))
     lines = [f"{'class':>{width}}  images  read as asked   Fréchet (real)   recall (real)  coverage (real)"]
-    for part in shown:
+    for name, part in zip(names, shown, strict=True):
         fake, real = part["fake"], part["real"]
-        name = " ".join(part["name"].split())
         lines.append(f"{name if len(name) <= width else name[:width - 1] + '…':>{width}}  {part['count']:6,}"
                      f"  {cell(fake['accuracy'], 13)}"
                      f"  {cell(fake['frechet'], 7)} ({cell(real['frechet'], 5)})"
@@ -372,30 +366,28 @@ def class_table(classes):
 
 
 def captioned(images, columns, captions, height):
-    """A grid of images uint8 (N, C, H, W), each enlarged to about `height` pixels, above its caption: strings (N,),
-    of one line or several. A PIL image."""
-    scale = max(1, round(height / images.shape[2]))
-    lines = max(len(caption.splitlines()) for caption in captions)
+    """A grid of images uint8 (N, C, H, W), enlarged to about `height` pixels each, with the captions (N strings of one
+    or more lines) below them. A PIL image."""
+    scale, gap = max(1, round(height / images.shape[2])), 2
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     H, W = images.shape[2:]
-    tiles, gap = F.pad(images, (0, 0, 0, lines * LINE)), 2
-    picture = grid(tiles, columns, gap, tiles.shape[2])
+    foot = LINE * max(len(caption.splitlines()) for caption in captions)
+    picture = grid(F.pad(images, (0, 0, 0, foot)), columns, gap, H + foot)
     for i, caption in enumerate(captions):
-        left, top = gap + i % columns * (W + gap), gap + i // columns * (tiles.shape[2] + gap)
+        left, top = gap + i % columns * (W + gap), gap + i // columns * (H + foot + gap)
         for row, line in enumerate(caption.splitlines()):
             write(picture, left + 4, top + H + 1 + row * LINE, line, W - 4)
     return picture
 
 
 def nearest_picture(fakes, train, each=6, device="cpu"):
-    """A picture of the fakes most like an image of the `Dataset` train, each left of that image: a row for each class,
-    or for the ROWS classes with the nearest ones. A PIL image."""
+    """A PIL image of the fakes that are closest to an image of the `Dataset` train, each left of that image. It has a
+    row for each class, or for the ROWS classes with the closest ones."""
     distances, indices = (part.cpu() for part in nearest(fakes, train.images, device=device))
     order = distances.argsort(stable=True)
     labels = train.labels[indices[order]]
-    found = list(dict.fromkeys(labels.tolist()))[:ROWS]  # the nearest first
-    rows = [order[labels == label][:each] for label in sorted(found)]  # the nearest of all are all of one class
-    order = torch.cat(rows)
+    found = list(dict.fromkeys(labels.tolist()))[:ROWS]
+    order = torch.cat([order[labels == label][:each] for label in sorted(found)])
     pairs = torch.cat([fakes[order], train.images[indices[order]]], dim=3)
     if are_numbers(train.classes):
         return grid(pairs, columns=each)
@@ -403,30 +395,23 @@ def nearest_picture(fakes, train, each=6, device="cpu"):
 
 
 def worst_picture(fakes, labels, probs, names, count=40):
-    """The fakes least read as the label asked for, the worst first, each above what was asked and read: a PIL image.
+    """A PIL image of the fakes that are read least as their label, the worst first. Captions say the label and what is
+    read.
 
-    probs (N, num_classes): as `embed` returns them. names: those of the classes."""
+    probs (N, num_classes): as from `embed`. names: of the classes."""
     order = probs[torch.arange(len(fakes)), labels].argsort(stable=True)[:count]
     between = " " if are_numbers(names) else "\n"
     captions = [f"{names[labels[k]]}{between}read {names[probs[k].argmax()]}" for k in order]
     return captioned(fakes[order], 10, captions, height=84)
 
 
-def fake_size(folder):
-    """The size (H, W) of the first image in a folder of fakes. Raises `UserError` if it has none."""
-    paths = list_images(folder)
-    if not paths:
-        raise UserError(f"{folder} holds no images to score")
-    with opened(paths[0]) as image:
-        return image.height, image.width
+def read_fakes(folder):
+    """The images of a folder, uint8 (N, 3, H, W), and their labels int64 (N,).
 
-
-def read_fakes(folder, mode="L"):
-    """The images uint8 (N, C, H, W) of a folder, grey (mode L) or RGB, and their labels int64 (N,), which their names
-    end in, as those of generator.py do: 000000_7.png; None if no name does. Raises `UserError` when they differ in
-    that, or in size."""
+    A label is the number at the end of a name, as in generator.py's 000000_7.png. The labels are None if no name has
+    one. Raises `UserError` when only some have one, or when the images differ in size."""
     paths = list_images(folder)
-    images = [np.array(read_image(path, mode)) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
+    images = [np.array(read_image(path, "RGB")) for path in tqdm(paths, desc=str(folder), leave=False, disable=None)]
     if len({image.shape for image in images}) != 1:
         raise UserError(f"{folder} holds {'images of several sizes' if images else 'no images'}: all should be of the "
                         "size that the classifier reads")
@@ -435,55 +420,48 @@ def read_fakes(folder, mode="L"):
         raise UserError(f"{folder} holds {labels.count(None):,} images whose names end in no label, such as "
                         f"{paths[labels.index(None)].name:.50}, beside others: all of them should, or none")
     labels = torch.tensor([int(label[1]) for label in labels]) if all(labels) else None
-    images = torch.from_numpy(np.stack(images))
-    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous(), labels
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
 
 
 def draw_fakes(model, config, labels):
-    """The images number 0, 1, ... that `config` draws with `model`, of these labels int64 (N,): uint8 (N, C, H, W), on
-    the CPU."""
+    """Draws the images number 0, 1, ... of `config` with these labels int64 (N,): uint8 (N, C, H, W), on the CPU."""
     return torch.cat([images for _, images in draw_batches(model, config, labels)])
 
 
-def score_folder(args, device):
-    """Scores the images in the folder `--images`. Returns the judge, the images, and their labels or None."""
-    given = {name: value for name, value in given_flags(args, LatentConfig).items() if name in ("dataset", "data_dir")}
-    size = fake_size(args.images)
-    if "dataset" not in given:
-        if size != DIGITS[1][1:]:
-            raise UserError(f"the images in {args.images} are of {size[0]} x {size[1]} pixels: name the real ones to "
-                            "hold them against with --dataset and --data-dir (only MNIST's, 28 x 28, are known by "
-                            "their size)")
-        given["dataset"] = DIGITS[0]
-    judge = open_judge(LatentConfig(**given, image_size=size), device)
-    fakes, labels = read_fakes(args.images, "L" if judge.train.images.shape[1] == 1 else "RGB")
+def open_folder(args, device):
+    """The `Judge` for the images in the folder `--images`, these images, and their labels (or None)."""
+    fakes, labels = read_fakes(args.images)
+    given, size = given_flags(args, LatentConfig), tuple(fakes.shape[2:])
+    if "dataset" not in given and size != DIGITS[1][1:]:
+        raise UserError(f"the images in {args.images} have {size[0]} x {size[1]} pixels: name the real ones to compare "
+                        "them with by --dataset and --data-dir (28 x 28 pixels stand for MNIST)")
+    judge = open_judge(LatentConfig(**{"dataset": DIGITS[0]} | given, image_size=size), device)
     if labels is not None and labels.max() >= judge.num_classes:
         raise UserError(f"{args.images} holds an image whose name ends in _{labels.max()}, but the labels of "
                         f"{judge.train.name} are 0 to {judge.num_classes - 1}: name them as generator.py does, or "
                         "without a number")
-    return judge, fakes, labels
+    channels = judge.train.shape[0]
+    return judge, torch.cat([recolour(part, channels) for part in fakes.split(1000)]), labels
 
 
 def score_vae(args, device):
-    """Scores the VAE `--vae` alone, and keeps the result in its folder, if it is one."""
-    flags = given_flags(args, LatentConfig)
-    if "dataset" not in flags:
-        raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on with --dataset "
-                        "and --data-dir, or the model that draws its latents with --checkpoint")
-    path = Path(args.vae) / "round_trip.json"
+    """Scores the VAE `--vae` alone. If it is a folder, keeps the result in it."""
+    given = given_flags(args, LatentConfig)
+    if "dataset" not in given:
+        raise UserError("--vae without --checkpoint scores the VAE alone: name the images to try it on by --dataset "
+                        "and --data-dir, or the model that draws its latents by --checkpoint")
+    path = Path(given.pop("vae")) / "round_trip.json"
     if path.parent.is_dir():
         check_output(path, b'"vae_hash"')
     vae = load_vae(args.vae, device)
-    C = vae.image_channels
-    config = LatentConfig(**{"channels": C if C in (1, 3) else 0} | {name: flags[name] for name in (
-        "dataset", "data_dir", "image_size", "channels", "ground") if name in flags})
+    config = LatentConfig(**{"channels": vae.image_channels if vae.image_channels in (1, 3) else 0} | given)
     train, test = load_parts(config)
     check_shapes(args.vae, vae, train.shape)
     judge = Judge(train, test, find_classifier(train, config.data_dir, device))
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if path.parent.is_dir():
-        # A folder has the fingerprint of its files, since training reads them one by one
+        # A folder's fingerprint is that of its files, since training reads them one by one
         data = Folder(config.data_dir, True, train.shape[1:], train.shape[0], config.ground) if (
             train.name == "folder") else train
         result |= {"vae_hash": vae.hash_of(), "data": data.fingerprint}
@@ -492,36 +470,37 @@ def score_vae(args, device):
 
 
 def parse_args():
-    parser = sampling_parser("Draws images from a checkpoint, or takes those in a folder, and scores them against the "
-                             "real ones, with the classifier that measure.classifier has trained on these (MNIST's "
-                             "comes with the repository). With --vae and no --checkpoint, scores "
-                             "what the VAE makes of real images, and keeps that in its folder as round_trip.json.",
+    parser = sampling_parser("Scores images against real ones: those that a checkpoint draws, or those in a folder. "
+                             "The classifier that compares them comes with the repository for MNIST; "
+                             "measure.classifier trains it for other images. --vae without --checkpoint scores what "
+                             "the VAE makes of real images, and keeps the result in its folder as round_trip.json.",
                              LatentConfig)
-    parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, which "
-                        "generator.py filled; the label that a name ends in, 000000_7.png, is what it should show")
-    parser.add_argument("--count", type=int, help="how many to draw (default: 10000, or as many as there are training "
-                        "images; scores of different counts do not compare)")
+    parser.add_argument("--images", type=some_path, metavar="DIR", help="score the images in this folder, as filled by "
+                        "generator.py: a number at the end of a name, 000000_7.png, is the label")
+    parser.add_argument("--count", type=int, help="images to draw (default: 10000, or as many as there are training "
+                        "images). Scores of different counts do not compare")
     parser.add_argument("--equal", action="store_true", help="draw equally many of each class (default: as "
                         "generator.py does)")
-    add_flags(parser, LatentConfig, ["dataset", "data_dir", "image_size", "channels", "ground"])
-    say_default(parser, ["dataset", "data_dir"], "as in training; with --images, guessed from their size")
-    say_default(parser, ["image_size", "channels"], "as the VAE and the data have them; for --vae alone")
-    parser.add_argument("--pictures", type=some_path, help="a folder that gets nearest.png, the fakes beside the "
-                        "training images nearest to them, and worst.png, those read worst as what was asked for")
+    add_flags(parser, LatentConfig, ["dataset", "data_dir", *SHAPE_FLAGS])
+    say_default(parser, ["dataset", "data_dir"], "as in training; for --images of 28 x 28 pixels, MNIST")
+    say_default(parser, SHAPE_FLAGS, "as the VAE and the data have it; for --vae alone")
+    parser.add_argument("--pictures", type=some_path, help="a folder to write nearest.png to, the fakes beside the "
+                        "training images closest to them, and worst.png, those read least as what was asked for")
     args = parser.parse_args()
-    args.vae_alone = "vae" in args and args.checkpoint is None and not args.images
+    given = given_flags(args, LatentConfig).keys() | {
+        name for name in ("checkpoint", "count", "equal", "pictures") if getattr(args, name)}
+    args.vae_alone = "vae" in given and "checkpoint" not in given and not args.images
     if args.count is not None and not 10 <= args.count <= 100_000:
         raise UserError(f"--count {args.count}: must lie between 10 and 100,000")
-    if args.images and (args.checkpoint is not None or args.count or args.equal
-                        or given_flags(args, LatentConfig).keys() - {"dataset", "data_dir"}):
-        raise UserError("--images scores what lies in a folder: leave out the flags that say what to draw, and how")
-    if not args.vae_alone and given_flags(args, LatentConfig).keys() & {"image_size", "channels", "ground"}:
-        raise UserError("--image-size, --channels and --ground are for --vae alone: whatever else is scored has its "
-                        "own")
-    if args.vae_alone and (args.pictures or args.equal or given_flags(args, LatentConfig).keys() - {
-            "vae", "dataset", "data_dir", "image_size", "channels", "ground"}):
-        raise UserError("--vae without --checkpoint scores the VAE alone, which draws nothing: leave out the flags "
-                        "that say how to draw, or name the model with --checkpoint")
+    if args.images:
+        what, unused = "--images scores what lies in a folder", given - {"dataset", "data_dir", "pictures"}
+    elif args.vae_alone:
+        what = "--vae without --checkpoint scores the VAE alone, which draws nothing"
+        unused = given - {"vae", "count", "dataset", "data_dir", *SHAPE_FLAGS}
+    else:
+        what, unused = "--image-size, --channels and --ground are for --vae alone", given & {*SHAPE_FLAGS}
+    if unused:
+        raise UserError(f"{what}: leave out {', '.join('--' + name.replace('_', '-') for name in sorted(unused))}")
     return args
 
 
@@ -536,7 +515,7 @@ def main():
             check_picture(args.pictures / name)
     vae = None
     if args.images:
-        judge, fakes, labels = score_folder(args, pick_device(args.device))
+        judge, fakes, labels = open_folder(args, pick_device(args.device))
     else:
         model, config = load_for_sampling(args, IMAGES)
         device = next(model.parameters()).device
@@ -546,12 +525,12 @@ def main():
         fakes = draw_fakes(model, config, labels)
         print(f"{args.checkpoint}: {config.sampler}, {config.sample_steps} steps, guidance {config.guidance:g}, "
               f"seed {config.seed}")
-    print(report(judge.score(fakes, labels, vae=vae)))
+    print(report(judge.score(fakes, labels, vae)))
     if args.pictures:
         save_picture(args.pictures / "nearest.png", nearest_picture(fakes, judge.train, device=judge.device))
         if labels is not None:
             probs = embed(judge.classifier, fakes)[1].cpu()
-            save_picture(args.pictures / "worst.png", worst_picture(fakes, labels, probs, judge.names))
+            save_picture(args.pictures / "worst.png", worst_picture(fakes, labels, probs, judge.train.classes))
 
 
 if __name__ == "__main__":

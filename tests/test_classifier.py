@@ -219,7 +219,7 @@ def test_each_flag_reaches_the_training(call, here, monkeypatch):
                           2, "--device", "cpu", "--out", "x.pth")
     assert code == 0 and out.startswith("x.pth: reads"), err
     assert seen.pop("data").shape == (1, 6, 8) and not (here / "classifiers").exists()
-    assert seen == dict(epochs=2, flips=True, seed=5, device=torch.device("cpu"), leave=True)
+    assert seen == dict(epochs=2, flips=True, seed=5, device=torch.device("cpu"))
     assert torch.load("x.pth", weights_only=True)["shape"] == [1, 6, 8]
 
 
@@ -338,7 +338,7 @@ def test_files_that_claim_the_impossible(here):
     state = content["state_dict"]
     name = next(iter(state))
     for change in (dict(shape=[3, 12]), dict(shape=[3, 12, 10**9]), dict(shape=None), dict(classes=["a"]),
-                   dict(classes=[1, 2, 3]), dict(state_dict={**state, name: state[name] * float("nan")}),
+                   dict(classes=None), dict(state_dict={**state, name: state[name] * float("nan")}),
                    dict(state_dict={**state, "more": state[name]}), dict(dataset="mnist"), dict(format="x")):
         torch.save(content | change, path)
         with pytest.raises(UserError, match=r"x\.pth"):
