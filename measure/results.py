@@ -8,7 +8,6 @@ Runs that differ in the seed alone become one row: mean and standard deviation.
 
 from support.commands import Parser, UserError, add_device_flag, pick_device, run, some_path
 from support.files import make_dir
-from support.noise import noise_source
 from support.pictures import check_picture, grid, write_figure
 from support.settings import add_flags, say_default
 
