@@ -134,21 +134,20 @@ def load_checkpoint(path, kinds):
 def check_content(content, network, shapes, file_size):
     """Raises an exception unless everything in `content` fits the `network` of its configuration, whose weights have
     these `shapes`, and is no larger than its file."""
-    if type(content["step"]) is not int or content["step"] < 0:
-        raise UserError("its step is not a number of steps")
-    if type(content["seconds"]) is not float or not 0 <= content["seconds"] < math.inf:
-        raise UserError("its seconds are not a time")
-    if not content["config"].num_classes:
+    config, step, seconds = content["config"], content["step"], content["seconds"]
+    if type(step) is not int or step < 0 or type(seconds) is not float or not 0 <= seconds < math.inf:
+        raise UserError("its steps or seconds are not a number")
+    if not config.num_classes:
         raise UserError("it knows no class that could be asked for")
     size = check_tensors("averaged weights", content["ema"], shapes, (torch.float32, torch.float16, torch.bfloat16))
     if "model" in content:
         if type(content["data"]) is not str:
             raise UserError("its data have no fingerprint")
         size += check_tensors("weights", content["model"], shapes)
-        size += check_tensors("log", {"window": content["window"]}, {"window": (noise_levels(content["config"].T), 2)})
+        size += check_tensors("log", {"window": content["window"]}, {"window": (noise_levels(config.T), 2)})
         if content["window"].min() < 0:
             raise UserError("its log holds losses or numbers below 0")
-        groups = [group for group in split_parameters(network, content["config"].optimizer == "muon") if group]
+        groups = [group for group in split_parameters(network, config.optimizer == "muon") if group]
         if not isinstance(content["optimizers"], list):
             raise UserError("its optimizers are no list")
         for state, weights, names in zip(content["optimizers"], groups, OPTIMIZER_STATES[:len(groups)], strict=True):

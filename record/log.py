@@ -17,12 +17,12 @@ LOG = b"step,loss,"  # how a log.csv of ours begins
 
 
 def noise_levels(T):
-    """By how many equal parts of 0..T-1 the loss is also logged: 4, or 1 where what learns sees no noise (T = 1)."""
+    """The number of equal parts of 0..T-1 whose losses are logged apart: 4, or 1 without noise (T = 1)."""
     return min(4, T)
 
 
 class Bar(tqdm):
-    """A progress bar that ends no run: a pipe that nobody reads any more or a full disk only ends the bar."""
+    """A progress bar that ends no run: a pipe that nobody reads or a full disk ends the bar alone."""
 
     def display(self, *args, **options):
         try:
@@ -47,12 +47,11 @@ class RunLog:
     """Logs the mean loss of the steps since the last row, in all and by noise level. A context manager.
 
     Every process has one and adds its share of the batch; rank 0 alone writes and shows the bar.
-
     path: log.csv. A new run (start 0) begins a new one; a resumed run keeps the rows up to `start`.
-    T: the diffusion steps. start, steps: where this run begins and ends. batch_size: images of a step.
-    window: the losses that the checkpoint of step `start` had not logged yet, as `self.window` was then.
-    hook: called after each row with the step and a dict of the row's other numbers; None: not.
-    Raises `UserError` when the file cannot be written.
+    T: diffusion steps. start, steps: where this run begins and ends. batch_size: images per step.
+    window: `self.window` of the checkpoint of step `start`: the losses that were not logged yet.
+    hook: called after each row with the step and a dict of the row's other numbers. Raises `UserError` when the file
+    cannot be written.
     """
 
     def __init__(self, path, T, start, steps, batch_size, device, window=None, hook=None):
@@ -84,7 +83,7 @@ class RunLog:
         self.bar.update(self.batch_size)
 
     def collect(self):
-        """Adds up what all processes have counted, in rank 0's window. Returns whether all of it is finite."""
+        """Adds up the losses of all processes in rank 0's window. Returns whether all are finite."""
         parallel.all_sum(self.window)
         finite = bool(self.window.isfinite().all())
         if parallel.RANK:
@@ -101,7 +100,7 @@ class RunLog:
             there = self.path.is_file() and self.path.stat().st_size
             if not there:
                 put_aside(self.path, f"is gone while the run writes it: a new one begins at step {step:,}")
-            with self.path.open("ab") as file:  # anew for each row: somebody may have moved it, or removed it
+            with self.path.open("ab") as file:  # anew for each row: somebody may have moved or removed it
                 file.write(to_csv([*([] if there else [self.names]), [step, *(f"{value:.6g}" for value in row)]]))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
@@ -128,7 +127,7 @@ def kept_rows(path, names, last_step):
 
 
 def put_aside(path, reason):
-    """Renames what is in the place of log.csv, if anything, so that nothing is lost; warns with the reason."""
+    """Renames what lies in the place of log.csv, if anything, so that nothing is lost. Warns with the reason."""
     kept = ""
     if os.path.lexists(path):
         names = (path.with_name(f"{path.stem}_damaged{i}{path.suffix}") for i in ("", *range(2, 10_000)))
@@ -157,7 +156,7 @@ def read_log(path):
 
 
 def plot_loss(log, path):
-    """Plots the losses of log.csv, in all and by noise level, as a picture. No rows, no picture. Raises `UserError`."""
+    """Plots the losses of log.csv, in all and by noise level. Without rows there is no picture. Raises `UserError`."""
     try:
         from matplotlib.figure import Figure  # here, so that a run starts sooner
     except Exception as error:  # a broken installation fails in its own way

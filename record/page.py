@@ -66,13 +66,7 @@ function show() {{
   document.querySelector("#shown").textContent = link.textContent
   slider.setAttribute("aria-valuetext", link.textContent)
 }}
-if (slider) {{
-  slider.oninput = show
-  slider.onfocus = slider.onpointerenter = () => {{
-    links.forEach(link => {{ new Image().src = link.href }})
-    slider.onfocus = slider.onpointerenter = null
-  }}
-}}
+if (slider) slider.oninput = show
 </script>
 </html>
 """

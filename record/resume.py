@@ -11,12 +11,13 @@ from record.log import LOG
 
 COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num_classes", "classes", "latent_shape",
-             "latent_mean", "latent_std", "vae_hash")  # "auto", 0 or nothing: as resolved at the start
+             "latent_mean", "latent_std", "vae_hash")  # settings whose "auto", 0 or nothing is resolved at the start
 
 
 def open_run(run_dir):
-    """Makes a folder ready for a new run. Raises `UserError` when a run has left a checkpoint there, or another program
-    a file where the run will write. The grids of an earlier run without a checkpoint go: a page shows one run's."""
+    """Makes a folder ready for a new run. Raises `UserError` if it holds the checkpoint of a run, or another program's
+    file that the run would replace. The sample grids of a run whose checkpoint is gone are removed: a page shows one
+    run's."""
     path = run_dir / "model.pth"
     grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
     if path.exists():

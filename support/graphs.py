@@ -28,9 +28,9 @@ class Replay:
     """Calls function(run, *args). From the fourth call on, all that it launches on the GPU is one CUDA graph, recorded
     once and replayed: a small network's step launches 500 kernels, which takes longer than they run.
 
-    args: tensors on the GPU, and others. Whatever else changes from call to call must be a tensor that is written in
-    place. Each new shape, and each other value of what is no tensor, has its own graph. The function may not wait for
-    the GPU; its Python runs no more once it is recorded, and its result is good until the next call.
+    args: tensors on the GPU, and other values; each new shape or value has its own graph. Anything else that changes
+    from call to call must be a tensor that is written in place. The function may not wait for the GPU. Its Python runs
+    no more once it is recorded, and its result is good until the next call.
     """
 
     def __init__(self):

@@ -95,5 +95,4 @@ def say_default(parser, names, default):
 
 def given_flags(args, of):
     """The fields of a class of settings (or an object of it) that the user set on the command line, as a dict."""
-    names = {field.name for field in dataclasses.fields(of)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in of.__dataclass_fields__}
