@@ -2,7 +2,7 @@
 
     python -m latent.train_vae --dataset folder --data-dir X     ten minutes on two CPU cores, for 64 x 64 images
 
-What it minimises is `losses_of`; the loop is that of train.py.
+What it minimises is `losses`; the loop is that of train.py.
 """
 
 from support.commands import Parser, UserError, add_device_flag, end_stopped, flag_words, run, some_path
@@ -197,13 +197,13 @@ def kl_divergence(mean, std):
     return ((mean**2 + std**2 - 1) / 2 - std.log()).flatten(1).mean(dim=1)
 
 
-def losses_of(worker, x, noise, config, alone=False):
+def losses(run, x, noise, alone):
     """What training minimises, (B,), for images x float (B, C, H, W) in [-1, 1]: the loss of their reconstruction, and
-    `config.kl` times the divergence of their latents.
+    `kl` times the divergence of their latents.
 
     noise: standard normal, of the latents' shape. alone: the decoder learns alone.
     """
-    dtype = worker.quant_conv.weight.dtype
+    config, worker, dtype = run.config, run.worker, run.worker.quant_conv.weight.dtype
     with torch.set_grad_enabled(not alone):
         mean, std = (part.float() for part in worker.posterior(x.to(dtype)))    # each (B, C_latent, h, w)
     std = std.detach() if config.noise else std
@@ -229,11 +229,6 @@ def prepare(run, data, step):
             getattr(run.model, part).load_state_dict(getattr(run.ema, part).state_dict())
     x, noise = make_batch(data, run.config, step)
     return losses, (x, noise, alone), torch.zeros(len(x), dtype=torch.long, device=x.device)
-
-
-def losses(run, x, noise, alone):
-    """As `train.losses`."""
-    return losses_of(run.worker, x, noise, run.config, alone)
 
 
 # What it shows and leaves

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 import train
 from dataset import Dataset, load_dataset, to_float
 from latent import train_vae as module
-from latent.train_vae import HeldOut, VAEConfig, kl_divergence, losses_of, reconstruction_loss
+from latent.train_vae import HeldOut, VAEConfig, kl_divergence, reconstruction_loss
 from latent.vae import CONFIG, WEIGHTS, load_vae, save_vae
 
 SETTINGS = dict(dataset="mnist", data_dir=str(SMALL), image_size=(8, 8), channels=1, factor=4, widths=(16, 32),
@@ -156,6 +157,10 @@ class Toy(torch.nn.Module):
     def reconstruct(self, z):
         self.seen.append(z)
         return z.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def losses_of(worker, x, noise, config, alone=False):
+    return module.losses(types.SimpleNamespace(worker=worker, config=config), x, noise, alone)
 
 
 def test_noise_and_kl_in_the_loss():
@@ -485,7 +490,7 @@ def test_other_data_than_it_was_trained_on(call, tmp_path, pictures, monkeypatch
 
 def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
     """The last good state stays, and can be gone on with."""
-    original = module.losses_of
+    original = module.losses
     calls = []
 
     def broken(*args):
@@ -493,7 +498,7 @@ def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
         return original(*args) * (math.nan if len(calls) == 5 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "losses_of", broken)
+        patch.setattr(module, "losses", broken)
         assert_refused(call(module, *FLAGS, "--out", tmp_path / "vae"), "not finite at step 6", "step 3")
     assert torch.load(tmp_path / "vae" / STATE)["step"] == 3
     assert call(module, "--out", tmp_path / "vae", "--resume")[0] == 0
