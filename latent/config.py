@@ -1,5 +1,5 @@
-"""The settings of a run on images in colour or on latents: those of `Config`, the VAE, and what DiT's official code
-does otherwise."""
+"""The settings of a run on images in colour or on latents: those of `Config`, the VAE's, and the habits of DiT's
+official code."""
 
 from support.commands import UserError
 from support.settings import flag
@@ -34,7 +34,7 @@ class LatentConfig(Config):
     # These have no flag: the VAE says them.
     vae_hash: str = ""        # `fingerprint` of the VAE; "" = not known
     latent_shape: tuple = ()  # (C, h, w) of an image's latents
-    latent_mean: tuple = ()   # the latents are normalized to (z - latent_mean) / latent_std: one number, or one for
+    latent_mean: tuple = ()   # latents are normalized to (z - latent_mean) / latent_std: one number each, or one for
     latent_std: tuple = ()    # each channel
 
     # Without a flag, for official weights: the MLP's GELU, exact (none) or by its tanh formula
@@ -131,8 +131,8 @@ class LatentConfig(Config):
         return found
 
     def find_vae(self, device):
-        """The `VAE` that the latents are of, with the statistics that the model has learned with. Raises `UserError`
-        when it is not there or is another one."""
+        """The `VAE` of the latents, with the statistics that the model has learned with. Raises `UserError` when it is
+        not there or is another one."""
         image, latent = ((shape[0], *shape[-2:]) for shape in ((self.channels, *self.image_size), self.latent_shape))
         return open_vae(self.vae, self.vae_hash, image, latent, self.latent_mean, self.latent_std, device)
 

@@ -1,5 +1,5 @@
-"""What DiT's official code does otherwise (github.com/facebookresearch/DiT, 2212.09748): a learned variance, steps that
-end at t = 0, guidance on the first channels alone; and SiT's (github.com/willisma/SiT, 2401.08740): a velocity."""
+"""Habits of DiT's official code (github.com/facebookresearch/DiT, 2212.09748): a learned variance, steps that end at
+t = 0, guidance of the first channels alone; and of SiT's (github.com/willisma/SiT, 2401.08740): a velocity."""
 
 import itertools
 import math
