@@ -98,20 +98,16 @@ def double(channels):
     return chain(repeat=nn.Upsample(scale_factor=2), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
-def level(channels, out_channels, depth, groups, **resize):
-    """The residual blocks of one resolution. resize: the name of a step to the next one, and `halve` or `double`.
-
-    (B, C, H, W) -> (B, C_out, H, W), or half or twice that size
-    """
-    blocks = [ResidualBlock(out_channels if i else channels, out_channels, groups) for i in range(depth)]
-    return chain(resnets=nn.Sequential(*blocks),
-                 **{name: nn.Sequential(step(out_channels)) for name, step in resize.items()})
-
-
-def levels(widths, depth, groups, **resize):
-    """A `level` of each width, all but the last with a step to the next resolution."""
-    return nn.Sequential(*(level(widths[max(0, i - 1)], width, depth, groups, **resize if i < len(widths) - 1 else {})
-                           for i, width in enumerate(widths)))
+def levels(widths, depth, groups, **step):
+    """Residual blocks of each width. A step to the next resolution follows all but the last: step is its name, and
+    `halve` or `double`. (B, widths[0], H, W) -> (B, widths[-1], h, w)"""
+    parts, before = [], widths[0]
+    for i, width in enumerate(widths):
+        blocks = [ResidualBlock(width if k else before, width, groups) for k in range(depth)]
+        steps = {name: nn.Sequential(make(width)) for name, make in step.items() if i < len(widths) - 1}
+        parts.append(chain(resnets=nn.Sequential(*blocks), **steps))
+        before = width
+    return nn.Sequential(*parts)
 
 
 def encoder(in_channels, latent_channels, widths, depth, groups, attention):
