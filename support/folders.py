@@ -17,8 +17,8 @@ from tqdm import tqdm
 TESTS = ("test", "val", "valid", "validation")  # folders of images to test on, beside train/
 TENTH = 10  # one image in so many of each class is held out if there is no folder to test on
 ONE = "all"  # the class of images that lie in no class's folder
-LOOKED_AT = 16  # images, spread over all, that show whether what is read is any good
-NARROW = 64  # levels of 256 that images should have more of
+LOOKED_AT = 16  # images, spread over all, that `warn_of_alike` sees
+NARROW = 64  # images should have more of the 256 levels than this
 
 
 class Images:
@@ -28,7 +28,7 @@ class Images:
     shape: tuple          # (C, H, W) of an image
     labels: torch.Tensor  # int64 (N,), 0..num_classes - 1
     classes: list[str]    # the name of each class
-    held_out: int = 0     # how many more there are, kept to test on
+    held_out: int = 0     # how many more are kept to test on
 
     @property
     def settings(self):
@@ -39,7 +39,7 @@ class Images:
 
     @property
     def summary(self):
-        """What they are, in one line."""
+        """The images in one line."""
         C, height, width = self.shape
         colour = {1: "grey", 3: "colour"}.get(C, f"{C} channels")
         classes = "one class: unconditional" if len(self.classes) == 1 else (
@@ -158,28 +158,28 @@ def list_classes(root, train=True, wanted=is_image, whole=None):
 
 
 def place(found):
-    """Where what `walk` yields lies: a file, or the folder of a list of files."""
+    """The path of what `walk` yields: a file, or the folder of a list of files."""
     return found[0].parent if isinstance(found, list) else found
 
 
 def folder_of_classes(data_dir):
-    """The folder that --data-dir names, a `Path`. Raises `UserError` when it names none."""
+    """The folder that --data-dir names, a `Path`. Raises `UserError` if it is empty."""
     if not data_dir:
         raise UserError("name the folder that holds one folder per class with --data-dir")
     return Path(data_dir)
 
 
 def has_test_part(name, data_dir):
-    """Whether the data set called `name` has images to test on: all have, but folders without train/ and test/."""
+    """Whether the data set called `name` has images to test on: all but folders without train/ and test/."""
     return name != "folder" or bool(parts_of(Path(data_dir))[1])
 
 
 def parts_of(root, wanted=is_image):
-    """The folder in which the classes to learn from lie, `root` or its train/; and a list of those to test on, none if
-    it is `root`. Raises `UserError`.
+    """The folder of the classes to learn from, `root` or its train/; and a list of those to test on, which is empty for
+    `root`. Raises `UserError`.
 
-    A class may be called train: train/ is a part only if no other folder of `root` but those of `TESTS` holds a file
-    that is `wanted`.
+    A class may be called train: train/ is a part only if no other folder of `root`, but for `TESTS`, holds a file that
+    is `wanted`.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: point --data-dir at a folder that holds one folder per class")
@@ -192,9 +192,9 @@ def parts_of(root, wanted=is_image):
 
 
 def find_classes(folder, wanted=is_image, whole=None):
-    """The files of each class in `folder`: a dict from the names of the folders in it that hold any, in natural
-    order, to lists of files; a Counter of the files that are left out; and the names of the other folders. A name that
-    is no text is spelt in bytes, such as \\xc4. Raises `UserError` when there is nothing, or all lies deeper."""
+    """The files of each class in `folder`: a dict from the names of its folders that hold any, in natural order, to
+    lists of files; a Counter of the files that are left out; and the names of the empty folders. A name that is no text
+    is spelt in bytes, such as \\xc4. Raises `UserError` if there is no file, or all lie one folder deeper."""
     left_out = collections.Counter()
     own, folders = list_files(folder, wanted, left_out)
     above = [os.path.realpath(folder)]

@@ -21,8 +21,8 @@ from PIL import Image, ImageChops, ImageOps
 
 TINT = 1  # level by which the channels of a grey pixel may differ: lossy formats round them
 LONGEST = 10_000  # frames of a clip
-SLOWEST = 100  # milliseconds: ten frames a second, what a GIF has that says nothing, and what is taken of a video
-# Pillow recognizes these formats, but leaves the reading to other programs
+SLOWEST = 100  # milliseconds a frame: of a video, and of a GIF that does not say
+# Pillow recognizes these formats, but has other programs read them
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 ONE_PICTURE = ("MPO", "PSD")  # what Pillow calls their frames are previews and layers
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
@@ -39,7 +39,7 @@ def image_formats():
 
 
 def is_image(path):
-    """Whether a file's name ends as those of images do that Pillow reads."""
+    """Whether a file's name ends as that of an image that Pillow reads."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     return kind in image_formats() or kind == "MPO"  # which Pillow opens as JPEG
 
@@ -50,7 +50,7 @@ def is_video(path):
 
 
 def natural(path):
-    """The key that sorts paths by their names as people count: 1, 2, 10 instead of 1, 10, 2."""
+    """The key that sorts paths by their names in natural order: 1, 2, 10 instead of 1, 10, 2."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))], path.name
 
 
@@ -308,7 +308,7 @@ def read_video(path, mode, ground):
 
 
 def fit(image, size, resample=Image.Resampling.BICUBIC):
-    """The centre of a PIL image, as much of it as has the shape of `size`, (height, width), and in that size."""
+    """The largest central part of a PIL image with the proportions of `size`, (height, width), in that size."""
     width = min(image.width, image.height * size[1] / size[0])
     height = min(image.height, image.width * size[0] / size[1])
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -337,7 +337,7 @@ def write_image(path, image):
 
 
 def recolour(images, channels):
-    """Images uint8 (N, C, H, W) with 1 channel, which weighs colours as Pillow does, or 3."""
+    """Images uint8 (N, C, H, W) with 1 channel, the colours weighed as by Pillow, or 3."""
     if images.shape[1] > channels:
         weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
         return ((images.int() * weights).sum(1, keepdim=True) + 2**15 >> 16).byte()

@@ -49,9 +49,8 @@ def misfit(tensors, shapes):
     for name in [*shapes, *tensors]:
         if name not in tensors or name not in shapes:
             return f"{name!r:.80} is " + ("missing" if name in shapes else "not a part of it")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            return f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
+        if tuple(tensors[name].shape) != tuple(shapes[name]):
+            return f"{name} is {tuple(tensors[name].shape)}, not {tuple(shapes[name])}"
     return ""
 
 
