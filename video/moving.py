@@ -116,6 +116,9 @@ class Moving(Images):
 def load_moving(config, train=True):
     """The clips that a `ClipConfig` asks for, with digits of the training or the test part of MNIST: a `Moving`.
     Raises `UserError`."""
+    if config.vae or config.flips or config.channels > 1:
+        raise UserError("moving digits are learned as grey pixels, and not in a mirror: leave out --vae, --flips and "
+                        "--channels")
     size = config.image_size or SIZE
     for T, *sides in (size, *config.sizes):  # a batch of floats
         demand_memory(config.batch_size * T, 4, sides, "lower --image-size, --sizes or --batch-size")
