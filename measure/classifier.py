@@ -253,11 +253,23 @@ def find_classifier(data, data_dir, device="cpu"):
 
 
 @in_full_precision()
+def embed(classifier, images, batch_size=250):
+    """The features (N, 64) of images uint8 (N, C, H, W), and the probabilities of the classes (N, num_classes). Both
+    are on the classifier's device."""
+    C, H, W = classifier.shape
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (C, H, W):
+        raise UserError(f"the classifier reads images of {H} x {W} pixels, uint8 (N, {C}, {H}, {W}), not "
+                        f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
+    device = next(classifier.parameters()).device
+    features = [classifier.features(to_float(batch.to(device))) for batch in images.split(batch_size)]
+    probs = [classifier.head(batch).softmax(dim=1) for batch in features]
+    return torch.cat(features), torch.cat(probs)
+
+
 def accuracy_on(classifier, data):
     """The share of the images of a `Dataset` that are classified as their labels say."""
-    device = next(classifier.parameters()).device
-    reads = [classifier(to_float(x.to(device))).argmax(1).cpu() for x in data.images.split(500)]
-    return (torch.cat(reads) == data.labels).float().mean().item()
+    reads = embed(classifier, data.images)[1].argmax(dim=1)
+    return (reads.cpu() == data.labels).float().mean().item()
 
 
 def main():

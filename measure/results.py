@@ -197,11 +197,12 @@ def main():
         else:
             part.add_argument("--checkpoint", type=some_path, help="the model to draw with (default: run/model.pth, "
                               "else weights/mnist.pth)")
-            part.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="(default: all)")
+            part.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="which to "
+                              "compare (default: all)")
             part.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8, 10, 20],
-                              help="(default: 3 4 5 6 8 10 20)")
+                              help="numbers of steps to compare (default: 3 4 5 6 8 10 20)")
             part.add_argument("--guidance", nargs="+", type=float, default=[1, 1.3, 1.5, 2],
-                              help="(default: 1 1.3 1.5 2)")
+                              help="guidance scales to compare (default: 1 1.3 1.5 2)")
         part.add_argument("--count", type=int, default=2000, help="images drawn for each figure (default: 2000)")
         add_flags(part, Config, ["data_dir"])
         say_default(part, ["data_dir"], "as in training")

@@ -276,13 +276,12 @@ def make_table(models, results, real):
 
 def make_front(models):
     """The lines of a table of the best scores for their training compute: no model was better with less."""
-    points = sorted((model.training_flops(part["step"]), part["frechet"], model.size, model.patch, part["step"])
-                    for model in models for part in model.scores)
     lines, best = ["| training, TFLOP | best Fréchet | size | patch | step |", "|---" * 5 + "|"], math.inf
-    for training, distance, size, patch, step in points:
+    for training, distance, *row in sorted((model.training_flops(part["step"]) / 1e12, part["frechet"], model.size,
+                                            model.patch, part["step"]) for model in models for part in model.scores):
         if distance < best:
             best = distance
-            lines.append(f"| {training / 1e12:.3g} | {distance:.3f} | {size} | {patch} | {step:,} |")
+            lines.append("| {:.3g} | {:.3f} | {} | {} | {:,} |".format(training, distance, *row))
     return lines
 
 
@@ -381,10 +380,11 @@ def parse_args():
     parser.add_argument("--models", nargs="+", metavar="SIZE", help="depth x width, 4x128, or S, B, L, XL (default: "
                         "the preset's)")
     parser.add_argument("--patches", nargs="+", type=int, metavar="N",
-                        help="(default: the preset's: 14 7 4 or 8 4 2)")
+                        help="patch sizes, pixels (default: the preset's, 14 7 4 or 8 4 2)")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="compare these learning rates "
                         "instead: train each size with each of them, at the middle one of the patches")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="train each model with each of "
+                        "these seeds (default: 0)")
     parser.add_argument("--marks", type=int, help="number of scores of each model of the first seed: at the last "
                         "step, half of it, a quarter ... (default: the preset's, 5 or 3; with --rates 1)")
     parser.add_argument("--count", type=int, default=2000, help="images drawn for each score (default: 2000)")

@@ -32,28 +32,16 @@ from fid_computer import frechet_distance, statistics
 from inference import draw_batches, load_for_sampling, sampling_parser
 from latent.config import IMAGES, LatentConfig
 from latent.vae import check_shapes, load_vae
-from measure.classifier import DIGITS, FEATURES, find_classifier, load_parts
+from measure.classifier import DIGITS, FEATURES, embed, find_classifier, load_parts
 
 FEW = 2000  # below this number of images, a figure says more about the sample than about the model
 K_RECALL, K_COVERAGE = 3, 5  # nearest neighbours, as in 1904.06991 and in 2002.09797
+BLOCK = 1000  # points whose distances to all others are computed at once, to bound the memory
+EXACT = "donot_use_mm_for_euclid_dist"  # of `cdist`: a matrix product would not find equal points at distance 0
 METRICS = ("frechet", "precision", "recall", "density", "coverage")
 ROWS = 20  # classes in a report or a picture, at most
 SHAPE_FLAGS = ("image_size", "channels", "ground")
 SMALL = 32  # pixels: images are compared at this size at most
-
-
-@in_full_precision()
-def embed(classifier, images, batch_size=250):
-    """The features (N, 64) of images uint8 (N, C, H, W), and the probabilities of the classes (N, num_classes). Both
-    are on the classifier's device."""
-    C, H, W = classifier.shape
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (C, H, W):
-        raise UserError(f"the classifier reads images of {H} x {W} pixels, uint8 (N, {C}, {H}, {W}), not "
-                        f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}")
-    device = next(classifier.parameters()).device
-    features = [classifier.features(to_float(batch.to(device))) for batch in images.split(batch_size)]
-    probs = [classifier.head(batch).softmax(dim=1) for batch in features]
-    return torch.cat(features), torch.cat(probs)
 
 
 def compare(fake, real, around_real=None):
@@ -73,31 +61,24 @@ def compare(fake, real, around_real=None):
         return dict.fromkeys(METRICS, math.nan)
     fake_radius = neighbour_distances(fake)[:, K_RECALL]
     around_real = neighbour_distances(real) if around_real is None else around_real
-    narrow, wide = around_real[:, [K_RECALL, K_COVERAGE]].T
     precise, density, recall, coverage = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), 0, 0, 0
-    for rows, distances in distance_blocks(real, fake):
-        precise |= (distances <= narrow[rows, None]).any(dim=0)
+    radii = around_real[:, [K_RECALL, K_COVERAGE]]
+    for part, part_radii in zip(real.split(BLOCK), radii.split(BLOCK), strict=True):
+        distances, (narrow, wide) = torch.cdist(part, fake, compute_mode=EXACT), part_radii.T[..., None]
+        precise |= (distances <= narrow).any(dim=0)
         recall += (distances <= fake_radius).any(dim=1).sum().item() / len(real)
-        inside = distances <= wide[rows, None]
+        inside = distances <= wide
         density += inside.sum().item() / (K_COVERAGE * len(fake))
         coverage += inside.any(dim=1).sum().item() / len(real)
     frechet = frechet_distance(*statistics(fake.cpu()), *statistics(real.cpu()))
     return dict(zip(METRICS, (frechet, share(precise), recall, density, coverage), strict=True))
 
 
-def distance_blocks(a, b, size=1000):
-    """Yields (rows, distances (size, M) of a[rows] to all of b), for a (N, D) and b (M, D). Bounds the memory."""
-    for start in range(0, len(a), size):
-        rows = slice(start, start + size)
-        # The faster way, by a matrix product, would round the distance of equal points up from 0
-        yield rows, torch.cdist(a[rows], b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 def neighbour_distances(features):
     """The distances of features (N, D) to their nearest neighbours, ascending (N, K_COVERAGE + 1). Column 0 is each
     point itself, column k its k-th neighbour."""
-    return torch.cat([distances.topk(K_COVERAGE + 1, largest=False).values
-                      for _, distances in distance_blocks(features, features)])
+    return torch.cat([torch.cdist(part, features, compute_mode=EXACT).topk(K_COVERAGE + 1, largest=False).values
+                      for part in features.split(BLOCK)])
 
 
 def shrink(images):
