@@ -348,6 +348,10 @@ def test_files_that_claim_the_impossible(here):
         torch.save(content | change, path)
         with pytest.raises(UserError, match=r"x\.pth"):
             load_classifier(path, "folder", data.fingerprint)
+    for shape in ([3, 12, 1025], [3, 1025, 12], [17, 12, 12], [3, 0, 12]):
+        torch.save(content | dict(shape=shape), path)
+        with pytest.raises(UserError, match="impossible shape"):
+            load_classifier(path, "folder", data.fingerprint)
 
 
 def test_what_has_learned_nothing_is_not_kept(here):
