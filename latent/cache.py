@@ -198,7 +198,7 @@ def make_files(path, size):
         done = read_hashes(path).any(axis=1)
         print(f"latents   {done.sum()} of {len(done)} blocks are in {path} already")
         return
-    print(f"latents   are made once and kept in {path}, {needed / 1e9:.3g} GB", flush=True)
+    print(f"latents   are made once and kept in {path}, {needed / 1e6:,.2f} MB", flush=True)
     try:
         latents.unlink(missing_ok=True)
         if needed > shutil.disk_usage(path).free:
@@ -209,7 +209,7 @@ def make_files(path, size):
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
             latents.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot hold {needed / 1e9:.3g} GB of latents: {error.strerror}; choose another "
+            raise UserError(f"{path} cannot hold {needed / 1e6:,.2f} MB of latents: {error.strerror}; choose another "
                             "folder with --latents") from None
     write_atomically(encoded, lambda file: file.write(bytes(HASH * math.ceil(size[0] / BLOCK))))
 

@@ -321,7 +321,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     vae, data = make_vae(), random_data(300)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-        with pytest.raises(UserError, match=r"cannot hold 1.92e-05 GB of latents.*--latents"):
+        with pytest.raises(UserError, match=r"cannot hold 0.02 MB of latents.*--latents"):
             Latents(data, "here", vae, False, tmp_path).load()
 
     def full(*args):
