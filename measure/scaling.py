@@ -151,8 +151,8 @@ def read_record(folder, config, count):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: remove {folder}, and it is made anew") from None
     if numbers and not (folder / "model.pth").is_file():
-        raise UserError(f"{folder / 'model.pth'} is gone, whose scores {path.name} beside it holds: bring it back, or "
-                        f"remove {folder}, and it is made anew")
+        raise UserError(f"{folder / 'model.pth'} is gone, but {path.name} beside it holds its scores: bring it back, "
+                        f"or remove {folder}, and it is made anew")
     differences = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in old | settings
                    if old.get(name) != settings.get(name) and name not in MOVABLE]
     if differences:

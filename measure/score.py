@@ -172,8 +172,8 @@ class Judge:
         self.train, self.test, self.classifier = train, test, classifier
         self.num_classes, self.device = len(train.classes), next(classifier.parameters()).device
         if len(test.images) <= K_COVERAGE:
-            raise UserError(f"{len(test.images)} test images are too few to compare with: have more than {FEATURES}, "
-                            f"or {FEW:,} if you can")
+            raise UserError(f"{len(test.images)} test images are too few to compare with: use more than {FEATURES}, or "
+                            f"{FEW:,} if you can")
         self.test_features, self.test_reads = self.read(test.images)
         self.test_labels = test.labels.to(self.device)
         self.around_test = neighbour_distances(self.test_features)
@@ -183,14 +183,11 @@ class Judge:
         features, probs = embed(self.classifier, images)
         return features, probs.argmax(dim=1)
 
-    def compare(self, features):
-        """`compare` with all test images."""
-        return compare(features, self.test_features, self.around_test)
-
     def brief(self, fakes, labels):
         """Those figures of `score` that are quick to compute: METRICS and accuracy."""
         features, reads = self.read(fakes)
-        return self.compare(features) | {"accuracy": share(reads == labels.to(self.device))}
+        figures = compare(features, self.test_features, self.around_test)
+        return figures | {"accuracy": share(reads == labels.to(self.device))}
 
     def labels(self, count, equal=False):
         """The labels to draw, int64 (count,), in the proportions of `class_weights`."""
@@ -203,8 +200,9 @@ class Judge:
     def brief_real(self, labels):
         """`brief` of real images: METRICS of training images that replace fakes of these labels, and the accuracy of
         the test images."""
-        features, _ = self.read(self.train.images[self.pick(labels, len(labels))])
-        return self.compare(features) | {"accuracy": share(self.test_reads == self.test_labels)}
+        picked = self.pick(labels, len(labels))
+        figures = self.brief(self.train.images[picked], self.train.labels[picked])
+        return figures | {"accuracy": share(self.test_reads == self.test_labels)}
 
     def round_trip(self, vae, picked):
         """`brief` of the training images `picked` after a round trip through a `VAE`, and their "psnr" (dB)."""
@@ -295,7 +293,7 @@ def few(count, test_count):
     least, what = min((count, "images"), (test_count, "test images"))
     if least <= FEATURES:
         lines.append(f"warning: {least:,} {what} are too few for {FEATURES} features: the Fréchet distances mean "
-                     f"nothing, also those of real images; have more than {FEATURES}")
+                     f"nothing, also those of real images; use more than {FEATURES}")
     return lines
 
 
@@ -317,11 +315,12 @@ def report(result):
     lines[1] += f"   ratio {cell(result['ratio'], 0, 2)}"
     if "classes" in result:
         lines += ["", *class_table(result["classes"])]
-    lines += ["", f"real: {result['reference']:,} training images, held against the test images as the fakes are"
-              + (";\n      in the last four rows of the first table, the test images themselves" if "fake" in result
-                 else "")]
+    lines += ["", f"real: {result['reference']:,} training images, compared with the test images like the fakes"]
+    if "fake" in result:
+        lines.append("      (the last four rows of the first table: the test images themselves)")
     if "vae" in result:
-        lines.append("vae:  the same training images through the VAE; what it makes of latents cannot be nearer")
+        lines.append("vae:  the same training images after a round trip through the VAE; no fakes of its latents can "
+                     "be closer")
     return "\n".join([*lines, *few(result["count"], result["test"])])
 
 
