@@ -52,7 +52,7 @@ def open_data(config, device, images=None):
         raise UserError(f"--flips is for photographs (--dataset folder, CIFAR10 or CIFAR100): what {config.dataset} "
                         "shows would mean something else in a mirror")
     with parallel.rank_0_first():  # it may download them
-        vae = load_vae(config.vae, device) if config.vae else None
+        vae = load_vae(config.vae, device) if config.vae or config.latent_shape else None
         if config.latent_shape:  # of a run that is resumed
             normalize_as(config.vae, vae, config.vae_hash, config.latent_mean, config.latent_std)
         of = dict(image_size=config.image_size, channels=config.channels or (vae.image_channels if vae else 0),
@@ -194,7 +194,8 @@ def make_files(path, size):
     """Makes latents.npy and `encoded`, unless both are there from before. They take all of their space on the disk: it
     is better to fail now. Raises `UserError`."""
     latents, encoded, needed = path / "latents.npy", path / "encoded", 2 * math.prod(size)
-    if latents.exists() and encoded.exists():
+    none = bytes(HASH * math.ceil(size[0] / BLOCK))
+    if latents.exists() and encoded.is_file() and encoded.stat().st_size == len(none):
         done = read_hashes(path).any(axis=1)
         print(f"latents   {done.sum()} of {len(done)} blocks are in {path} already")
         return
@@ -211,7 +212,7 @@ def make_files(path, size):
             latents.unlink(missing_ok=True)
             raise UserError(f"{path} cannot hold {needed / 1e6:,.2f} MB of latents: {error.strerror}; choose another "
                             "folder with --latents") from None
-    write_atomically(encoded, lambda file: file.write(bytes(HASH * math.ceil(size[0] / BLOCK))))
+    write_atomically(encoded, lambda file: file.write(none))
 
 
 def read_hashes(path):

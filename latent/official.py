@@ -15,14 +15,14 @@ class Official:
     spacing: which steps the samplers take: "trailing", or "linspace", evenly spaced and ending at step 0.
     guided_channels: how many channels, the first ones, are guided; 0 = all of x. The others follow the label.
     guidance_high: the share of the T steps that is guided, the least noisy ones (2404.07724); the others follow the
-        label.
+        label. Guidance that leads to given frames takes all steps.
     answers: the network answers with this many times the channels of x. Only the first answer is guided.
     """
 
     spacing, guided_channels, guidance_high, answers = "trailing", 0, 1.0, 1
 
     def denoise(self, model, x, t, y, guidance, bound=None, without=None):
-        if without is None and t + 1 > self.guidance_high * self.T:
+        if without is None and t >= round(self.guidance_high * self.T):
             guidance = min(guidance, 1)
         return super().denoise(model, x, t, y, guidance, bound, without)
 

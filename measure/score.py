@@ -11,7 +11,6 @@ such latents can surpass.
 
 from support.commands import UserError, in_full_precision, pick_device, run, some_path
 from support.files import check_output, make_dir, write_atomically
-from support.folders import Folder
 from support.image_files import list_images, read_image, recolour
 from support.labels import are_numbers, check_classes, class_weights, labels_by
 from support.pictures import LINE, check_picture, grid, psnr, save_picture, write
@@ -441,10 +440,7 @@ def score_vae(args, device):
     result = judge.score_vae(vae, min(args.count or 10_000, len(judge.train.images)))
     print(report(result))
     if path.parent.is_dir():
-        # A folder's fingerprint is that of its files, since training reads them one by one
-        data = Folder(config.data_dir, True, train.shape[1:], train.shape[0], config.ground) if (
-            train.name == "folder") else train
-        result |= {"vae_hash": vae.hash_of(), "data": data.fingerprint}
+        result |= {"vae_hash": vae.hash_of()}
         write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
         print(f"-> {path}")
 

@@ -287,6 +287,18 @@ def test_an_unfinished_encoding_that_is_damaged(tmp_path, blocks, monkeypatch):
     assert len(Latents(data, "here", vae, False, tmp_path).load().rows) == 20
 
 
+@pytest.mark.parametrize("length", [0, 7, 16, 64])
+def test_hashes_that_are_cut_short_are_of_no_block(tmp_path, blocks, monkeypatch, length):
+    """Nobody knows then which of the three blocks are on disk: all are encoded anew."""
+    vae, data = make_vae(), random_data()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "encode_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        Latents(data, "here", vae, False, tmp_path / "a").load()
+    (only_folder(tmp_path / "a") / "encoded").write_bytes(bytes([1] * length))
+    rows, whole = (Latents(data, "here", vae, False, tmp_path / name).load().rows for name in "ab")
+    assert torch.equal(rows, whole) and blocks.count(1) == 2
+
+
 def test_a_large_cache_is_looked_at_in_part(tmp_path, monkeypatch):
     """Its first and its last image are among the images that are."""
     monkeypatch.setattr(cache, "CHECKED", 5 * 64)
@@ -409,6 +421,8 @@ def test_another_vae_goes_on_with_no_run(call, flags, tmp_path):
     assert_refused(call(train_dit, *again, run), "another VAE")
     assert call(train_dit, *TINY, "--steps", 2, "--run-dir", pixels)[0] == 0
     assert_refused(call(train_dit, *again, pixels), "cannot be resumed with other settings: vae")
+    with pytest.raises(UserError, match="a VAE is a folder"):  # and so does none
+        train_dit.train(dict(vae=""), run, resume=True)
 
 
 def test_processes_share_the_encoding_and_the_steps(command, flags, tmp_path):

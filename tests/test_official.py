@@ -202,6 +202,12 @@ def test_guidance_of_the_less_noisy_steps():
         assert seen.pop() == pytest.approx(expected), (scale, t)
         process.denoise(LabelEcho(), x, t, torch.tensor([2, 7]), scale, math.inf, x)  # guidance to given frames: all
         assert seen.pop() == pytest.approx(10 - 8 * scale), (scale, t)
+    process = OfficialFlow(100)
+    process.guidance_high = 0.29  # 100 times this, in floats, is less than 29
+    guided = [process.denoise(LabelEcho(), x, t, torch.tensor([2, 7]), 0.5, math.inf)[0, 0, 0, 0] for t in range(100)]
+    assert guided == pytest.approx([6.0] * 100)
+    guided = [process.denoise(LabelEcho(), x, t, torch.tensor([2, 7]), 2, math.inf)[0, 0, 0, 0] for t in range(100)]
+    assert guided == pytest.approx([-6.0] * 29 + [2.0] * 71)
 
 
 @pytest.mark.parametrize(("settings", "kind"), [

@@ -332,7 +332,7 @@ def test_a_vae_alone(call, vae):
     assert code == 0, err
     kept = json.loads((vae / "round_trip.json").read_text())
     data = small_mnist()
-    assert kept["data"] == data.fingerprint and kept["count"] == 200
+    assert kept.keys() == {"real", "vae", "ratio", "count", "reference", "test", "vae_hash"} and kept["count"] == 200
     loaded = load_vae(vae)
     assert kept["vae_hash"] == loaded.hash_of("encoder", "quant_conv", "decoder", "post_quant_conv")
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
