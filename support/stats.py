@@ -5,6 +5,8 @@ from support.files import write_atomically
 
 import numpy as np
 
+LARGEST = 16 * 2048**2 + 1000  # bytes of a covariance at most, in the widest floats
+
 
 def read_stats(file, dims):
     """Mean (dims,), covariance (dims, dims) and number of images (None: not known) from a file of `save_stats` or of
@@ -15,10 +17,18 @@ def read_stats(file, dims):
             if not {*data} >= {*names}:
                 raise UserError(f"{file} holds {', '.join(data) or 'nothing':.80}, but no mean and cov, or mu and "
                                 "sigma: perhaps features or pixels; give the folder of the images")
+            if any(part.file_size > LARGEST for part in data.zip.infolist()
+                   if part.filename.removesuffix(".npy") in (*names, "count", "dims")):
+                raise ValueError  # before it is unpacked: a small file may hold gigabytes
             mean, cov = (np.asarray(data[name], dtype=np.float64) for name in names)
             count = int(data["count"]) if "count" in data else None
             size = int(data["dims"]) if "dims" in data else len(mean)
         if mean.shape != (size,) or cov.shape != (size, size) or not np.isfinite(mean.sum() + cov.sum()):
+            raise ValueError
+        tolerance = 1e-4 * abs(cov).max()  # a file may hold single precision
+        if abs(cov - cov.T).max() > tolerance or cov.diagonal().min() < 0 or np.linalg.eigvalsh(cov)[0] < -tolerance:
+            raise ValueError  # no images have such a covariance, and the distance to it can be 0
+        if count is not None and count < 2:
             raise ValueError
     except UserError:
         raise

@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -458,7 +459,10 @@ def write_stats(kind, stats, file):
     changes = {"other names": dict(mean=None), "other shape": dict(cov=np.eye(63)),
                "nan": dict(mean=np.full(64, np.nan)),
                "malicious": dict(mean=np.array([Malicious()] * 64)),
-               "words": dict(count="many"), "scalar": dict(mean=1.0)}
+               "words": dict(count="many"), "scalar": dict(mean=1.0), "one image": dict(count=1),
+               "asymmetric": dict(cov=np.eye(64) + np.eye(64, k=1) / 1000),
+               "negative variance": dict(cov=np.diag(np.r_[-1e-6, np.ones(63)])),
+               "negative eigenvalue": dict(cov=np.eye(64) - 1.03 / 64)}
     if kind == "random bytes":
         file.write_bytes(os.urandom(1000))
     elif kind == "empty":
@@ -473,7 +477,8 @@ def write_stats(kind, stats, file):
 
 
 @pytest.mark.parametrize("kind", ["random bytes", "empty", "cut short", "one array", "other names", "other shape",
-                                  "nan", "malicious", "words", "scalar"])
+                                  "nan", "malicious", "words", "scalar", "one image", "asymmetric",
+                                  "negative variance", "negative eigenvalue"])
 def test_malformed_statistics(kind, stats, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_stats(kind, stats, tmp_path / "bad.npz")
@@ -487,6 +492,20 @@ def test_features_are_no_statistics(name, fails, stats, tmp_path):
     np.savez(tmp_path / "theirs.npz", **{name: np.zeros((100, 64))})
     message = fails("--fake", stats, "--real", tmp_path / "theirs.npz", "--dims", 64)
     assert f"theirs.npz holds {name}, but no mean and cov, or mu and sigma" in message and "give the folder" in message
+
+
+def test_a_small_file_of_huge_arrays_is_not_unpacked(stats, fails, tmp_path):
+    """100 MB in 100 kB. Those of another name, such as a batch of images, are not looked at."""
+    zeros = np.zeros(10**8 // 8)
+    np.savez_compressed(tmp_path / "huge.npz", mean=np.zeros(64), cov=np.eye(64), count=zeros, dims=64)
+    np.savez_compressed(tmp_path / "batch.npz", mu=np.zeros(64), sigma=np.eye(64), arr_0=zeros)
+    del zeros
+    tracemalloc.start()
+    assert "huge.npz is damaged" in fails("--fake", stats, "--real", tmp_path / "huge.npz", "--dims", 64)
+    assert np.array_equal(read_stats(tmp_path / "batch.npz", 64)[1], np.eye(64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
 
 
 @pytest.mark.parametrize("precision", [np.float32, np.float64])
