@@ -2,10 +2,9 @@
 
 from support.commands import UserError, first_line
 
-import os
-import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -33,7 +32,10 @@ def read_torchvision(name, root, train):
             above = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
             with tempfile.TemporaryDirectory(dir=above) as whole:
                 data = getattr(datasets, name)(whole, download=True, **options)
-                shutil.copytree(whole, root, copy_function=os.replace, dirs_exist_ok=True)  # which moves each file
+                for path in [path for path in Path(whole).rglob("*") if path.is_file()]:
+                    target = root / path.relative_to(whole)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)
     except Exception as error:  # torchvision raises nearly anything when files are damaged, or do not come
         raise UserError(f"{name} {trouble} {root} ({first_line(error):.150})") from None
     images = torch.as_tensor(data.data)

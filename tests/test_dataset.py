@@ -281,6 +281,13 @@ def test_what_is_not_there_is_downloaded(tmp_path, download, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "there"]
 
 
+def test_a_folder_that_gets_a_download_stays_open_to_others(tmp_path, download):
+    """The folder that it is downloaded into first is closed to them."""
+    tmp_path.chmod(0o755)
+    load_dataset("FashionMNIST", tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755 and (tmp_path / "FashionMNIST" / "raw").is_dir()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError(28, "No space left on device"),
                                    http.client.IncompleteRead(b""), KeyboardInterrupt()])
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path, download, capsys, error):
