@@ -16,8 +16,8 @@ AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num
 
 def open_run(run_dir):
     """Makes a folder ready for a new run. Raises `UserError` if it holds the checkpoint of a run, or another program's
-    file that the run would replace. The sample grids of a run whose checkpoint is gone are removed: a page shows one
-    run's."""
+    file that the run would replace. The pictures of a run whose checkpoint is gone are removed: a page shows one run's.
+    """
     path = run_dir / "model.pth"
     grids = sorted(file for file in run_dir.glob("samples_*.png") if file.stem.removeprefix("samples_").isdecimal())
     if path.exists():
@@ -27,8 +27,8 @@ def open_run(run_dir):
         check_output(file)
     if grids:
         print(f"{len(grids)} sample grids of an earlier run, whose checkpoint is gone, are removed from {run_dir}")
-    for file in grids:
-        file.unlink()
+    for file in (*grids, run_dir / "loss.png"):
+        file.unlink(missing_ok=True)
 
 
 def load_to_resume(path, settings, of, changeable=None):

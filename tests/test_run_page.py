@@ -85,6 +85,17 @@ def test_it_is_watched_while_it_is_trained(call, tmp_path, monkeypatch):
     assert written[0].tags.count("input") == 0 and written[-1].tags.count("input") == 1
 
 
+def test_the_losses_of_an_earlier_run_are_not_shown(call, tmp_path, monkeypatch):
+    """Whose model was moved away: the first grid may come before this run has logged any."""
+    folder, written = tmp_path / "run", []
+    assert call(train, *TINY, "--steps", 1, "--run-dir", folder)[0] == 0
+    (folder / "model.pth").unlink()
+    monkeypatch.setattr(train, "show_run", lambda config, run_dir, *rest: (
+        page.show_run(config, run_dir, *rest), written.append(Page(run_dir / "index.html"))))
+    assert call(train, *TINY, "--steps", 2, "--sample-every", 1, "--log-every", 2, "--run-dir", folder)[0] == 0
+    assert ["loss.png" in page.addresses for page in written] == [False, True]
+
+
 def test_only_rank_0_writes_it(tmp_path, monkeypatch):
     """Nor do the others leave anything else."""
     monkeypatch.setattr(parallel, "share", slice)  # there is one process
