@@ -61,9 +61,9 @@ class LatentConfig(Config):
         super().check()
         if self.variance == "learned" and self.process != "ddpm":
             raise UserError(f"variance is learned for process ddpm alone, not for {self.process}")
-        if not self.latent_shape:
+        if not (self.latent_shape or self.vae_hash or self.latent_mean or self.latent_std):
             return
-        C, *size = self.latent_shape
+        C, *size = self.latent_shape or (0,)
         if not size or not all(type(n) is int and 1 <= n <= 1024 for n in self.latent_shape):
             raise UserError(f"latent_shape is {self.latent_shape!r:.80}, but must be channels, height and width")
         for name, numbers in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
