@@ -76,7 +76,8 @@ class LatentConfig(Config):
     @property
     def CHANGEABLE(self):
         vae = ("vae",) if self.vae else ()  # it may have moved
-        return (*super().CHANGEABLE, *vae, "latents", "spacing", "guided_channels", "guidance_high", "clamp")
+        clamp = () if self.latent_shape else ("clamp",)
+        return (*super().CHANGEABLE, *vae, *clamp, "latents", "spacing", "guided_channels", "guidance_high")
 
     @property
     def input_name(self):

@@ -26,6 +26,7 @@ The network of this project is the same. Where the codes differ, this bridges it
                     image                          by their frequencies; the projectors are dropped
     drawing         250 steps, the last is t = 0   config.spacing = "linspace"
                     guidance on 3 of 4 channels    config.guided_channels = 3
+                    cfg_interval_start, a time     config.guidance_high, the share of the steps from there on
                     x_0 is not clamped             config.clamp = False
                     latents are z * 0.18215        config.latent_std
                     noise of one stream, twice     is not bridged: here each image has a stream of its own
@@ -178,10 +179,14 @@ def make_config(weights, flags, num_heads=None, vae=None):
     sizes = read_sizes(weights)
     if flags.get("num_classes") == sizes["num_classes"] + 1:
         raise UserError("it has no null label, which guidance needs: it was trained without dropping labels")
+    start = flags.get("cfg_interval_start", 0)  # of LightningDiT: where the guidance begins, from 0, noise, to 1
+    if type(start) not in (int, float) or not 0 <= start <= 1:
+        raise UserError(f"its cfg_interval_start is {start!r:.40}, not a number from 0 to 1")
     return LatentConfig(**PAPER | sizes | latents_of(vae, sizes["latent_shape"], flags), dataset="folder",
                         num_heads=num_heads or heads_of(sizes), classes=class_names(sizes["num_classes"]),
                         process="ddpm", sampler="ddpm", sample_steps=250, spacing="linspace", guidance=4.0,
-                        guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, clamp=False, gelu="tanh")
+                        guided_channels=3 if sizes["latent_shape"][0] > 3 else 0, guidance_high=1.0 - start,
+                        clamp=False, gelu="tanh")
 
 
 def convert(weights, config):
@@ -274,9 +279,8 @@ def main():
           f"{config.hidden_size}; images of {height} x {width}, {config.num_classes:,} classes")
     if of != "DiT":
         print(f"it is a {of}: the network predicts the velocity on the way from noise to image")
-    unknown = [name for name in ("timestep_shift", "cfg_interval_start") if flags.get(name)]
-    if unknown:
-        print(f"it draws without {' and '.join(unknown)}: not known here")
+    if flags.get("timestep_shift"):
+        print("it draws without timestep_shift: not known here")
     vae = args.vae or "sd-vae-ft-ema"
     print(f"draw with: python -m latent.draw --checkpoint {shlex.quote(str(args.out))} --vae {shlex.quote(vae)} "
           f"--labels {'207 360' if config.classes else '0'}")

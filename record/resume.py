@@ -11,7 +11,7 @@ from record.log import LOG
 
 COMPILE_FROM = 10_000  # steps: a shorter run ends before compilation has paid for itself
 AUTOMATIC = ("precision", "image_size", "channels", "factor", "patch_size", "num_classes", "classes", "latent_shape",
-             "latent_mean", "latent_std", "vae_hash")  # settings whose "auto", 0 or nothing is resolved at the start
+             "latent_mean", "latent_std", "vae_hash", "clamp")  # settings whose default is resolved at the start
 
 
 def open_run(run_dir):
@@ -34,7 +34,7 @@ def open_run(run_dir):
 def load_to_resume(path, settings, of, changeable=None):
     """The configuration of the run saved at `path`, of the class `of`, changed as `settings` (a dict) say, and its
     checkpoint. changeable: the names of the settings that may change, if not those of the class. Raises `UserError`
-    when others differ; "auto", 0 or nothing for those that are `AUTOMATIC` is no difference."""
+    when others differ; the default of those that are `AUTOMATIC`, 0 or nothing is no difference."""
     saved = load_checkpoint(path, (of,))
     if "optimizers" not in saved:
         raise UserError(f"{path} holds weights to draw with, without what training on needs: train a new run")
@@ -42,7 +42,7 @@ def load_to_resume(path, settings, of, changeable=None):
     changeable = changeable or config.CHANGEABLE
     differences = [f"{name} {getattr(config, name)} -> {value}" for name, value in settings.items()
                    if name not in changeable and plain(of.__dataclass_fields__[name], value) != getattr(config, name)
-                   and not (name in AUTOMATIC and value in ("auto", 0, (), ""))]
+                   and not (name in AUTOMATIC and value in (of.__dataclass_fields__[name].default, 0, (), ""))]
     if differences:
         raise UserError(f"{path} cannot be resumed with other settings: {', '.join(differences)}")
     config = dataclasses.replace(config, **{name: settings[name] for name in changeable if name in settings})

@@ -403,6 +403,15 @@ def test_a_resumed_run_is_the_same_run(call, flags, tmp_path):
     assert (whole / "samples_000007.png").read_bytes() == (parts / "samples_000007.png").read_bytes()
 
 
+def test_a_run_goes_on_that_is_told_all_of_its_settings(flags, tmp_path):
+    """As measure.scaling tells them: also those that the data have decided since."""
+    config = LatentConfig(**SMALL_DATA, hidden_size=16, depth=1, num_heads=2, batch_size=8, sample_steps=2, steps=2,
+                          vae=str(flags[-3]), latents=str(flags[-1]))
+    assert train_dit.train(config, tmp_path, device="cpu", until=1) == (1, 0) and config.clamp
+    assert train_dit.train(config, tmp_path, True, "cpu") == (2, 0)
+    assert not load_checkpoint(tmp_path / "model.pth", IMAGES)["config"].clamp
+
+
 def test_draws_without_a_flag(call, flags, tmp_path):
     run = tmp_path / "run"
     assert call(train_dit, *flags, "--steps", 2, "--run-dir", run)[0] == 0

@@ -5,6 +5,7 @@ from support.commands import UserError
 from support.noise import noise_source
 
 import argparse
+import dataclasses
 import fractions
 import json
 import os
@@ -218,14 +219,15 @@ def sit_weights(weights):
     return weights | unused
 
 
-def sit_samples(network, x, y, steps=250):
+def sit_samples(network, x, y, steps=250, start=0):
     """What SiT's sample.py draws in the mode ODE with Euler's method on steps + 1 times: from noise at 0 to the image
-    at 1, along the velocity, of which three channels are guided. Nothing of ours is in it."""
+    at 1, along the velocity, of which three channels are guided, from the time `start` on. Nothing of ours is in it."""
     with torch.no_grad():
         for i in range(steps):
             t = torch.full((len(x),), i / steps)
             cond, uncond = (network(x, t, labels)[:, :4] for labels in (y, torch.full_like(y, 1000)))
-            cond[:, :3] = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
+            if i / steps >= start:
+                cond[:, :3] = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
             x = x + cond / steps
     return x
 
@@ -278,14 +280,14 @@ def plain_weights(weights):
             if name.startswith("final_layer.linear") else weight for name, weight in weights.items()}
 
 
-def repa_samples(network, x, y, scale, steps=50):
+def repa_samples(network, x, y, scale, steps=50, high=1.0):
     """What REPA's generate.py draws in the mode ode: from noise at t = 1 to the image at 0, against the velocity
-    eps - x_0, of which all channels are guided. Nothing of ours is in it."""
+    eps - x_0, of which all channels are guided from t = `high` on (--guidance-high). Nothing of ours is in it."""
     with torch.no_grad():
         for i in range(steps, 0, -1):
             t = torch.full((len(x),), i / steps)
             cond, uncond = (network(x, t, labels) for labels in (y, torch.full_like(y, 1000)))
-            x = x - (uncond + scale * (cond - uncond)) / steps
+            x = x - (uncond + scale * (cond - uncond) if i / steps <= high else cond) / steps
     return x
 
 
@@ -304,6 +306,11 @@ def test_a_repa_draws_as_its_sampler_does(kind, weights, bring):
     expected = repa_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y, 1.5)
     assert (expected - noise).std() > 0.05
     torch.testing.assert_close(generate(model, config, y), expected, atol=2e-5, rtol=1e-4)
+    if kind == "released":
+        part = repa_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y, 1.5, high=0.7)
+        assert (part - expected).abs().max() > 1e-3
+        config = dataclasses.replace(config, guidance_high=0.7)
+        torch.testing.assert_close(generate(model, config, y), part, atol=2e-5, rtol=1e-4)
 
 
 def lightning(**changes):
@@ -311,7 +318,7 @@ def lightning(**changes):
     settings = dict(
         ckpt_path="x.pt", transport=dict(path_type="Linear", prediction="velocity", use_lognorm=True, train_eps=None),
         data=dict(image_size=64, num_classes=1000, latent_norm=False, latent_multiplier=0.5),
-        vae=dict(model_name="sd", downsample_ratio=8), sample=dict(timestep_shift=0.3, cfg_interval_start=0))
+        vae=dict(model_name="sd", downsample_ratio=8), sample=dict(timestep_shift=0.3, cfg_interval_start=0.4))
     return {name: part | changes.get(name, {}) if isinstance(part, dict) else part for name, part in settings.items()}
 
 
@@ -323,7 +330,7 @@ def test_a_plain_lightning_dit_draws_as_a_sit(weights, bring, vae, call, tmp_pat
     assert load_checkpoint(bring(content, "--vae", vae), IMAGES)["config"].latent_std == (2.0,)
     y, noise = torch.tensor([207, 360]), noise_source(0, range(2), (4, 8, 8), "cpu")()
     twin = diffusers_twin(theirs, out=1)
-    expected = sit_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y)
+    expected = sit_samples(lambda x, t, y: twin(x, timestep=t, class_labels=y).sample, noise, y, start=0.4)
     torch.testing.assert_close(generate(model, config, y), expected, atol=2e-5, rtol=1e-4)
     code, out, _ = call(import_dit, tmp_path / "official.pt", tmp_path / "xl.pth", "--num-heads", HEADS)
     assert code == 0 and "it draws without timestep_shift: not known here" in out
@@ -335,6 +342,8 @@ def test_a_plain_lightning_dit_draws_as_a_sit(weights, bring, vae, call, tmp_pat
     ({}, dict(data=dict(latent_norm=True)), "official.pt: its latents were normalised by a file latents_stats.pt"),
     ({}, dict(data=dict(latent_multiplier="1")), "latent_multiplier is '1'"),
     ({}, dict(vae=dict(downsample_ratio=16)), "16 times smaller than images"),
+    ({}, dict(sample=dict(cfg_interval_start="0.1")), "cfg_interval_start is '0.1'"),
+    ({}, dict(sample=dict(cfg_interval_start=1.5)), "cfg_interval_start is 1.5"),
     ({}, dict(transport=dict(path_type="GVP")), "'velocity' on the path 'GVP'")])
 def test_a_lightning_dit_that_is_another_is_refused(extra, settings, words, weights, call, tmp_path):
     theirs = plain_weights(weights) | {name: torch.zeros(size) for name, size in extra.items()}
