@@ -182,7 +182,8 @@ def test_longer_clips_are_a_function_of_seed_and_index(call, tmp_path, monkeypat
     (["--extend", "a.png", "--loop", "a.png"], ["--extend and --loop"]), (["--extend", "no.gif"], ["no.gif"]),
     (["--before", "a.png", "--between", "a.png", "a.png"], ["--before and --between"]), (["--frames", 0], ["--frames"]),
     (["--loop", "a.png", "--frames", 9], ["--frames"]), (["--between", "a.png"], ["--between"]),
-    (["--frames", 99999], ["10,000 frames"]), (["--extend", "a.png", "--size", "2x8x8"], ["--size"])])
+    (["--frames", 99999], ["10,000 frames"]), (["--extend", "a.png", "--size", "2x8x8"], ["--size"]),
+    (["--extend", "a.png", "--frames", 9, "--guidance-high", 0.5], ["--guidance-high", "--extend all steps"])])
 def test_bad_flags_of_longer_clips(call, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     save_clip("a.png", 10, 20, 30)

@@ -34,6 +34,8 @@ def check_flags(config, args):
     if longer and not config.given:
         raise UserError(f"--{longer[0]} needs a model that was trained with frames given: "
                         "python -m video.train_dit --given 0.3")
+    if "guidance_high" in args and longer not in ([], ["frames"]):
+        raise UserError(f"--guidance-high is for clips drawn from noise: with --{longer[0]} all steps are guided")
     if args.frames not in (None, *range(1, 10_001)):
         raise UserError(f"--frames {args.frames}: draw between 1 and 10,000 frames")
     if args.size and longer:
