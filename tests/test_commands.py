@@ -227,7 +227,8 @@ def test_devices_that_cannot_be_used(name):
     (edit.draw, ["--edit", ""]), (video.draw, ["--extend", ""]), (video.draw, ["--before", ""]),
     (video.draw, ["--between", "", ""]), (video.draw, ["--loop", ""]), (inference, ["--out", ""]),
     (edit.draw, ["--inpaint", "", "--mask", "a.png"]), (edit.draw, ["--inpaint", "a.png", "--mask", ""]),
-    (video.score, ["--out", ""]), (export, ["--out", ""]), (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
+    (video.score, ["--out", ""]), (video.score, ["--beside", ""]), (export, ["--out", ""]),
+    (import_dit, ["", "a.pth"]), (import_dit, ["a.pt", ""])])
 def test_an_empty_name_is_not_the_current_folder(module, flags, call, tmp_path, monkeypatch):
     """As an unset variable of a shell leaves it."""
     monkeypatch.chdir(tmp_path)

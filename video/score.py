@@ -235,8 +235,8 @@ def main():
                              "test digits or characters: do they show what was asked for in all frames, and do they "
                              "move as they should?", ClipConfig)
     parser.add_argument("--count", type=int, default=500, help="clips to draw, as many of each label (default: 500)")
-    parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="more models, run folders or files, "
-                        "which draw from the same noise and labels")
+    parser.add_argument("--beside", type=some_path, nargs="+", default=[], metavar="RUN", help="more models, run "
+                        "folders or files, which draw from the same noise and labels")
     parser.add_argument("--out", type=some_path,
                         help=f"write an animation of the first {SHOWN} clips, a column for each model")
     parser.add_argument("--data-dir", type=some_path, default=argparse.SUPPRESS,
