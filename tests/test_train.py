@@ -577,7 +577,8 @@ def test_overfits_a_handful_of_digits():
 
 
 def test_every_preset_takes_a_step():
-    """The step of each preset, at its own objective, on a model cut down to a size for a test."""
+    """The step of each preset, at its own objective, on a model cut down to a size for a test. A GPU can replay it: it
+    is one function at all steps, of tensors."""
     clips = [(ClipConfig, video.train_dit, (4, 8, 8), preset) for preset in video.config.PRESETS.values()]
     for of, command, size, preset in [*((Config, train, (8, 8), preset) for preset in PRESETS.values()), *clips]:
         config = of(**{**preset, "image_size": size, "channels": 1, "num_classes": 10,
@@ -587,8 +588,11 @@ def test_every_preset_takes_a_step():
         ema = config.build_model()
         diffusion, optimizer = config.build_process(), torch.optim.AdamW(model.parameters())
         data = data_of(torch.zeros(3, 1, *size, dtype=torch.uint8), torch.arange(3))
-        losses, _ = learn(Run(config, model, model, ema, [optimizer], diffusion), data, 0, command)
+        run = Run(config, model, model, ema, [optimizer], diffusion)
+        losses, _ = learn(run, data, 0, command)
         assert losses.isfinite().all()
+        (function, batch, _), (other, *_) = (command.prepare(run, data, step) for step in (1, 2))
+        assert function is other and all(type(part) is torch.Tensor for part in batch)
 
 
 def test_unwritable_while_training(call, tmp_path, monkeypatch):
