@@ -296,7 +296,7 @@ def loop(run, prepare, fingerprint, saved, run_dir, until, show=show, save=save,
         def draw():
             if parallel.RANK == 0:
                 show(run, samples_path(run_dir, done), lambda: bool(signals))
-                if done < until:  # else it comes below
+                if done < until:  # after the last step it is written below
                     page()
 
         if saved and due(config, done, config.sample_every) and not samples_path(run_dir, done).exists():

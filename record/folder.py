@@ -42,5 +42,5 @@ def open_folder(folder, count, settings, of):
                          f"of {count:,}, choose another folder")
     there = {image.name[:6] for image in images}
     todo = [index for index in range(count) if f"{index:06d}" not in there]
-    parallel.wait()  # with its first image until all have looked
+    parallel.wait()  # none writes an image before all have looked
     return todo[parallel.share(len(todo))]

@@ -146,7 +146,7 @@ def read_log(path):
     names, (*lines, cut) = head.split(","), body.split("\n")
     if names[:2] != ["step", "loss"]:
         return names, [], False
-    with contextlib.suppress(ValueError):  # of what is no number
+    with contextlib.suppress(ValueError):  # a word may be no number
         for row in (line.split(",") for line in lines):
             if len([float(word) for word in row]) != len(names) or int(row[0]) <= step:
                 break

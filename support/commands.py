@@ -182,7 +182,7 @@ def run(main, memory="--batch-size", alone=False):
     Exit codes: 1 for bad input, for a file or a folder that the system refuses, and when memory runs out; 130 after
     Ctrl-C; 141 when nobody reads the output any more (`| head`).
     """
-    if alone and os.environ.pop("TORCHELASTIC_RUN_ID", None):  # nor does what it calls or starts wait for others
+    if alone and os.environ.pop("TORCHELASTIC_RUN_ID", None):  # what it calls or starts then waits for no others
         if os.environ["RANK"] != "0":
             return
         parallel = sys.modules.get("support.parallel")
