@@ -176,6 +176,9 @@ def main():
     if config.process != "flow":
         raise UserError(f"{args.checkpoint} learned the process {config.process}: of noise alone its network says next "
                         "to nothing about the image; a model of --process flow can learn to draw in one call")
+    if getattr(config, "guidance_high", 1) < 1:
+        raise UserError(f"{args.checkpoint} guides a share of its steps alone, and a student learns one guidance: "
+                        "make a teacher of it by python -m demo.share --guidance-high 1")
     device, run_dir = next(teacher.parameters()).device, args.run_dir
     data = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     make_dir(run_dir)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, TINY, assert_refused, flags_of, same
+from conftest import SMALL, TINY, assert_refused, flags_of, make_checkpoint, same
 from PIL import Image
 
 import latent.draw
@@ -21,6 +21,7 @@ from diffusion import RectifiedFlow, per_image
 from dit import DiT
 from few import distill
 from inference import draw, generate
+from latent.config import LatentConfig
 from latent.vae import VAE, save_vae
 from record.checkpoint import load_checkpoint, load_model, save_checkpoint
 from video.config import ANY
@@ -346,6 +347,12 @@ def test_what_is_not_asked_for_is_as_the_teacher_has_it(trained, tmp_path, monke
 def test_a_process_without_signal_at_its_end_is_refused(call, tmp_path):
     assert call(train, *TINY, "--process", "ddpm", "--steps", 1, "--run-dir", tmp_path / "ddpm")[0] == 0
     assert_refused(call(distill, "--checkpoint", tmp_path / "ddpm", "--run-dir", tmp_path / "run"), "ddpm", "flow")
+
+
+def test_a_teacher_that_is_guided_in_some_steps_alone_is_refused(call, tmp_path):
+    teacher = make_checkpoint(tmp_path / "teacher.pth", of=LatentConfig, guidance_high=0.7)
+    assert_refused(call(distill, "--checkpoint", teacher, "--run-dir", tmp_path / "run"), "share of its steps", "share")
+    assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_is_refused(call, trained, monkeypatch):

@@ -86,7 +86,7 @@ MOVING = dict(dataset="moving", patch_size="2x8x8", depth=6, rope=True, shift=9.
 PRESETS = {
     "default": {},
     "moving": MOVING,
-    # weights/moving.pth was made with these, on a GPU.
+    # weights/moving.pth was made with these; see README.md.
     "moving-large": MOVING | dict(hidden_size=256, batch_size=64, lr=3e-3, qk_norm=True, motion=2.0),
     # Clips as large as the standard benchmark's (1502.04681), with one or two digits: for a GPU
     "moving-64": MOVING | dict(image_size="20x64x64", digits=2, patch_size="4x8x8", hidden_size=384, depth=12,
