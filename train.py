@@ -328,12 +328,12 @@ def loop(run, prepare, fingerprint, saved, run_dir, until, show=show, save=save,
     return done, stopped
 
 
-def train_parser(description, of=Config, presets=PRESETS):
+def train_parser(description, of=Config, presets=PRESETS, run_dir=Path("run")):
     """The flags of every command that trains."""
     parser = Parser(description=description)
     parser.add_argument("--preset", choices=presets, help="named settings, which the flags below override")
-    parser.add_argument("--run-dir", type=some_path, default=Path("run"), help="folder that gets model.pth, log.csv, "
-                        "loss.png, the sample grids and index.html, a page of them all (default: run)")
+    parser.add_argument("--run-dir", type=some_path, default=run_dir, help="folder that gets model.pth, log.csv, "
+                        f"loss.png, the sample grids and index.html, a page of them all (default: {run_dir})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last "
                         "checkpoint, exactly")
     add_flags(parser, of)
@@ -343,8 +343,9 @@ def train_parser(description, of=Config, presets=PRESETS):
 
 
 @parallel.one_for_all()
-def main(what="images: MNIST", of=Config, presets=PRESETS, train=train, script=()):
-    args = train_parser(f"Trains a diffusion transformer on {what} unless told otherwise.", of, presets).parse_args()
+def main(what="images: MNIST", of=Config, presets=PRESETS, train=train, script=(), run_dir=Path("run")):
+    parser = train_parser(f"Trains a diffusion transformer on {what} unless told otherwise.", of, presets, run_dir)
+    args = parser.parse_args()
     settings = presets[args.preset or "default"] | given_flags(args, of)
     done, stopped = train(settings, args.run_dir, args.resume, args.device)
     say_end(done, stopped, args.run_dir, of.drawn_by, script)

@@ -4,8 +4,7 @@
 """
 
 from support import parallel
-from support.commands import run, say_end
-from support.settings import given_flags, say_default
+from support.commands import run
 
 from pathlib import Path
 
@@ -37,16 +36,9 @@ def train(config, *args, **options):
     return root.train(config, *args, prepare=prepare, show=show, of=TextConfig, **options)
 
 
-@parallel.one_for_all()
 def main():
-    parser = root.train_parser("Trains a diffusion transformer on images or clips and their captions: the sprites "
-                               "unless told otherwise.", TextConfig, PRESETS)
-    parser.set_defaults(run_dir=Path("run_text"))
-    say_default(parser, ["run_dir"], "run_text")
-    args = parser.parse_args()
-    done, stopped = train(PRESETS[args.preset or "default"] | given_flags(args, TextConfig), args.run_dir, args.resume,
-                          args.device)
-    say_end(done, stopped, args.run_dir, TextConfig.drawn_by, ("-m", "text.train"))
+    root.main("images or clips and their captions: the sprites", TextConfig, PRESETS, train, ("-m", "text.train"),
+              Path("run_text"))
 
 
 if __name__ == "__main__":
